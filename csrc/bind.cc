@@ -1,0 +1,13 @@
+// The native module `parablock_rt._C`. Each part of the library binds itself; this file only lists them.
+#include <pybind11/pybind11.h>
+
+namespace parablock {
+void bind_codec(pybind11::module_& m);
+void bind_transport(pybind11::module_& m);
+}  // namespace parablock
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of parablock_rt: the CPU codec, the encode thread and the transport.";
+  parablock::bind_codec(m);
+  parablock::bind_transport(m);
+}

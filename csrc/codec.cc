@@ -1,0 +1,148 @@
+// Picks the kernels for this machine and splits a block over threads; the arithmetic is in codec_kernels.h.
+#include "codec.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "codec_table.h"
+#include "thread_pool.h"
+
+namespace parablock {
+namespace {
+
+using internal::Kernels;
+
+static_assert(kSplitMultiple % kAlignment == 0, "a group must not be split between threads");
+
+#ifdef __x86_64__
+// These also ask whether the operating system saves the registers.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels* best_kernels() {
+#ifdef __x86_64__
+  if (has_avx512()) return &internal::kAvx512Kernels;
+  if (has_avx2()) return &internal::kAvx2Kernels;
+#endif
+  return &internal::kPortableKernels;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{best_kernels()};
+  return kernels;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+int index(Format format) { return static_cast<int>(format); }
+int index(Dtype dtype) { return static_cast<int>(dtype); }
+
+template <class Pointer>
+Pointer offset(Pointer base, size_t bytes) {
+  return base == nullptr ? base : base + bytes;
+}
+
+const void* at(const void* base, Dtype dtype, int64_t element) {
+  return static_cast<const uint8_t*>(base) + dtype_bytes(dtype) * static_cast<size_t>(element);
+}
+
+ConstPlanes at(ConstPlanes planes, Format format, int64_t element) {
+  return {offset(planes.scales, scale_bytes(format, element)), offset(planes.codes, code_bytes(format, element))};
+}
+
+Planes at(Planes planes, Format format, int64_t element) {
+  return {offset(planes.scales, scale_bytes(format, element)), offset(planes.codes, code_bytes(format, element))};
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().name; }
+
+void force_instruction_set(const char* name) {
+  const std::string wanted(name);
+  const Kernels* found = wanted == "portable" ? &internal::kPortableKernels : nullptr;
+#ifdef __x86_64__
+  if (wanted == "avx2" && has_avx2()) found = &internal::kAvx2Kernels;
+  if (wanted == "avx512" && has_avx512()) found = &internal::kAvx512Kernels;
+#endif
+  if (found == nullptr) {
+    throw std::invalid_argument("expected portable, avx2 or avx512, up to this machine's best, which is " +
+                                std::string(best_kernels()->name) + "; found " + wanted);
+  }
+  chosen().store(found, std::memory_order_relaxed);
+}
+
+int64_t encode(const void* now, Dtype now_dtype, const void* ref, Dtype ref_dtype, const float* residual_in,
+               float* residual_out, int64_t numel, Format format, Planes out, int threads) {
+  const auto kernel = kernels().encode[index(format)][index(now_dtype)][index(ref_dtype)];
+  std::atomic<int64_t> bad{0};
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    const int64_t here = kernel(at(now, now_dtype, begin), at(ref, ref_dtype, begin),
+                                residual_in ? residual_in + begin : nullptr,
+                                residual_out ? residual_out + begin : nullptr, end - begin, at(out, format, begin));
+    bad.fetch_add(here, std::memory_order_relaxed);
+  });
+  return bad.load(std::memory_order_relaxed);
+}
+
+void decode(ConstPlanes in, int64_t numel, Format format, float* out, int threads) {
+  const auto kernel = kernels().decode[index(format)];
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    kernel(at(in, format, begin), end - begin, out + begin);
+  });
+}
+
+void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format format, int threads) {
+  const auto kernel = kernels().apply[index(format)][index(dtype)];
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    kernel(const_cast<void*>(at(target, dtype, begin)), at(in, format, begin), end - begin);
+  });
+}
+
+void accumulate(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, Format format, double weight, int threads) {
+  const auto kernel = kernels().accumulate[index(format)];
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    kernel(hi + begin, lo + begin, at(in, format, begin), end - begin, weight);
+  });
+}
+
+void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,
+                      int threads) {
+  const auto kernel = kernels().accumulated_mean;
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    kernel(hi + begin, lo + begin, total_weight, end - begin, out + begin);
+  });
+}
+
+Inspection inspect(ConstPlanes in, int64_t numel, Format format, int threads) {
+  const auto kernel = kernels().inspect[index(format)];
+  std::mutex mutex;
+  Inspection all{0.0, 0, 0};
+  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+    const Inspection here = kernel(at(in, format, begin), end - begin);
+    std::lock_guard<std::mutex> lock(mutex);
+    all.largest = std::max(all.largest, here.largest);
+    all.bad_groups += here.bad_groups;
+    all.invalid += here.invalid;
+  });
+  return all;
+}
+
+uint64_t fingerprint(const void* data, size_t bytes, int threads) {
+  const auto kernel = kernels().fingerprint;
+  const uint32_t* words = static_cast<const uint32_t*>(data);
+  std::atomic<uint64_t> sum{0};
+  parallel_for(static_cast<int64_t>(bytes / 4), threads, [&](int64_t begin, int64_t end) {
+    sum.fetch_add(kernel(words + begin, begin, end - begin), std::memory_order_relaxed);
+  });
+  return sum.load(std::memory_order_relaxed);
+}
+
+}  // namespace parablock

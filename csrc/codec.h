@@ -1,0 +1,91 @@
+// The codec: one block's change to bytes and back, on the CPU. Pure functions over raw memory: no allocation, no
+// Python, no knowledge of transfers or threads. Every instruction-set variant yields the same bytes.
+//
+// A packed block has two planes, the scales of all groups and the codes of all groups. They are passed as separate
+// pointers so that any range of groups can be handled alone: encode, copy and send of one block overlap that way.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace parablock {
+
+enum class Format : uint8_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+enum class Dtype : uint8_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+
+constexpr int64_t kAlignment = 128;  // elements; every parameter starts at a multiple, every flat length is one
+
+constexpr size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : 2; }
+constexpr int64_t group_size(Format format) { return format == Format::kInt4 ? 64 : 128; }
+constexpr bool has_scales(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+constexpr size_t scale_bytes(Format format, int64_t elements) {
+  return has_scales(format) ? static_cast<size_t>(elements / group_size(format)) * 2 : 0;
+}
+constexpr size_t code_bytes(Format format, int64_t elements) {
+  switch (format) {
+    case Format::kFp32: return static_cast<size_t>(elements) * 4;
+    case Format::kBf16: return static_cast<size_t>(elements) * 2;
+    case Format::kInt8: return static_cast<size_t>(elements);
+    case Format::kInt4: return static_cast<size_t>(elements) / 2;
+  }
+  return 0;
+}
+
+struct Planes {
+  uint8_t* scales;  // null where the format has none
+  uint8_t* codes;
+};
+struct ConstPlanes {
+  const uint8_t* scales;
+  const uint8_t* codes;
+};
+
+// The instruction set in use: the best of the machine unless `force` chose another. "avx512", "avx2" or "portable".
+const char* instruction_set();
+void force_instruction_set(const char* name);  // throws std::invalid_argument when the machine lacks it
+
+// All lengths are in elements and multiples of 128. `threads` >= 1 counts the caller.
+
+// x = (now - ref) + residual_in; packs x and writes what the packing left out to residual_out. `residual_in` may be
+// null (x = now - ref), `residual_out` may be null (discarded) or equal to residual_in. Returns the number of bad
+// groups (int8, int4) or bad elements (fp32, bf16).
+int64_t encode(const void* now, Dtype now_dtype, const void* ref, Dtype ref_dtype, const float* residual_in,
+               float* residual_out, int64_t numel, Format format, Planes out, int threads);
+
+void decode(ConstPlanes in, int64_t numel, Format format, float* out, int threads);
+
+// target <- round(float(target) + decode(in))
+void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format format, int threads);
+
+// Two-limb fixed point: value = hi * 2^-20 + lo * 2^-72. Integer addition is associative, so the sum has the same bits
+// whatever the order of arrival. One contribution stays below 2^31 in magnitude and so adds up to 2^51 to either limb
+// (lo: a tie of the rounding to hi); kMaxContributions of them cannot overflow, one more could.
+constexpr double kHiUnit = 0x1p-20;
+constexpr double kLoUnit = 0x1p-72;
+constexpr double kLargestContribution = 0x1p31;
+constexpr int kMaxContributions = 4095;
+
+// v = weight * decode(in), in double; hi += rint(v / kHiUnit); lo += rint((v - that) / kLoUnit)
+void accumulate(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, Format format, double weight,
+                int threads);
+
+// out = float((hi * kHiUnit + lo * kLoUnit) / total_weight), one rounding a step, in double until the last
+void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,
+                      int threads);
+
+// What a receiver checks before it folds bytes that a stranger made.
+struct Inspection {
+  double largest;        // the largest |code * scale| of finite scales, in double: above FLT_MAX, decode overflows
+  int64_t bad_groups;    // groups whose scale is the bad-group mark 0x7FC0
+  int64_t invalid;       // anything the encoder never makes: another non-finite scale, a non-finite fp32/bf16 element,
+                         // a negative int8 scale, the int8 code -128
+};
+Inspection inspect(ConstPlanes in, int64_t numel, Format format, int threads);
+
+// A 64-bit fingerprint of `bytes` (a multiple of 4) that any number of threads or GPU blocks can sum in any order:
+//   sum over i of mix(word_i, i) mod 2^64, where word_i is the i-th little-endian uint32 and
+//   mix(w, i) = z ^ (z >> 29), z = (w + (i + 1) * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9   (all mod 2^64)
+// It finds divergence; it is no defence against somebody who wants a collision.
+uint64_t fingerprint(const void* data, size_t bytes, int threads);
+
+}  // namespace parablock

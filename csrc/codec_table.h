@@ -1,0 +1,45 @@
+// The kernels of one instruction set, as a table. codec.cc picks a table once and splits the work; a kernel sees one
+// contiguous range on one thread.
+#pragma once
+
+#include <cstdint>
+
+#include "codec.h"
+
+namespace parablock::internal {
+
+struct Kernels {
+  const char* name;
+  // [format][dtype of now][dtype of ref]
+  int64_t (*encode[4][3][3])(const void* now, const void* ref, const float* residual_in, float* residual_out,
+                             int64_t numel, Planes out);
+  void (*decode[4])(ConstPlanes in, int64_t numel, float* out);
+  void (*apply[4][3])(void* target, ConstPlanes in, int64_t numel);
+  void (*accumulate[4])(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, double weight);
+  void (*accumulated_mean)(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out);
+  Inspection (*inspect[4])(ConstPlanes in, int64_t numel);
+  uint64_t (*fingerprint)(const uint32_t* words, int64_t first_index, int64_t count);
+};
+
+extern const Kernels kPortableKernels;
+#ifdef __x86_64__
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace parablock::internal
+
+// Compiles what stands between the two for a richer instruction set than the rest of the build. Standard headers go
+// before: a template of theirs instantiated in between could be merged with, and replace, the portable one.
+#ifdef __clang__
+#define PARABLOCK_PRAGMA(text) _Pragma(#text)
+#define PARABLOCK_TARGET_BEGIN(set) \
+  PARABLOCK_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define PARABLOCK_TARGET_END _Pragma("clang attribute pop")
+#else
+#define PARABLOCK_PRAGMA(text) _Pragma(#text)
+#define PARABLOCK_TARGET_BEGIN(set) _Pragma("GCC push_options") PARABLOCK_PRAGMA(GCC target(set))
+#define PARABLOCK_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#define PARABLOCK_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,59 @@
+// The frame: a fixed 44-byte little-endian header, then `length` payload bytes.
+//
+//   0 magic   4 version 5 type 6 kind 7 flags(0)   8 run   16 round   20 block   24 offset   32 length
+//   36 CRC-32C of the payload   40 CRC-32C of bytes 0..39
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+namespace parablock {
+
+constexpr uint8_t kProtocolVersion = 1;
+constexpr size_t kHeaderBytes = 44;
+
+// The peer broke the protocol, or somebody who does not speak it is connected. The link cannot go on.
+struct ProtocolError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The peer speaks another version: the one error after which a frame of ours tells the peer so before the link closes.
+struct VersionError : ProtocolError {
+  using ProtocolError::ProtocolError;
+};
+
+enum class FrameType : uint8_t {
+  kControl = 1,  // payload: one message for the layer above
+  kData = 2,     // payload: one chunk of a transfer, `offset` bytes into it
+  kAck = 3,      // `offset`: bytes received so far; payload: u64, bytes the sender may have sent in all
+  kCancel = 4,   // the receiver does not want this transfer (any more)
+  kPing = 5,     // `offset`: any number, returned by
+  kPong = 6,
+};
+
+// Names a transfer on its link. The direction follows from who posts it.
+struct TransferKey {
+  uint8_t kind = 0;  // meaning: the layer above
+  uint32_t round = 0;
+  uint32_t block = 0;
+  auto operator<=>(const TransferKey&) const = default;
+};
+
+struct FrameHeader {
+  FrameType type = FrameType::kControl;
+  TransferKey key;
+  uint64_t run = 0;
+  uint64_t offset = 0;
+  uint32_t length = 0;
+  uint32_t payload_crc = 0;
+};
+
+using HeaderBytes = std::array<uint8_t, kHeaderBytes>;
+
+HeaderBytes write_header(const FrameHeader& header);
+FrameHeader read_header(const HeaderBytes& bytes);  // throws ProtocolError
+
+}  // namespace parablock

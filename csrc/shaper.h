@@ -1,0 +1,40 @@
+// A slow link in front of a fast socket: a token bucket (bytes a second) and a one-way delay. Decides when a frame may
+// start and when its last byte would have arrived; knows nothing of frames or sockets.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace parablock {
+
+class Shaper {
+ public:
+  // `bytes_per_second` 0 means unlimited.
+  void configure(double bytes_per_second, int64_t delay_ns) {
+    bytes_per_second_ = bytes_per_second;
+    delay_ns_ = delay_ns;
+  }
+
+  bool active() const { return bytes_per_second_ > 0 || delay_ns_ > 0; }
+
+  // The earliest time at which the next frame may start; in the past when the line is idle.
+  int64_t free_at() const { return free_at_; }
+
+  // Puts a frame of `bytes` on the line and returns when it has arrived at the far end. `waited` says that the caller
+  // had this frame ready when the line was busy: then the line is used without a gap however late the caller's timer
+  // fired. Otherwise the frame starts now.
+  int64_t transmit(size_t bytes, int64_t now_ns, bool waited) {
+    int64_t start = waited ? free_at_ : std::max(free_at_, now_ns);
+    int64_t duration = bytes_per_second_ > 0 ? static_cast<int64_t>(1e9 * static_cast<double>(bytes) / bytes_per_second_) : 0;
+    free_at_ = start + duration;
+    return free_at_ + delay_ns_;
+  }
+
+ private:
+  double bytes_per_second_ = 0;
+  int64_t delay_ns_ = 0;
+  int64_t free_at_ = 0;
+};
+
+}  // namespace parablock

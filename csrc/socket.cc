@@ -1,0 +1,145 @@
+#include "socket.h"
+
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <system_error>
+
+namespace parablock {
+namespace {
+
+constexpr int kBacklog = 512;
+
+std::system_error failure(int error, const std::string& what) {
+  return std::system_error(error, std::generic_category(), what);
+}
+
+std::string endpoint(const std::string& host, uint16_t port) { return host + ":" + std::to_string(port); }
+
+using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
+
+AddressList resolve(const std::string& host, uint16_t port, int flags) {
+  addrinfo hints{};
+  hints.ai_family = AF_UNSPEC;
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = flags | AI_NUMERICSERV;
+  addrinfo* found = nullptr;
+  int status = getaddrinfo(host.empty() ? nullptr : host.c_str(), std::to_string(port).c_str(), &hints, &found);
+  if (status != 0)
+    throw failure(status == EAI_SYSTEM ? errno : EADDRNOTAVAIL,
+                  "cannot resolve " + endpoint(host, port) + " (" + gai_strerror(status) + ")");
+  return AddressList(found, &freeaddrinfo);
+}
+
+Fd open_socket(const addrinfo& address) {
+  return Fd(socket(address.ai_family, address.ai_socktype | SOCK_NONBLOCK | SOCK_CLOEXEC, address.ai_protocol));
+}
+
+// The error with which a non-blocking connect ended, 0 for none.
+int finish_connect(int fd, int64_t deadline_ns) {
+  while (true) {
+    int64_t left_ns = deadline_ns - monotonic_ns();
+    if (left_ns <= 0) return ETIMEDOUT;
+    pollfd waiting{fd, POLLOUT, 0};
+    int count = poll(&waiting, 1, static_cast<int>(left_ns / 1'000'000 + 1));
+    if (count < 0 && errno != EINTR) return errno;
+    if (count <= 0) continue;
+    int error = 0;
+    socklen_t length = sizeof error;
+    getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &length);
+    return error;
+  }
+}
+
+}  // namespace
+
+Fd& Fd::operator=(Fd&& other) noexcept {
+  if (this != &other) {
+    reset();
+    fd_ = std::exchange(other.fd_, -1);
+  }
+  return *this;
+}
+
+void Fd::reset() {
+  if (fd_ >= 0) close(fd_);
+  fd_ = -1;
+}
+
+int64_t monotonic_ns() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+Fd listen_tcp(const std::string& host, uint16_t port) {
+  AddressList addresses = resolve(host, port, AI_PASSIVE);
+  int error = EADDRNOTAVAIL;
+  for (const addrinfo* at = addresses.get(); at != nullptr; at = at->ai_next) {
+    Fd fd = open_socket(*at);
+    if (fd.get() < 0) {
+      error = errno;
+      continue;
+    }
+    int on = 1;
+    setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (bind(fd.get(), at->ai_addr, at->ai_addrlen) == 0 && listen(fd.get(), kBacklog) == 0) return fd;
+    error = errno;
+  }
+  throw failure(error, "cannot listen on " + endpoint(host, port));
+}
+
+Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns) {
+  int64_t deadline_ns = monotonic_ns() + timeout_ns;
+  AddressList addresses = resolve(host, port, 0);
+  int error = EADDRNOTAVAIL;
+  for (const addrinfo* at = addresses.get(); at != nullptr; at = at->ai_next) {
+    Fd fd = open_socket(*at);
+    if (fd.get() < 0) {
+      error = errno;
+      continue;
+    }
+    error = connect(fd.get(), at->ai_addr, at->ai_addrlen) == 0 ? 0 : errno;
+    if (error == EINPROGRESS) error = finish_connect(fd.get(), deadline_ns);
+    if (error == 0) return fd;
+  }
+  throw failure(error, "cannot connect to " + endpoint(host, port));
+}
+
+uint16_t local_port(const Fd& fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  if (getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length) != 0) throw failure(errno, "getsockname");
+  in_port_t port = address.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(address).sin6_port
+                                                 : reinterpret_cast<sockaddr_in&>(address).sin_port;
+  return ntohs(port);
+}
+
+void set_link_options(int fd) {
+  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+  int on = 1;
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+}
+
+std::string peer_address(int fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  char host[NI_MAXHOST];
+  char port[NI_MAXSERV];
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0 ||
+      getnameinfo(reinterpret_cast<sockaddr*>(&address), length, host, sizeof host, port, sizeof port,
+                  NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+    return "unknown";
+  return std::string(host) + ":" + port;
+}
+
+}  // namespace parablock

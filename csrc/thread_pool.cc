@@ -1,0 +1,125 @@
+// The pool behind parallel_for. One mutex guards the queue of jobs; the pieces of a job are dealt by an atomic counter.
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace parablock::internal {
+namespace {
+
+constexpr int kMaxWorkers = 255;
+
+// Lives on the stack of the thread that asked for it, which leaves only when no worker can reach it any more.
+struct Job {
+  void (*fn)(void*, int64_t, int64_t);
+  void* context;
+  int64_t total;
+  int64_t piece;
+  std::atomic<int64_t> next{0};
+  int helpers_wanted;      // guarded by Pool::mutex_
+  int helpers_active = 0;  // guarded by Pool::mutex_
+  std::condition_variable idle;
+
+  void work() {
+    for (;;) {
+      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
+      if (begin >= total) return;
+      fn(context, begin, std::min(begin + piece, total));
+    }
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(job.helpers_wanted);
+      queue_.push_back(&job);
+    }
+    for (int i = job.helpers_wanted; i > 0; --i) wake_.notify_one();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto place = std::find(queue_.begin(), queue_.end(), &job);
+    if (place != queue_.end()) queue_.erase(place);
+    job.idle.wait(lock, [&] { return job.helpers_active == 0; });
+  }
+
+ private:
+  // A worker inherits its signal mask, so that Python's handlers run on Python's threads only.
+  void grow(int wanted) {
+    if (workers_ >= wanted) return;
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; workers_ < std::min(wanted, kMaxWorkers); ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more threads: the caller does the work of the missing ones.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return !queue_.empty(); });
+      Job& job = *queue_.front();
+      if (--job.helpers_wanted == 0) queue_.pop_front();
+      ++job.helpers_active;
+      lock.unlock();
+      job.work();
+      lock.lock();
+      if (--job.helpers_active == 0) job.idle.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Job*> queue_;  // jobs that still want helpers; guarded by mutex_
+  int workers_ = 0;         // guarded by mutex_
+};
+
+// Never destroyed: detached workers may outlive static destruction. Left behind in a forked child, which has none of
+// the threads and may have inherited a locked mutex; the child makes a pool of its own.
+struct Owner {
+  pid_t pid;
+  Pool pool;
+};
+
+Pool& shared_pool() {
+  static std::atomic<Owner*> current{nullptr};
+  const pid_t pid = getpid();
+  Owner* seen = current.load(std::memory_order_acquire);
+  while (seen == nullptr || seen->pid != pid) {
+    Owner* fresh = new Owner{pid, {}};
+    if (current.compare_exchange_strong(seen, fresh, std::memory_order_acq_rel)) return fresh->pool;
+    delete fresh;
+  }
+  return seen->pool;
+}
+
+}  // namespace
+
+void run_split(int64_t total, int64_t piece, int threads, void (*fn)(void*, int64_t, int64_t), void* context) {
+  const int64_t pieces = (total + piece - 1) / piece;
+  const int helpers = static_cast<int>(std::min<int64_t>({threads, pieces, kMaxWorkers + 1})) - 1;
+  if (helpers <= 0) {
+    fn(context, 0, total);
+    return;
+  }
+  Job job{.fn = fn, .context = context, .total = total, .piece = piece, .helpers_wanted = helpers, .idle = {}};
+  shared_pool().run(job);
+}
+
+}  // namespace parablock::internal

@@ -1,0 +1,90 @@
+// A transfer: one packed body in one direction. The sending side is a Source, which any number of links may share (a
+// broadcast is one buffer); the receiving side is a Sink. Both own their Buffer through a shared_ptr, so bytes outlive
+// every socket that still refers to them.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace parablock {
+
+// Page-aligned memory, zeroed, given back when the last owner lets go.
+class Buffer : public std::enable_shared_from_this<Buffer> {
+ public:
+  explicit Buffer(size_t bytes);  // throws std::bad_alloc
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* data_;
+  size_t size_;
+};
+
+struct Segment {
+  uint8_t* data = nullptr;
+  size_t bytes = 0;
+};
+
+// How a body is cut into chunks. A body has two planes, all scales and then all codes; a chunk is the scales and the
+// codes of a range of units. Chunks follow each other on the wire, so "offset" counts bytes in that order.
+struct Layout {
+  uint64_t units = 0;
+  uint32_t scale_bytes = 0;  // a unit
+  uint32_t code_bytes = 0;   // a unit
+  uint32_t chunk_units = 0;
+
+  uint64_t bytes() const { return units * (uint64_t{scale_bytes} + code_bytes); }
+  uint64_t chunks() const { return (units + chunk_units - 1) / chunk_units; }
+  uint64_t units_in(uint64_t chunk) const { return std::min<uint64_t>(chunk_units, units - chunk * chunk_units); }
+  uint64_t offset(uint64_t chunk) const { return chunk * chunk_units * (uint64_t{scale_bytes} + code_bytes); }
+  uint32_t chunk_bytes(uint64_t chunk) const {
+    return static_cast<uint32_t>(units_in(chunk) * (uint64_t{scale_bytes} + code_bytes));
+  }
+  std::array<Segment, 2> segments(uint8_t* body, uint64_t chunk) const;
+
+  // Throws std::invalid_argument when empty, when a chunk would not fit a frame, or when `buffer_bytes` is too small.
+  void check(size_t buffer_bytes) const;
+};
+
+class Source {
+ public:
+  // `wake` is called, from the raising thread, after the watermark rose; it must not block.
+  Source(std::shared_ptr<Buffer> buffer, Layout layout, uint64_t ready_chunks, std::function<void()> wake);
+
+  const Layout& layout() const { return layout_; }
+  uint8_t* body() const { return buffer_->data(); }
+
+  // The watermark: chunks below it are final. Any one thread may raise it; it never falls.
+  uint64_t ready_chunks() const { return ready_.load(std::memory_order_acquire); }
+  void raise(uint64_t ready_chunks);
+
+  // Checksum of one ready chunk, computed at its first use whatever the number of links. Loop thread only.
+  uint32_t chunk_crc(uint64_t chunk);
+
+ private:
+  std::shared_ptr<Buffer> buffer_;
+  Layout layout_;
+  std::atomic<uint64_t> ready_;
+  std::function<void()> wake_;
+  std::vector<uint32_t> crc_;
+  std::vector<bool> crc_known_;
+};
+
+struct Sink {
+  std::shared_ptr<Buffer> buffer;
+  Layout layout;
+  uint64_t received = 0;  // bytes, contiguous from the start
+  uint64_t acknowledged = 0;
+  int64_t first_byte_ns = 0;
+};
+
+}  // namespace parablock

@@ -1,0 +1,240 @@
+#include "transport.h"
+
+#include <pthread.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <stdexcept>
+
+namespace parablock {
+namespace {
+
+// Listener tokens count down from here, links up from 1.
+constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
+constexpr int64_t kFlushNs = 5'000'000'000;
+constexpr int64_t kHousekeepingNs = 1'000'000'000;
+
+}  // namespace
+
+void Transport::Waker::wake() {
+  std::lock_guard lock(mutex);
+  if (loop != nullptr) loop->wake();
+}
+
+Transport::Transport(TransportOptions options) : options_(options), waker_(std::make_shared<Waker>()) {
+  waker_->loop = &loop_;
+  thread_ = std::thread([this] { run(); });
+  pthread_setname_np(thread_.native_handle(), "pb-transport");
+}
+
+Transport::~Transport() { close(0); }
+
+void Transport::close(int64_t flush_ns) {
+  if (!thread_.joinable()) return;
+  push([this, flush_ns] {
+    stop_deadline_ns_ = monotonic_ns() + flush_ns;
+    listeners_.clear();
+    for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
+    stopping_ = true;
+  });
+  thread_.join();
+  std::lock_guard lock(waker_->mutex);
+  waker_->loop = nullptr;
+}
+
+uint16_t Transport::listen(const std::string& host, uint16_t port) {
+  Fd fd = listen_tcp(host, port);
+  uint16_t taken = local_port(fd);
+  push([this, fd = std::make_shared<Fd>(std::move(fd))] {
+    loop_.add(fd->get(), kListenerTokens + static_cast<uint64_t>(fd->get()));
+    listeners_.push_back(std::move(*fd));
+  });
+  return taken;
+}
+
+uint64_t Transport::connect(const std::string& host, uint16_t port, int64_t timeout_ns) {
+  auto fd = std::make_shared<Fd>(connect_tcp(host, port, timeout_ns));
+  uint64_t id = next_link_++;
+  push([this, fd, id] { add_link(id, std::move(*fd)); });
+  return id;
+}
+
+// ---- Commands: queued by any thread, carried out by the loop's
+
+void Transport::push(Command command) {
+  {
+    std::lock_guard lock(command_mutex_);
+    commands_.push_back(std::move(command));
+  }
+  loop_.wake();
+}
+
+void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
+  push([this, id, action = std::move(action)] {
+    auto found = links_.find(id);
+    if (found == links_.end()) return;  // its kClosed event has said so
+    try {
+      action(*found->second);
+    } catch (const std::exception& error) {
+      found->second->close_after_flush(monotonic_ns(), error.what());
+    }
+  });
+}
+
+void Transport::carry_out_commands() {
+  std::vector<Command> commands;
+  {
+    std::lock_guard lock(command_mutex_);
+    commands.swap(commands_);
+  }
+  for (Command& command : commands) command();
+}
+
+void Transport::send_control(uint64_t link, std::string message) {
+  push_on_link(link, [message = std::move(message)](Link& l) { l.session().send_control(message); });
+}
+
+void Transport::send(uint64_t link, TransferKey key, std::shared_ptr<Source> source) {
+  push_on_link(link, [key, source = std::move(source)](Link& l) { l.session().send(key, source); });
+}
+
+void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout) {
+  layout.check(buffer->size());
+  push_on_link(link, [key, buffer = std::move(buffer), layout](Link& l) { l.session().receive(key, buffer, layout); });
+}
+
+void Transport::cancel_receive(uint64_t link, TransferKey key) {
+  push_on_link(link, [key](Link& l) { l.session().cancel_receive(key); });
+}
+
+void Transport::trust(uint64_t link, uint64_t run, size_t control_bytes) {
+  push_on_link(link, [this, run, control_bytes](Link& l) {
+    l.session().set_limits({.control_bytes = control_bytes, .window_bytes = options_.window_bytes});
+    l.session().set_run(run);
+  });
+}
+
+void Transport::close_link(uint64_t link, std::string reason) {
+  push_on_link(link, [reason = std::move(reason)](Link& l) { l.close_after_flush(monotonic_ns() + kFlushNs, reason); });
+}
+
+std::shared_ptr<Source> Transport::make_source(std::shared_ptr<Buffer> buffer, Layout layout, bool complete) {
+  layout.check(buffer->size());
+  return std::make_shared<Source>(std::move(buffer), layout, complete ? layout.chunks() : 0,
+                                  [waker = waker_] { waker->wake(); });
+}
+
+// ---- Events
+
+std::optional<Event> Transport::next_event(int64_t timeout_ns) {
+  std::unique_lock lock(event_mutex_);
+  event_ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return !events_.empty(); });
+  if (events_.empty()) return std::nullopt;
+  Event event = std::move(events_.front());
+  events_.pop_front();
+  return event;
+}
+
+void Transport::publish(Event event) {
+  {
+    std::lock_guard lock(event_mutex_);
+    events_.push_back(std::move(event));
+  }
+  event_ready_.notify_one();
+}
+
+void Transport::publish(Link& link) {
+  for (Event& event : link.session().take_events()) {
+    event.link = link.id();
+    publish(std::move(event));
+  }
+}
+
+LinkStats Transport::stats(uint64_t id) const {
+  std::lock_guard lock(links_mutex_);
+  auto found = links_.find(id);
+  if (found == links_.end()) return {};
+  const LinkCounters& counters = found->second->counters();
+  return {counters.bytes_in, counters.bytes_out, counters.round_trip_ns};
+}
+
+// ---- The loop thread
+
+void Transport::accept_all(int listener) {
+  while (true) {
+    Fd fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    if (fd.get() < 0) return;  // none left, or out of descriptors: the next turn tries again
+    if (links_.size() >= options_.max_links) continue;
+    Event connected;
+    connected.type = Event::Type::kConnected;
+    connected.text = peer_address(fd.get());
+    connected.at_ns = monotonic_ns();
+    connected.link = next_link_++;
+    add_link(connected.link, std::move(fd));
+    publish(std::move(connected));
+  }
+}
+
+void Transport::add_link(uint64_t id, Fd fd) {
+  auto link = std::make_unique<Link>(id, std::move(fd), SessionLimits{.window_bytes = options_.window_bytes},
+                                     options_.idle_timeout_ns);
+  link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
+  loop_.add(link->fd(), id);
+  std::lock_guard lock(links_mutex_);
+  links_.emplace(id, std::move(link));
+}
+
+void Transport::drop(uint64_t id) {
+  auto found = links_.find(id);
+  publish(*found->second);  // what came before the end is not lost
+  Event closed;
+  closed.type = Event::Type::kClosed;
+  closed.link = id;
+  closed.text = found->second->reason();
+  closed.at_ns = monotonic_ns();
+  loop_.remove(found->second->fd());
+  {
+    std::lock_guard lock(links_mutex_);
+    links_.erase(found);
+  }
+  publish(std::move(closed));
+}
+
+void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
+  std::vector<uint64_t> over;
+  for (const Loop::Ready& at : ready) {
+    if (at.token >= kListenerTokens) {
+      accept_all(static_cast<int>(at.token - kListenerTokens));
+      continue;
+    }
+    auto found = links_.find(at.token);
+    if (found != links_.end() && at.readable && !found->second->read(now_ns)) over.push_back(at.token);
+  }
+  for (auto& [id, link] : links_) {
+    publish(*link);
+    if (std::find(over.begin(), over.end(), id) != over.end()) continue;
+    bool was_waiting = link->wants_write();
+    if (!link->tick(now_ns) || !link->write(now_ns)) {
+      over.push_back(id);
+      continue;
+    }
+    if (link->wants_write() != was_waiting) loop_.watch_writes(link->fd(), id, link->wants_write());
+  }
+  for (uint64_t id : over) drop(id);
+}
+
+void Transport::run() {
+  std::vector<Loop::Ready> ready;
+  while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
+    int64_t wake_at = monotonic_ns() + kHousekeepingNs;
+    for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
+    loop_.wait(wake_at, ready);
+    carry_out_commands();
+    service(monotonic_ns(), ready);
+  }
+  while (!links_.empty()) drop(links_.begin()->first);
+}
+
+}  // namespace parablock

@@ -1,0 +1,106 @@
+// The transport of a process: one thread that owns every socket. It never takes the GIL and never calls Python.
+//
+// Every public function may be called from any thread except the loop's own. Calls that change a link are queued and
+// carried out by the loop thread in the order in which they were made; what happens comes back as Events.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "link.h"
+#include "loop.h"
+#include "session.h"
+
+namespace parablock {
+
+struct TransportOptions {
+  double bytes_per_second = 0;  // every link sends at most this much; 0: unlimited
+  int64_t delay_ns = 0;         // and every frame arrives this much later
+  int64_t idle_timeout_ns = 60'000'000'000;
+  size_t max_links = 1024;      // accepted connections beyond are closed at once
+  uint64_t window_bytes = 64 << 20;
+};
+
+struct LinkStats {
+  uint64_t bytes_in = 0;   // headers included
+  uint64_t bytes_out = 0;
+  int64_t round_trip_ns = 0;
+};
+
+class Transport {
+ public:
+  explicit Transport(TransportOptions options);
+  ~Transport();  // as close(0)
+
+  // Throw std::system_error.
+  uint16_t listen(const std::string& host, uint16_t port);  // returns the port taken
+  uint64_t connect(const std::string& host, uint16_t port, int64_t timeout_ns);  // blocks; returns the link
+
+  void send_control(uint64_t link, std::string message);
+  void send(uint64_t link, TransferKey key, std::shared_ptr<Source> source);
+  void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout);  // throws invalid_argument
+  void cancel_receive(uint64_t link, TransferKey key);
+  // The peer has proved who it is: larger control messages are read, and `run` must stand in every frame.
+  void trust(uint64_t link, uint64_t run, size_t control_bytes);
+  void close_link(uint64_t link, std::string reason);  // after what is queued has left
+
+  std::shared_ptr<Source> make_source(std::shared_ptr<Buffer> buffer, Layout layout, bool complete);
+
+  std::optional<Event> next_event(int64_t timeout_ns);
+  LinkStats stats(uint64_t link) const;  // zeros when the link is gone
+
+  // Flushes and closes every link, for at most `flush_ns`, and ends the thread. Idempotent.
+  void close(int64_t flush_ns);
+
+ private:
+  using Command = std::function<void()>;
+
+  // Shared with Sources, which may outlive the transport: after the end `wake` is a no-op.
+  struct Waker {
+    std::mutex mutex;
+    Loop* loop = nullptr;
+    void wake();
+  };
+
+  void run();
+  void push(Command command);
+  void push_on_link(uint64_t link, std::function<void(Link&)> action);
+  void carry_out_commands();
+  void accept_all(int listener);
+  void add_link(uint64_t id, Fd fd);
+  void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
+  void publish(Link& link);
+  void drop(uint64_t link);
+  void publish(Event event);
+
+  TransportOptions options_;
+  Loop loop_;
+  std::shared_ptr<Waker> waker_;
+
+  std::mutex command_mutex_;
+  std::vector<Command> commands_;
+
+  std::mutex event_mutex_;
+  std::condition_variable event_ready_;
+  std::deque<Event> events_;
+
+  mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
+  std::map<uint64_t, std::unique_ptr<Link>> links_;
+  std::vector<Fd> listeners_;
+  std::atomic<uint64_t> next_link_{1};
+
+  std::atomic<bool> stopping_{false};
+  int64_t stop_deadline_ns_ = 0;
+  std::thread thread_;
+};
+
+}  // namespace parablock

@@ -1,0 +1,23 @@
+"""ParaBlock-RT: federated fine-tuning of large models, one block at a time, with the network behind the computation."""
+
+from parablock_rt import codec
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.client import RoundReport, Run, StepReport, join
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import ParaBlockError
+from parablock_rt.server import Server, serve
+from parablock_rt.version import __version__
+
+__all__ = [
+    "BlockPlan",
+    "ParaBlockError",
+    "RoundReport",
+    "Run",
+    "RunConfig",
+    "Server",
+    "StepReport",
+    "__version__",
+    "codec",
+    "join",
+    "serve",
+]

@@ -1,0 +1,106 @@
+"""The server's copy of the model: folding contributions, the server optimiser, the change that goes back down.
+
+Two copies of each block: the master `x` in fp32, which the optimiser moves, and the reference `x̂` in the model's dtype,
+the bits that every client holds. What a downlink body cannot carry stays in `x − x̂` and goes down the next time.
+
+Nothing here knows clients, deadlines or sockets. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from parablock_rt import codec
+from parablock_rt.blocks import BlockPlan, FlatBlock
+from parablock_rt.staging import Encoding, Piece, Stager
+from parablock_rt.transport import Transport
+
+_MOMENTUM = 0.9
+_BETA1, _BETA2, _TAU = 0.9, 0.99, 1e-3  # the values of Reddi et al., "Adaptive Federated Optimization", 2021
+
+
+class ServerOptimizer:
+    """`x[b] ← x[b] + lr · direction(mean change)`, with the state of each block apart.
+
+    `average` moves by the mean itself (FedAvg at lr 1), `momentum` by its running sum, `adam` and `yogi` as FedAdam and
+    FedYogi (Reddi et al. 2021, algorithm 2, no bias correction).
+    """
+
+    def __init__(self, name: str, lr: float) -> None:
+        self.name = name
+        self.lr = lr
+        self._first: dict[int, Tensor] = {}
+        self._second: dict[int, Tensor] = {}
+
+    def step(self, block: int, x: Tensor, mean: Tensor) -> None:
+        """Moves `x` (fp32, [flat_numel]) in place; `mean` may be overwritten."""
+        if self.name == "average":
+            x.add_(mean, alpha=self.lr)
+            return
+        m = self._first.setdefault(block, torch.zeros_like(x))
+        if self.name == "momentum":
+            x.add_(m.mul_(_MOMENTUM).add_(mean), alpha=self.lr)
+            return
+        v = self._second.setdefault(block, torch.full_like(x, _TAU**2))
+        m.lerp_(mean, 1 - _BETA1)
+        square = mean.square_()
+        if self.name == "adam":
+            v.lerp_(square, 1 - _BETA2)
+        else:
+            v.addcmul_(square, torch.sign(v - square), value=-(1 - _BETA2))
+        x.addcdiv_(m, v.sqrt().add_(_TAU), value=self.lr)
+
+
+class Master:
+    """All blocks of the server's model. `blocks[b].flats` is the reference: the model's own parameters."""
+
+    def __init__(self, blocks: list[FlatBlock], format: str, optimizer: ServerOptimizer) -> None:
+        self.blocks = blocks
+        self.format = format
+        self._optimizer = optimizer
+        self._x: dict[int, Tensor] = {}
+
+    def x(self, block: int) -> Tensor:
+        """The fp32 master of a block, [flat_numel]; begins as the reference widened."""
+        if block not in self._x:
+            self._x[block] = torch.cat([flat.float() for flat in self.blocks[block].flats])
+        return self._x[block]
+
+    def fold_mean(self, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int) -> Encoding:
+        """Moves the master by the round's mean and begins to encode what the clients get. `mean` is overwritten.
+
+        The encoding's source may be sent at once; `land` must follow before the block is touched again.
+        """
+        x = self.x(block)
+        self._optimizer.step(block, x, mean)
+        pieces = [
+            Piece(now=x[segment.start : segment.start + segment.length], ref=flat)
+            for segment, flat in zip(self.blocks[block].block.segments, self.blocks[block].flats, strict=True)
+        ]
+        return stager.encode(pieces, self.format, chunk, transport)
+
+    def land(self, block: int, encoding: Encoding) -> int:
+        """Waits for the encoding, moves the reference by it and returns the reference's fingerprint."""
+        encoding.wait()
+        codec.apply_(self.blocks[block].flats, encoding.body, format=self.format)
+        return fingerprint(self.blocks[block])
+
+
+def fingerprint(block: FlatBlock | list[Tensor]) -> int:
+    """One number for the bits of a whole block (its segments in order)."""
+    flats = block.flats if isinstance(block, FlatBlock) else block
+    total = 0
+    for flat in flats:
+        total = (3 * total + codec.fingerprint(flat)) % 2**64
+    return total
+
+
+def digest(plan: BlockPlan, fingerprints: list[int]) -> str:
+    """One text for the bits of all blocks of a plan: sha256 over the plan's digest and the fingerprints."""
+    sha = hashlib.sha256(bytes.fromhex(plan.digest))
+    for value in fingerprints:
+        sha.update(value.to_bytes(8, "little"))
+    return sha.hexdigest()

@@ -1,0 +1,631 @@
+"""The partition of a model's parameters into blocks, and the flat buffers that the blocks live in.
+
+`BlockPlan` says which parameters form which block and where each stands in its block's flat index space; it holds names
+and numbers, never tensors, so it can be built for a model on the meta device and sent over the wire (`PlanSpec`).
+`BlockPlan.materialise` re-homes the parameters as views of one flat buffer per block and dtype.
+
+This module must not decide when a block trains, must not change `requires_grad` and must not import transformers.
+Nothing here allocates by a number that came over the wire: a spec only selects among the model's own parameters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+import re
+import reprlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from parablock_rt.errors import ConfigError, PlanError, PlanMismatchError
+
+ALIGNMENT = 128
+"""Elements. Parameters and segments start at multiples of it, so a codec group never crosses a parameter."""
+
+# The order is part of the layout: a block's segments stand in it.
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Wire format -> bytes of 128 packed elements: the codes, and for int8 and int4 a 2-byte scale per 128 and per 64.
+_BYTES_PER_128 = {"fp32": 512, "bf16": 256, "int8": 130, "int4": 68}
+
+_LAST_OUTER = re.compile(r"(^|[._])(final|norm|ln_f|head|out)([._]|$)")
+_HOW_TO_NAME = (
+    'name the blocks yourself: BlockPlan.from_model(model, blocks=["model.layers.0", "model.layers.1"]) with name '
+    'prefixes, blocks=["encoder.*.weight"] with a glob pattern, or blocks=4 for four parts of about equal size'
+)
+
+
+class ParameterSpec(msgspec.Struct, frozen=True):
+    """One parameter as plain data; `dtype` is "fp32", "bf16" or "fp16"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class BlockSpec(msgspec.Struct, frozen=True):
+    """One block as plain data: its parameters in plan order."""
+
+    name: str
+    parameters: tuple[ParameterSpec, ...]
+
+
+class PlanSpec(msgspec.Struct, frozen=True):
+    """A whole plan as plain data. Offsets are not in it: they follow from the order, shapes and dtypes."""
+
+    blocks: tuple[BlockSpec, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter stands: elements `offset` to `offset + numel` of its block's flat index space."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    numel: int
+
+    @property
+    def padded(self) -> int:
+        """`numel` rounded up to the alignment; what lies beyond `numel` is a gap of zeros."""
+        return -(-self.numel // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a block's flat index space that holds one dtype: `length` elements from `start`."""
+
+    dtype: torch.dtype
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block. `slots` are in plan order; offsets rise with it within a dtype, and dtypes follow one another.
+
+    `numel` counts the parameters' elements, `flat_numel` the flat index space with its gaps (a multiple of 128).
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    segments: tuple[Segment, ...]
+    numel: int
+    flat_numel: int
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the block's parameters in plan order."""
+        return [slot.name for slot in self.slots]
+
+    def wire_bytes(self, format: str) -> int:
+        """Bytes of the block's packed body in a wire format. Raises ConfigError for an unknown format."""
+        if format not in _BYTES_PER_128:
+            raise ConfigError(f"format must be one of {', '.join(_BYTES_PER_128)}; found {format!r}")
+        return self.flat_numel // 128 * _BYTES_PER_128[format]
+
+    def segment_slots(self, segment: Segment) -> Iterator[tuple[int, Slot]]:
+        """The slots of one segment with their positions in `slots`, by rising offset."""
+        return ((i, slot) for i, slot in enumerate(self.slots) if slot.dtype == segment.dtype)
+
+
+@dataclass(eq=False)
+class FlatBlock:
+    """A block in memory: `flats[i]` (1-D, `segments[i].length`) owns the storage that `params` (plan order) view."""
+
+    block: Block
+    flats: list[Tensor]
+    params: list[nn.Parameter]
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Views into another flat buffer of the whole block (such as fp32 masters), shaped and ordered like `params`.
+
+        `buffer`: 1-D, contiguous, `block.flat_numel` elements, any dtype and device. Raises PlanError otherwise.
+        """
+        if buffer.shape != (self.block.flat_numel,) or not buffer.is_contiguous():
+            raise PlanError(
+                f"a flat buffer of block {self.block.name!r} must be contiguous with shape ({self.block.flat_numel},); "
+                f"found shape {tuple(buffer.shape)}, strides {buffer.stride()}; allocate block.flat_numel elements"
+            )
+        return [buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self.block.slots]
+
+
+class BlockPlan:
+    """An ordered, disjoint partition of (some of) a model's parameters into blocks.
+
+    `blocks`: the blocks in order. `frozen`: (name, reason) of every parameter left out. `aliases`: for each tied
+    parameter, planned or frozen, its other names. `digest`: sha256 (hex) over names, shapes, dtypes, offsets and
+    their order; equal on every machine for equal plans, whatever is frozen beside them.
+    """
+
+    def __init__(self, model: nn.Module, spec: PlanSpec, reasons: dict[str, str]) -> None:
+        """For the class methods: `spec` must fit `model`, and `reasons` has one for every parameter outside of it."""
+        self.blocks: list[Block] = [_lay_out(block) for block in spec.blocks]
+        self.frozen: list[tuple[str, str]] = list(reasons.items())
+        self._numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self.aliases: dict[str, list[str]] = {
+            names[0]: names[1:] for names in _all_names(model).values() if len(names) > 1
+        }
+        self._spec = spec
+        description = [
+            [b.name, [[s.name, list(s.shape), _DTYPE_NAMES[s.dtype], s.offset] for s in b.slots]] for b in self.blocks
+        ]
+        self.digest: str = hashlib.sha256(json.dumps(["block-plan-1", description]).encode()).hexdigest()
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        blocks: int | Sequence[str | Sequence[str]] | None = None,
+        *,
+        outer: Literal["freeze", "train"] = "freeze",
+    ) -> BlockPlan:
+        """Partition `model`.
+
+        `blocks=None`: one block for each decoder layer. The layers are the `nn.ModuleList` that owns the most
+        parameters (so neither the experts inside a layer nor a smaller tower beside them count), lists of embeddings
+        aside; a member that owns no parameters forms no block. What stands outside the layers is left frozen
+        (`outer="freeze"`), or (`outer="train"`) forms a first block "embeddings" and a last block "head":
+        `nn.Embedding` weights go to the first, what is defined behind the layers to the last, and what is defined
+        before them to the first unless its name speaks of a final norm, a head or an output projection.
+
+        `blocks=n`: n blocks of consecutive whole parameters in definition order, of about equal size.
+
+        `blocks=[...]`: one block an item. An item is a name prefix ("model.layers.1" does not match
+        "model.layers.10"), a glob pattern, or a list of those; what no item matches is left frozen. `outer` matters
+        for `blocks=None` only.
+
+        A tied parameter goes by its first name in `named_parameters()` order and belongs to the first block that owns
+        it. Left out and listed in `frozen`: parameters that do not require gradients now, are not fp32, bf16 or fp16,
+        are quantised, sparse or another tensor subclass, or have no elements.
+
+        Raises PlanError when no block can be found or the request does not fit the model.
+        """
+        if outer not in ("freeze", "train"):
+            raise ConfigError(f"outer must be 'freeze' or 'train'; found {outer!r}")
+        parameters = dict(model.named_parameters())
+        reasons = {name: reason for name, p in parameters.items() if (reason := _why_left_out(p)) is not None}
+        trainable = [name for name in parameters if name not in reasons]
+        if not trainable:
+            found = next((f"only such as {name!r}: {reason}" for name, reason in reasons.items()), "no parameters")
+            raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters; found {found}; set requires_grad=True")
+        if blocks is None:
+            groups, rest = _by_layers(model, trainable, outer), "outside the decoder layers (outer='freeze')"
+        elif isinstance(blocks, int):
+            groups, rest = _by_count(trainable, [parameters[n].numel() for n in trainable], blocks), ""
+        else:
+            groups, rest = _by_patterns(_all_names(model), reasons, blocks), "not named by any item of blocks"
+        planned = {name for _, names in groups for name in names}
+        spec = PlanSpec(
+            tuple(BlockSpec(block, tuple(_describe(n, parameters[n]) for n in names)) for block, names in groups)
+        )
+        return cls(model, spec, {n: reasons.get(n, rest) for n in parameters if n not in planned})
+
+    @classmethod
+    def from_spec(cls, model: nn.Module, spec: PlanSpec) -> BlockPlan:
+        """The plan that another side described, for this side's model; `requires_grad` here does not matter.
+
+        `spec` may come from an untrusted peer. Raises PlanMismatchError naming the first parameter that is missing,
+        differs in shape or dtype, cannot be trained here, or appears twice.
+        """
+        taken = set(map(id, (p for block in _find_parameters(model, spec) for p in block)))
+        names: set[str] = set()
+        for block in spec.blocks:
+            if not 0 < len(block.name) <= 256 or not block.name.isprintable() or block.name in names:
+                raise PlanMismatchError(
+                    f"block names must be unique and have 1 to 256 printable characters; found {_clip(block.name)} in "
+                    f"the server's plan; check that this is the intended server"
+                )
+            names.add(block.name)
+        reasons = {
+            name: _why_left_out(p) or "not part of the server's plan"
+            for name, p in model.named_parameters()
+            if id(p) not in taken
+        }
+        return cls(model, spec, reasons)
+
+    def spec(self) -> PlanSpec:
+        """The plan as plain data that goes over the wire."""
+        return self._spec
+
+    def check_same(self, spec: PlanSpec) -> None:
+        """Raise PlanMismatchError naming the first difference between this plan and another side's; None if equal."""
+        fix = "give both sides the same model, dtype and blocks"
+        for i, (mine, theirs) in enumerate(zip(self._spec.blocks, spec.blocks, strict=False)):
+            if mine.name != theirs.name:
+                raise PlanMismatchError(
+                    f"block {i} is {_clip(theirs.name)} on the server and {mine.name!r} here; {fix}"
+                )
+            for j in range(max(len(mine.parameters), len(theirs.parameters))):
+                a = mine.parameters[j] if j < len(mine.parameters) else None
+                b = theirs.parameters[j] if j < len(theirs.parameters) else None
+                if a != b:
+                    raise PlanMismatchError(
+                        f"parameter {j} of block {mine.name!r} is {_show(b)} on the server and {_show(a)} here; {fix}"
+                    )
+        if len(self._spec.blocks) != len(spec.blocks):
+            raise PlanMismatchError(f"the server has {len(spec.blocks)} blocks, this plan {len(self.blocks)}; {fix}")
+
+    def materialise(self, model: nn.Module) -> list[FlatBlock]:
+        """Re-home each block's parameters as contiguous views of one zero-gapped flat buffer per segment.
+
+        Values are kept bit by bit, Parameter objects stay the same (so ties hold), and each old storage is released as
+        soon as its segment is copied: the extra memory at any time is one block. A block that is homed already (a
+        second call) is not copied. Call it before a DDP wrap, and before optimisers that hold views or flattened
+        copies of the weights; moving or casting the model later (`model.to(...)`) undoes it, and a new call repairs it.
+        Saving: `save_pretrained`, `safetensors.torch.save_file` and `torch.save` of a state dict work as before;
+        `safetensors.torch.save_model` refuses tensors that are views, and `torch.save` of a single parameter writes its
+        whole block.
+
+        Raises PlanMismatchError if the model is not the planned one, and PlanError if a block spans devices, a
+        parameter is on the meta device, or two Parameters share memory without being tied.
+        """
+        found = _find_parameters(model, self._spec)
+        planned = {id(parameter) for params in found for parameter in params}
+        _check_no_hidden_sharing(model, planned)
+        return [_home(block, params) for block, params in zip(self.blocks, found, strict=True)]
+
+    def frozen_fingerprint(self, model: nn.Module) -> str:
+        """sha256 (hex) over what the plan does not train: the names, shapes, dtypes and bytes of the other parameters
+        and of the floating-point persistent buffers. Equal fingerprints prove equal frozen parts.
+
+        Raises PlanError if one of them is on the meta device.
+        """
+        planned = {name for block in self.blocks for name in block.parameters}
+        tensors: dict[str, Tensor] = {}
+        for names in _all_names(model).values():
+            if planned.isdisjoint(names):
+                tensors[f"parameter {names[0]}"] = model.get_parameter(names[0])
+        for path, module in model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if key not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                    tensors[f"buffer {path}.{key}"] = buffer
+        digest = hashlib.sha256(b"frozen-1")
+        for name in sorted(tensors):
+            for label, plain in _plain_tensors(name, tensors[name]):
+                if plain.is_meta:
+                    raise PlanError(f"{label} is on the meta device, without bytes to compare; load the weights first")
+                digest.update(json.dumps([label, list(plain.shape), str(plain.dtype)]).encode())
+                digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def describe(self, formats: Sequence[str] = ("bf16", "int8", "int4")) -> str:
+        """A plain-text table: per block the parameters, elements and wire bytes in each format; then ties and what is
+        frozen. Raises ConfigError for an unknown format."""
+        rows = [["block", "parameters", "elements", *formats]]
+        for b in self.blocks:
+            rows.append([b.name, str(len(b.slots)), f"{b.numel:,}", *(_size(b.wire_bytes(f)) for f in formats)])
+        totals = [_size(sum(b.wire_bytes(f) for b in self.blocks)) for f in formats]
+        slots, numel = sum(len(b.slots) for b in self.blocks), sum(b.numel for b in self.blocks)
+        rows.append([f"total: {len(self.blocks)} blocks", str(slots), f"{numel:,}", *totals])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        align = ["<", *[">"] * (len(widths) - 1)]
+        lines = ["  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)) for row in rows]
+        rule = "-" * len(lines[0])
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        for name, others in self.aliases.items():
+            lines.append(f"tied: {name} = {' = '.join(others)}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.frozen:
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            amount = f"{len(names)} parameters, {sum(self._numel[name] for name in names):,} elements"
+            lines.append(f"frozen: {amount}, {reason}: {', '.join(names[:4])}{more}")
+        return "\n".join(lines)
+
+
+def _lay_out(spec: BlockSpec) -> Block:
+    """Assign offsets: dtype after dtype, within a dtype in plan order, each parameter at the next multiple of 128."""
+    slots: dict[str, Slot] = {}
+    segments: list[Segment] = []
+    offset = 0
+    for dtype_name, dtype in _DTYPES.items():
+        start = offset
+        for p in spec.parameters:
+            if p.dtype == dtype_name:
+                slots[p.name] = slot = Slot(p.name, p.shape, dtype, offset, torch.Size(p.shape).numel())
+                offset += slot.padded
+        if offset > start:
+            segments.append(Segment(dtype, start, offset - start))
+    ordered = tuple(slots[p.name] for p in spec.parameters)
+    return Block(spec.name, ordered, tuple(segments), sum(s.numel for s in ordered), offset)
+
+
+def _describe(name: str, parameter: Tensor) -> ParameterSpec:
+    return ParameterSpec(name, tuple(parameter.shape), _DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype)))
+
+
+def _show(spec: ParameterSpec | None) -> str:
+    """A parameter in a message; clipped, for it may come from an untrusted peer."""
+    return "absent" if spec is None else f"{_clip(spec.name)} {reprlib.repr(spec.shape)} {_clip(spec.dtype)}"
+
+
+def _clip(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def _size(count: int) -> str:
+    """Bytes for a reader, in decimal units as network rates are."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all of its names, both in definition order."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), []).append(name)
+    return {names[0]: names for names in by_identity.values()}
+
+
+def _unfit(parameter: nn.Parameter) -> str | None:
+    """Why a parameter can never be in a block; None if it can."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return f"quantised ({type(parameter).__name__})"
+    if type(parameter.data) is not Tensor:
+        return f"a tensor subclass ({type(parameter.data).__name__}) that has no flat memory"
+    if parameter.dtype not in _DTYPE_NAMES:
+        name = str(parameter.dtype).removeprefix("torch.")
+        if not parameter.is_floating_point():
+            return f"not floating point ({name})"
+        return f"{name} is unsupported (fp32, bf16 and fp16 are)"
+    if parameter.layout != torch.strided:
+        return f"sparse ({parameter.layout})"
+    return "has no elements" if parameter.numel() == 0 else None
+
+
+def _why_left_out(parameter: nn.Parameter) -> str | None:
+    return _unfit(parameter) or (None if parameter.requires_grad else "requires_grad is False")
+
+
+def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The path and list of the decoder layers by the rule that `BlockPlan.from_model` states."""
+    best: tuple[str, nn.ModuleList] | None = None
+    most = 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(isinstance(member, nn.Embedding) for member in module):
+            size = sum(p.numel() for p in module.parameters())
+            if size > most:
+                best, most = (path, module), size
+    return best
+
+
+def _by_layers(model: nn.Module, trainable: list[str], outer: str) -> list[tuple[str, list[str]]]:
+    """Blocks (name, parameters): one a decoder layer and, if trained, what stands before and behind the layers."""
+    found = _find_layers(model)
+    if found is None:
+        kind = type(model).__name__
+        raise PlanError(f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}")
+    path, layers = found
+    prefix = f"{path}." if path else ""
+    blocks: dict[str, list[str]] = {f"{prefix}{i}": [] for i in range(len(layers))}
+    first: list[str] = []
+    last: list[str] = []
+    behind = False
+    wanted = set(trainable)
+    for name, _ in model.named_parameters():
+        layer = prefix + name.removeprefix(prefix).split(".", 1)[0] if name.startswith(prefix) else ""
+        if layer in blocks:
+            behind = True
+        if name not in wanted:
+            continue
+        if layer in blocks:
+            blocks[layer].append(name)
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            first.append(name)
+        elif behind or ("emb" not in name and _LAST_OUTER.search(name)):
+            last.append(name)
+        else:
+            first.append(name)
+    groups = list(blocks.items())
+    if outer == "train":
+        groups = [("embeddings", first), *groups, ("head", last)]
+    groups = [(name, names) for name, names in groups if names]
+    if not groups:
+        raise PlanError(
+            f"expected trainable parameters in the decoder layers {path!r}; found only {trainable[0]!r} outside; "
+            f"set requires_grad=True on the layers, pass outer='train', or {_HOW_TO_NAME}"
+        )
+    return groups
+
+
+def _by_count(trainable: list[str], sizes: list[int], count: int) -> list[tuple[str, list[str]]]:
+    """`count` runs of consecutive parameters, each cut where the running size is nearest to an equal share."""
+    if isinstance(count, bool) or not 1 <= count <= len(trainable):
+        raise PlanError(
+            f"blocks must be between 1 and the number of trainable parameters, {len(trainable)}, since a parameter is "
+            f"never split; found {count}; ask for fewer blocks"
+        )
+    ends = list(itertools.accumulate(sizes))
+    cuts = [0]
+    for i in range(1, count):
+        share = ends[-1] * i / count
+        cut = bisect_left(ends, share) + 1
+        if cut > 1 and share - ends[cut - 2] <= ends[cut - 1] - share:
+            cut -= 1
+        cuts.append(min(max(cut, cuts[-1] + 1), len(sizes) - (count - i)))
+    cuts.append(len(sizes))
+    return [(f"block.{i}", trainable[a:b]) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """A whole name or a leading part of it that ends at a dot; `*`, `?` and `[...]` as in file names."""
+    pattern = pattern.removesuffix(".")
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _by_patterns(
+    names: dict[str, list[str]], reasons: dict[str, str], items: Sequence[str | Sequence[str]]
+) -> list[tuple[str, list[str]]]:
+    """One block an item. A parameter that two items reach by one name is an error; by names that are tied, the first
+    item has it. The patterns within an item may overlap."""
+    if not isinstance(items, (list, tuple)) or not items:
+        raise PlanError(f"blocks must be None, a number or a list, an item a block; found {items!r}; {_HOW_TO_NAME}")
+    owner: dict[str, str] = {}  # every name an item matched -> that item
+    taken: set[str] = set()
+    groups: list[tuple[str, list[str]]] = []
+    for i, item in enumerate(items):
+        patterns = [item] if isinstance(item, str) else list(item)
+        if not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise PlanError(
+                f"item {i} of blocks must be a name, a glob or a list of those; found {item!r}; {_HOW_TO_NAME}"
+            )
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for every in names.values() for name in every):
+                raise PlanError(
+                    f"{pattern!r} in item {i} of blocks matches no parameter; names look like {next(iter(names))!r}; a "
+                    f"prefix must end at a dot of the name"
+                )
+        members: list[str] = []
+        seen: list[str] = []
+        for first, every in names.items():
+            hits = [name for name in every if any(_matches(pattern, name) for pattern in patterns)]
+            for name in hits:
+                if name in owner:
+                    raise PlanError(
+                        f"parameter {name!r} is matched by two items of blocks, {owner[name]} and {item!r}; it can "
+                        f"belong to one block only: make the patterns disjoint"
+                    )
+            owner.update(dict.fromkeys(hits, repr(item)))
+            if hits:
+                seen.append(first)
+                if first not in reasons and first not in taken:
+                    members.append(first)
+        if not members:
+            why = reasons.get(seen[0], "it is tied to a parameter of an earlier item")
+            raise PlanError(f"item {item!r} of blocks has no parameter to train ({seen[0]!r}: {why}); remove the item")
+        taken.update(members)
+        title = ", ".join(patterns)
+        title = title if len(title) <= 80 else title[:80] + "..."
+        groups.append((title if all(title != name for name, _ in groups) else f"{title} #{i}", members))
+    return groups
+
+
+def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter]]:
+    """The model's parameters that a plan names, block by block; PlanMismatchError at the first that does not fit."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    taken: dict[int, str] = {}
+    found: list[list[nn.Parameter]] = []
+    if not spec.blocks:
+        raise PlanMismatchError("the plan has no blocks; check that this is the intended server")
+    for block in spec.blocks:
+        if not block.parameters:
+            raise PlanMismatchError(f"block {_clip(block.name)} is empty; check that this is the intended server")
+        found.append([])
+        for wanted in block.parameters:
+            parameter = own.get(wanted.name)
+            if parameter is None:
+                raise PlanMismatchError(
+                    f"the plan has parameter {_show(wanted)}; this model ({type(model).__name__}) has none of that "
+                    f"name; load the model that the plan was made for"
+                )
+            here = _describe(wanted.name, parameter)
+            if here != wanted or (reason := _unfit(parameter)) is not None:
+                kind = "" if here != wanted else f", {reason}"
+                raise PlanMismatchError(
+                    f"the plan has parameter {_show(wanted)}; this model has {_show(here)}{kind}; "
+                    f"load the model that the plan was made for, in the same dtype"
+                )
+            if id(parameter) in taken:
+                raise PlanMismatchError(
+                    f"the plan has parameter {_show(wanted)} beside {taken[id(parameter)]!r}; in this model both are "
+                    f"one parameter; tie or untie the weights as in the model that the plan was made for"
+                )
+            taken[id(parameter)] = wanted.name
+            found[-1].append(parameter)
+    return found
+
+
+def _check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
+    """Distinct Parameters over the same memory are tied in a way that re-homing would silently end: refuse them.
+
+    A dense parameter counts with all its bytes, a strided one with its first element.
+    """
+    spans: list[tuple[str, int, int, str, bool]] = []
+    for name, p in model.named_parameters():
+        if type(p.data) is Tensor and p.layout == torch.strided and p.numel() and not p.is_meta:
+            reach = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+            length = p.numel() if reach == p.numel() else 1
+            start = p.data_ptr()
+            spans.append((str(p.device), start, start + length * p.element_size(), name, id(p) in planned))
+    widest = ("", 0, 0, "", False)
+    for span in sorted(spans):
+        if span[0] == widest[0] and span[1] < widest[2] and (span[4] or widest[4]):
+            raise PlanError(
+                f"parameters {widest[3]!r} and {span[3]!r} share memory but are not the same nn.Parameter; assign one "
+                f"Parameter object to both modules to tie them, or clone one to separate them"
+            )
+        if span[0] != widest[0] or span[2] > widest[2]:
+            widest = span
+
+
+def _home(block: Block, params: list[nn.Parameter]) -> FlatBlock:
+    """Put one block's parameters into flat buffers, or find those that they are in already."""
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise PlanError(
+            f"the parameters of block {block.name!r} must be on one real device; found {', '.join(devices)}; "
+            f"load the weights and move the model with model.to(device) first"
+        )
+    flats: list[Tensor] = []
+    for segment in block.segments:
+        members = [(slot, params[i]) for i, slot in block.segment_slots(segment)]
+        flat = _existing_flat(segment, members)
+        if flat is None:
+            flat = torch.zeros(segment.length, dtype=segment.dtype, device=params[0].device)
+            for slot, parameter in members:
+                start = slot.offset - segment.start
+                view = flat[start : start + slot.numel].view(slot.shape)
+                view.copy_(parameter.detach())
+                parameter.data = view
+        flats.append(flat)
+    return FlatBlock(block, flats, params)
+
+
+def _existing_flat(segment: Segment, members: list[tuple[Slot, nn.Parameter]]) -> Tensor | None:
+    """The flat buffer that already holds exactly these parameters at their places, with zero gaps; else None."""
+    storage = members[0][1].untyped_storage()
+    if storage.nbytes() != segment.length * segment.dtype.itemsize:
+        return None
+    for slot, p in members:
+        same = p.untyped_storage().data_ptr() == storage.data_ptr()
+        if not (same and p.storage_offset() == slot.offset - segment.start and p.is_contiguous()):
+            return None
+    flat = torch.empty(0, dtype=segment.dtype, device=members[0][1].device).set_(storage)
+    gaps = [flat[s.offset - segment.start + s.numel : s.offset - segment.start + s.padded] for s, _ in members]
+    return None if bool(torch.cat(gaps).any()) else flat
+
+
+def _plain_tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that make up a tensor: itself, the parts of a subclass, and a quantised one's scales."""
+    data = value.data
+    if type(data) is Tensor:
+        yield label, data
+    elif hasattr(data, "__tensor_flatten__"):
+        for attribute in sorted(data.__tensor_flatten__()[0]):
+            yield from _plain_tensors(f"{label}/{attribute}", getattr(data, attribute))
+    else:
+        raise PlanError(f"{label} is a {type(data).__name__}, whose bytes cannot be compared; use a plain tensor")
+    yield from _state_tensors(label, getattr(value, "quant_state", None))
+
+
+def _state_tensors(label: str, state: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a quantisation state, which may hold another one (doubly quantised scales)."""
+    for key, part in sorted(vars(state).items()) if hasattr(state, "__dict__") else ():
+        if isinstance(part, Tensor):
+            yield f"{label}/{key}", part.data
+        elif hasattr(part, "absmax"):
+            yield from _state_tensors(f"{label}/{key}", part)

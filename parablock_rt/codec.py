@@ -1,0 +1,304 @@
+"""The codec on the CPU: one block's change to bytes and back, exact sums of packed blocks, fingerprints.
+
+Takes flat blocks: 1-D contiguous tensors whose length is a multiple of 128. Knows nothing of models, rounds or networks
+and keeps no state besides an `Accumulator`'s. Checks everything about its arguments that the native code relies on,
+except that buffers do not overlap. The bytes depend on neither the number of threads nor the instruction set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from parablock_rt import _C
+from parablock_rt.errors import CodecError, ConfigError
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+ALIGNMENT = 128  # elements; every flat length is a multiple
+MAX_CONTRIBUTIONS = 4095  # each adds up to 2^51 to a limb in magnitude, so their sum stays below 2^63
+LARGEST_CONTRIBUTION = 2.0**31  # bound of weight * |decoded value| (exclusive)
+
+_GROUP = {"int8": 128, "int4": 64}
+_CODE_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LARGEST_FP32 = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed block: `body`, a uint8 tensor of `body_bytes` elements, and what could not be packed.
+
+    `bad_groups` counts the groups (int8, int4) or elements (fp32, bf16) that were not finite and went out as zeros.
+    """
+
+    body: torch.Tensor
+    bad_groups: int
+
+
+def check_format(name: str) -> str:
+    """Return `name` if it is one of `FORMATS`, else raise ConfigError."""
+    if name not in FORMATS:
+        raise ConfigError(f"expected a format out of {', '.join(FORMATS)}; found {name!r}")
+    return name
+
+
+def group_size(format: str) -> int | None:
+    """Elements that share one scale; None for formats without scales."""
+    return _GROUP.get(check_format(format))
+
+
+def scale_bytes(numel: int, format: str) -> int:
+    """Bytes of the scales of a block of `numel` elements, which come first in a body; 0 for fp32 and bf16."""
+    group = group_size(format)
+    _check_length(numel)
+    return 0 if group is None else numel // group * 2
+
+
+def body_bytes(numel: int, format: str) -> int:
+    """Bytes of a packed block of `numel` elements (a multiple of 128): scales and codes."""
+    return scale_bytes(numel, format) + numel * _CODE_BITS[format] // 8
+
+
+def encode(
+    now: torch.Tensor,
+    ref: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    format: str = "int8",
+    threads: int | None = None,
+    residual_out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> Packed:
+    """Pack `(now - ref) + residual` and keep what the packing left out.
+
+    Args:
+        now: new weights, [numel], fp32, bf16 or fp16.
+        ref: reference weights, [numel], fp32, bf16 or fp16 (not necessarily the dtype of `now`).
+        residual: what earlier packings left out, [numel], fp32; None stands for zeros. Updated in place unless
+            `residual_out` is given.
+        format: one of `FORMATS`.
+        threads: number of threads including the caller; `torch.get_num_threads()` if None.
+        residual_out: fp32 [numel] that receives the new residual instead; `residual` is then only read.
+        out: uint8 [body_bytes] to write into; allocated if None.
+
+    Raises:
+        CodecError: a tensor has an unexpected dtype, shape, layout or device.
+        ConfigError: the format is unknown.
+    """
+    count = _threads(threads)
+    numel = _check_block(now, "now", DTYPE_CODES)
+    _check_block(ref, "ref", DTYPE_CODES, numel)
+    if residual is not None:
+        _check_block(residual, "residual", (torch.float32,), numel)
+    if residual_out is not None:
+        _check_block(residual_out, "residual_out", (torch.float32,), numel)
+    kept = residual if residual_out is None else residual_out
+    body = torch.empty(body_bytes(numel, format), dtype=torch.uint8) if out is None else out
+    scales, codes = _planes(body, "out", numel, format)
+    bad = _C.encode(
+        now.data_ptr(),
+        DTYPE_CODES[now.dtype],
+        ref.data_ptr(),
+        DTYPE_CODES[ref.dtype],
+        0 if residual is None else residual.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
+        numel,
+        FORMATS.index(format),
+        scales,
+        codes,
+        count,
+    )
+    return Packed(body=body, bad_groups=bad)
+
+
+def decode(body: torch.Tensor, numel: int, *, format: str = "int8", threads: int | None = None) -> torch.Tensor:
+    """Return the change that `body` (uint8, [body_bytes]) holds, as a new fp32 tensor [numel].
+
+    Raises CodecError if the body does not fit, ConfigError for an unknown format.
+    """
+    count = _threads(threads)
+    scales, codes = _planes(body, "body", numel, format)
+    out = torch.empty(numel, dtype=torch.float32)
+    _C.decode(scales, codes, numel, FORMATS.index(format), out.data_ptr(), count)
+    return out
+
+
+def apply_(
+    target: torch.Tensor | Sequence[torch.Tensor],
+    body: torch.Tensor,
+    *,
+    format: str = "int8",
+    threads: int | None = None,
+) -> torch.Tensor | Sequence[torch.Tensor]:
+    """Add the change in `body` to `target` in place, in fp32, rounded to the nearest (even) value of its dtype.
+
+    `target` is [numel] in fp32, bf16 or fp16, or several such tensors that follow one another in the block. A sum that
+    is not a number is stored as the dtype's positive quiet NaN without payload. Returns `target`. Raises CodecError if
+    an argument does not fit, ConfigError for an unknown format.
+    """
+    count = _threads(threads)
+    parts = [target] if isinstance(target, torch.Tensor) else target
+    sizes = [_check_block(part, "target", DTYPE_CODES) for part in parts]
+    scales, codes = _planes(body, "body", sum(sizes), format)
+    for part, numel in zip(parts, sizes, strict=True):
+        _C.apply(part.data_ptr(), DTYPE_CODES[part.dtype], scales, codes, numel, FORMATS.index(format), count)
+        scales += scale_bytes(numel, format)
+        codes += numel * _CODE_BITS[format] // 8
+    return target
+
+
+class Accumulator:
+    """The weighted sum of packed blocks, bit-identical whatever the order in which they are added.
+
+    The sum is held in fixed point, as two int64 tensors of `numel` elements each: the value is
+    `hi * 2^-20 + lo * 2^-72`. Contributions may come in different formats. One thread at a time may use it.
+    """
+
+    def __init__(self, numel: int, *, threads: int | None = None) -> None:
+        """An empty sum over blocks of `numel` elements (a multiple of 128); `threads` as in `encode`."""
+        _check_length(numel)
+        self.numel = numel
+        self._threads = threads
+        self._hi = torch.zeros(numel, dtype=torch.int64)
+        self._lo = torch.zeros(numel, dtype=torch.int64)
+        self._weight = Fraction(0)  # exact, so that the total does not depend on the order either
+        self._contributions = 0
+        self.bad_groups = 0  # that the encoders marked, over all contributions
+
+    @property
+    def contributions(self) -> int:
+        """How many blocks the sum holds."""
+        return self._contributions
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of the weights, rounded once."""
+        return float(self._weight)
+
+    def add(self, body: torch.Tensor, weight: float, format: str = "int8") -> None:
+        """Add `weight` times the change in `body` (uint8, [body_bytes]). An add that raises changes nothing.
+
+        Raises:
+            CodecError: the weight is not finite and positive; the body does not fit or holds what no encoder makes; a
+                weighted value reaches 2^31; or the sum is full (`MAX_CONTRIBUTIONS`).
+            ConfigError: the format is unknown.
+        """
+        scales, codes = _planes(body, "body", self.numel, format)
+        weight = float(weight)
+        if not (math.isfinite(weight) and weight > 0):
+            raise CodecError(f"expected a finite weight above 0, found {weight}")
+        if self._contributions >= MAX_CONTRIBUTIONS:
+            raise CodecError(
+                f"expected at most {MAX_CONTRIBUTIONS} contributions to one sum; call reset() or use a second sum"
+            )
+        count = _threads(self._threads)
+        kind = FORMATS.index(format)
+        largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, count)
+        if invalid > 0 or largest > _LARGEST_FP32:
+            raise CodecError(
+                f"expected a body that an encoder made, found {invalid} impossible values and a largest magnitude of "
+                f"{largest:g}; reject this upload"
+            )
+        if weight * largest >= LARGEST_CONTRIBUTION:
+            raise CodecError(
+                f"expected weight * |value| below 2^31, found {weight:g} * {largest:g}; use smaller weights or reject "
+                "this upload"
+            )
+        _C.accumulate(self._hi.data_ptr(), self._lo.data_ptr(), scales, codes, self.numel, kind, weight, count)
+        self._weight += Fraction(weight)
+        self._contributions += 1
+        self.bad_groups += bad_groups
+
+    def mean(self) -> torch.Tensor:
+        """The weighted mean as a new fp32 tensor [numel]. Raises CodecError if nothing was added."""
+        if self._contributions == 0:
+            raise CodecError("expected at least one contribution before mean(), found none")
+        out = torch.empty(self.numel, dtype=torch.float32)
+        _C.accumulated_mean(
+            self._hi.data_ptr(),
+            self._lo.data_ptr(),
+            self.total_weight,
+            self.numel,
+            out.data_ptr(),
+            _threads(self._threads),
+        )
+        return out
+
+    def reset(self) -> None:
+        """Empty the sum; its memory is kept."""
+        self._hi.zero_()
+        self._lo.zero_()
+        self._weight = Fraction(0)
+        self._contributions = 0
+        self.bad_groups = 0
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A 64-bit fingerprint of a contiguous CPU tensor's bytes (a multiple of 4), for finding divergence.
+
+    Says nothing about dtype or shape, and is no defence against somebody who wants a collision. Raises CodecError.
+    """
+    _check_memory(tensor, "tensor")
+    size = tensor.numel() * tensor.element_size()
+    if size % 4 != 0:
+        raise CodecError(f"tensor: expected a multiple of 4 bytes, found {size}")
+    return _C.fingerprint(tensor.data_ptr(), size, _threads(None))
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return torch.get_num_threads()
+    if threads < 1:
+        raise CodecError(f"expected at least 1 thread, found {threads}")
+    return threads
+
+
+def _check_length(numel: int) -> None:
+    if numel < 0 or numel % ALIGNMENT != 0:
+        raise CodecError(f"expected a length that is a multiple of {ALIGNMENT}, found {numel}; pad the flat block")
+
+
+def _check_memory(tensor: torch.Tensor, name: str) -> None:
+    if tensor.device.type != "cpu":
+        raise CodecError(
+            f"{name}: expected a CPU tensor, found one on {tensor.device}; the GPU path is not in this build"
+        )
+    if not tensor.is_contiguous():
+        raise CodecError(f"{name}: expected contiguous memory, found strides {tensor.stride()}; call .contiguous()")
+
+
+def _check_block(
+    tensor: torch.Tensor, name: str, dtypes: dict[torch.dtype, int] | tuple[torch.dtype, ...], numel: int | None = None
+) -> int:
+    _check_memory(tensor, name)
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise CodecError(f"{name}: expected dtype {expected}; found {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.dim() != 1:
+        raise CodecError(f"{name}: expected one dimension, found shape {tuple(tensor.shape)}; pass the flat block")
+    if numel is not None and tensor.numel() != numel:
+        raise CodecError(f"{name}: expected {numel} elements like the other tensors, found {tensor.numel()}")
+    _check_length(tensor.numel())
+    return tensor.numel()
+
+
+def _planes(body: torch.Tensor, name: str, numel: int, format: str) -> tuple[int, int]:
+    """The addresses of a body's scales and codes, after checking that it has room for both."""
+    expected = body_bytes(numel, format)
+    _check_memory(body, name)
+    if body.dtype != torch.uint8 or body.dim() != 1:
+        raise CodecError(
+            f"{name}: expected a 1-D uint8 tensor, found {str(body.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(body.shape)}"
+        )
+    if body.numel() != expected:
+        raise CodecError(
+            f"{name}: expected {expected} bytes for {numel} elements as {format}, found {body.numel()}; check format "
+            "and length"
+        )
+    start = body.data_ptr()
+    return start, start + scale_bytes(numel, format)

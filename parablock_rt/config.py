@@ -1,0 +1,139 @@
+"""The settings of a run. The server owns them and sends them to every client; a client chooses none of them.
+
+Only plain data and its validation live here: no defaults that depend on the machine, nothing of the network.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from parablock_rt.codec import MAX_CONTRIBUTIONS, check_format
+from parablock_rt.errors import ConfigError
+
+Order = Literal["cyclic", "reshuffled", "reverse"]
+LocalView = Literal["own", "reference"]
+ServerOptimizer = Literal["average", "momentum", "adam", "yogi"]
+
+MAX_CLIENTS = MAX_CONTRIBUTIONS
+"""How many contributions the fixed-point sum of one round can take without a chance of overflow."""
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What server and clients must agree on, and the server's own rules for closing a round.
+
+    Raises ConfigError on construction when a value is one that no run can use.
+    """
+
+    rounds: int
+    clients: int
+    local_steps: int = 4
+    staleness: int = 1
+    format: str = "int8"
+    schedule: str = "cyclic"
+    seed: int = 0
+    local_view: str = "own"
+    fraction: float = 1.0  # of the clients that train in a round
+    quorum: int | None = None  # clients; None: more than half of the cohort
+    deadline: float | None = None  # seconds for the oldest open round; None: adapts to the speed seen
+    join_timeout: float = 600.0  # seconds to wait for all clients before the first round
+    server_optimizer: str = "average"
+    server_lr: float = 1.0
+    chunk: int = 2**18  # elements
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients", "local_steps"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.clients <= MAX_CLIENTS, "clients", f"at most {MAX_CLIENTS}", self.clients)
+        _require(self.staleness >= 0, "staleness", "0 (no overlap), 1 (ParaBlock) or more", self.staleness)
+        check_format(self.format)
+        for name, kind in (("schedule", Order), ("local_view", LocalView), ("server_optimizer", ServerOptimizer)):
+            _require(
+                getattr(self, name) in get_args(kind), name, f"one of {', '.join(get_args(kind))}", getattr(self, name)
+            )
+        _require(0 < self.fraction <= 1, "fraction", "above 0 and at most 1", self.fraction)
+        _require(
+            self.quorum is None or 1 <= self.quorum <= self.clients,
+            "quorum",
+            "from 1 to the number of clients",
+            self.quorum,
+        )
+        for name in ("deadline", "join_timeout", "server_lr"):
+            value = getattr(self, name)
+            _require(value is None or (value > 0 and math.isfinite(value)), name, "a positive number", value)
+        _require(
+            self.chunk >= 128 and self.chunk % 128 == 0, "chunk", "a positive multiple of 128 elements", self.chunk
+        )
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that train in each round."""
+        return max(1, round(self.fraction * self.clients))
+
+    @property
+    def quorum_size(self) -> int:
+        """Contributions without which a round cannot be closed, even at its deadline."""
+        return self.quorum if self.quorum is not None else self.cohort_size // 2 + self.cohort_size % 2
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {expected}; found {found!r}")
+
+
+def parse_rate(text: str) -> float:
+    """Bytes a second from "50mbit", "1gbit", "800kbit" or a plain number of bits a second; "0" or "none": unlimited.
+
+    Raises ConfigError when the text is none of these.
+    """
+    units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "bit": 1.0}
+    lowered = text.strip().lower()
+    if lowered in ("", "none", "unlimited"):
+        return 0.0
+    unit = next((unit for unit in units if lowered.endswith(unit)), "")
+    bits = _number(lowered.removesuffix(unit)) * units.get(unit, 1.0)
+    if not (bits >= 0 and math.isfinite(bits)):
+        raise ConfigError(f"a rate looks like 50mbit, 1gbit or 800kbit; found {text!r}")
+    return bits / 8
+
+
+def parse_delay(text: str) -> float:
+    """Seconds from "40ms", "0.5s" or a plain number of seconds. Raises ConfigError when the text is none of these."""
+    lowered = text.strip().lower()
+    seconds = _number(lowered[:-2]) / 1e3 if lowered.endswith("ms") else _number(lowered.removesuffix("s"))
+    if not (0 <= seconds <= 60):
+        raise ConfigError(f"a delay looks like 40ms or 0.5s and is at most 60s; found {text!r}")
+    return seconds
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of "host:port", "[::1]:port" or ":port" (all interfaces). Raises ConfigError."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"an address looks like host:7070 or [::1]:7070; found {text!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file; its keys are the command line's flags. Raises ConfigError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error

@@ -1,0 +1,156 @@
+"""A client's copy of the model: the reference, the client's own progress on top of it, and how the two are merged.
+
+For each block: `θ`, the weights the model computes with (`blocks[b].flats`); `x̂`, the reference, kept apart only while
+θ differs from it; the hand-overs whose aggregate is still under way; and the error-feedback residual.
+
+Nothing here waits, trains or touches a socket. The training thread alone uses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parablock_rt import codec
+from parablock_rt.aggregate import fingerprint
+from parablock_rt.blocks import FlatBlock
+from parablock_rt.errors import DigestError
+from parablock_rt.staging import Encoding, Piece
+
+
+@dataclass(eq=False)
+class Handover:
+    """A client's change of one block in one round, from the end of its training until the aggregate is applied."""
+
+    round: int
+    block: int
+    encoding: Encoding
+    residual: list[Tensor] | None  # what the error feedback will be if the server accepts; None once that is decided
+    progress: list[Tensor] | None = None  # fp32 a segment: θ at the end of the round − θ at its start, where needed
+
+
+@dataclass
+class _BlockState:
+    reference: list[Tensor] | None = None  # x̂ a segment; None: θ is x̂
+    pending: list[Handover] = field(default_factory=list)
+    residual: list[Tensor] | None = None  # None: zero
+
+
+class Replica:
+    """All blocks of a client's model."""
+
+    def __init__(self, blocks: list[FlatBlock], format: str, local_view: str) -> None:
+        self.blocks = blocks
+        self.format = format
+        self._keep_own = local_view == "own"
+        self._states = [_BlockState() for _ in blocks]
+
+    def begin(self, block: int) -> list[Tensor]:
+        """The block's weights as a round starts (`ref`), a copy a segment. Keeps them as x̂ if θ is x̂."""
+        state = self._states[block]
+        ref = [flat.clone() for flat in self.blocks[block].flats]
+        if state.reference is None:
+            state.reference = ref
+        return ref
+
+    def pieces(self, block: int, now: list[Tensor], ref: list[Tensor]) -> tuple[list[Piece], list[Tensor] | None]:
+        """What to encode at a hand-over, and where the new residual will be. Earlier verdicts must be in."""
+        residual = self._states[block].residual
+        lossless = self.format == "fp32"
+        kept = None if lossless else [torch.empty(part.numel()) for part in now]
+        pieces = [
+            Piece(
+                now=part,
+                ref=ref[i],
+                residual=None if residual is None else residual[i],
+                residual_out=None if kept is None else kept[i],
+            )
+            for i, part in enumerate(now)
+        ]
+        return pieces, kept
+
+    def hand_over(self, handover: Handover, ref: list[Tensor], *, others_pending: bool) -> None:
+        """Notes a hand-over. `others_pending`: an earlier aggregate for this block has not been applied yet.
+
+        With local_view "reference" the block returns to x̂ here, once the encoding has read it.
+        """
+        state = self._states[handover.block]
+        flats = self.blocks[handover.block].flats
+        if self._keep_own:
+            if others_pending:
+                handover.progress = [flat.float() - start.float() for flat, start in zip(flats, ref, strict=True)]
+        else:
+            handover.encoding.wait()
+            assert state.reference is not None  # `begin` kept it
+            for flat, reference in zip(flats, state.reference, strict=True):
+                flat.copy_(reference)
+        state.pending.append(handover)
+
+    def undecided(self, block: int) -> Handover | None:
+        """The earliest hand-over of the block on which the server has not spoken yet."""
+        return next((h for h in self._states[block].pending if h.residual is not None), None)
+
+    def verdict(self, round: int, block: int, *, accepted: bool) -> Handover | None:
+        """Commits the residual of an accepted hand-over, drops that of a rejected one. Returns the hand-over."""
+        for handover in self._states[block].pending:
+            if handover.round == round:
+                if accepted and handover.residual is not None:
+                    handover.encoding.wait()
+                    self._states[block].residual = handover.residual
+                handover.residual = None
+                return handover
+        return None
+
+    def wait_encoded(self, block: int) -> None:
+        """Returns when no encoding reads the block's tensors any more."""
+        for handover in self._states[block].pending:
+            handover.encoding.wait()
+
+    def apply(self, round: int, block: int, body: Tensor, expected: int) -> None:
+        """Moves x̂ by a round's aggregate and puts the client's later progress, if any, back on top.
+
+        `θ ← x̂ + Σ progress of the hand-overs still under way`: with the block untouched since its hand-over this is a
+        plain overwrite. Raises DigestError when the new x̂ is not `expected`.
+        """
+        self.wait_encoded(block)
+        state = self._states[block]
+        flats = self.blocks[block].flats
+        reference = flats if state.reference is None else state.reference
+        codec.apply_(reference, body, format=self.format)
+        found = fingerprint(reference)
+        if found != expected:
+            raise DigestError(
+                f"after round {round} block {block} ({self.blocks[block].block.name!r}) has fingerprint {found:016x} "
+                f"here and {expected:016x} on the server: the copies have diverged. Join again to get a snapshot"
+            )
+        state.pending = [h for h in state.pending if h.round > round]
+        if state.reference is not None:
+            self._rebuild(flats, state)
+
+    def _rebuild(self, flats: list[Tensor], state: _BlockState) -> None:
+        assert state.reference is not None
+        later = [h.progress for h in state.pending if h.progress is not None]
+        for i, flat in enumerate(flats):
+            if later:
+                progress = later[0][i].clone()
+                for further in later[1:]:
+                    progress += further[i]
+                flat.copy_(state.reference[i].float() + progress)
+            else:
+                flat.copy_(state.reference[i])
+        if not state.pending:
+            state.reference = None
+
+    def overwrite(self, block: int, raw: Tensor) -> None:
+        """Takes a block from a snapshot: `raw` (uint8) has the bytes of all segments in order."""
+        start = 0
+        for flat in self.blocks[block].flats:
+            nbytes = flat.numel() * flat.element_size()
+            flat.copy_(raw[start : start + nbytes].view(flat.dtype))
+            start += nbytes
+
+    def fingerprints(self) -> list[int]:
+        """The fingerprint of every block's θ; of x̂ when nothing is under way."""
+        return [fingerprint(block) for block in self.blocks]

@@ -1,0 +1,76 @@
+"""One open round on the server: who is expected, who has delivered, when it may close.
+
+Holds the round's accumulator; an upload counts wholly or not at all. Knows neither links nor clocks: times are passed
+in. One thread at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from parablock_rt.codec import Accumulator
+from parablock_rt.errors import CodecError
+from parablock_rt.protocol import Upload
+
+
+@dataclass(eq=False)
+class Round:
+    """The state of one round. `uploads`: what was folded, by client."""
+
+    index: int
+    block: int
+    cohort: frozenset[int]
+    accumulator: Accumulator
+    uploads: dict[int, Upload] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+
+    def fold(self, client: int, upload: Upload, body: Tensor, format: str) -> str:
+        """Folds a complete upload. Returns why not, or an empty text when it was folded."""
+        if client not in self.cohort:
+            return f"client {client} is not in the cohort of round {self.index}"
+        if client in self.uploads:
+            return f"client {client} has already delivered round {self.index}"
+        if upload.block != self.block:
+            return f"round {self.index} trains block {self.block}, not {upload.block}"
+        try:
+            self.accumulator.add(body, upload.weight, format)
+        except CodecError as error:
+            self.refused.add(client)
+            return str(error)
+        self.uploads[client] = upload
+        return ""
+
+    def outstanding(self, active: frozenset[int]) -> frozenset[int]:
+        """The active clients of the cohort from which an upload may still come."""
+        return (self.cohort & active) - self.uploads.keys() - self.refused
+
+
+class Deadline:
+    """How long the oldest open round may stay open: a fixed time, or one that follows the rounds seen so far.
+
+    Adaptive: ten times the longest of the last rounds, at least 30 s; ten minutes before the first round has closed.
+    """
+
+    _FIRST_S = 600.0
+    _LEAST_S = 30.0
+    _FACTOR = 10.0
+    _REMEMBERED = 8
+
+    def __init__(self, fixed: float | None) -> None:
+        self._fixed = fixed
+        self._seen: list[float] = []
+
+    def saw(self, seconds: float) -> None:
+        """Notes how long a round stayed the oldest open one."""
+        self._seen = [*self._seen[-self._REMEMBERED + 1 :], seconds]
+
+    @property
+    def seconds(self) -> float:
+        """The limit for the round that is open now."""
+        if self._fixed is not None:
+            return self._fixed
+        if not self._seen:
+            return self._FIRST_S
+        return max(self._LEAST_S, self._FACTOR * max(self._seen))

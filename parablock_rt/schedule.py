@@ -1,0 +1,39 @@
+"""Which block a round trains and which clients train it: pure functions of the seed, evaluated alike on every machine.
+
+Nothing here depends on Python's or torch's generators, whose streams may change between releases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def _draws(seed: int, purpose: str, index: int, count: int) -> list[bytes]:
+    return [hashlib.sha256(f"parablock/{purpose}/{seed}/{index}/{item}".encode()).digest() for item in range(count)]
+
+
+def permutation(seed: int, purpose: str, index: int, count: int) -> list[int]:
+    """A permutation of `range(count)`: the items in the order of their hashes. Uniform up to hash collisions."""
+    draws = _draws(seed, purpose, index, count)
+    return sorted(range(count), key=draws.__getitem__)
+
+
+def block_of(order: str, seed: int, round: int, blocks: int) -> int:
+    """The block that round `round` (from 0) trains, out of `blocks`.
+
+    `cyclic` goes 0, 1, 2, … again and again, `reverse` from the last to the first, `reshuffled` draws a new permutation
+    for every sweep.
+    """
+    sweep, position = divmod(round, blocks)
+    if order == "reverse":
+        return blocks - 1 - position
+    if order == "reshuffled":
+        return permutation(seed, "block", sweep, blocks)[position]
+    return position
+
+
+def cohort_of(seed: int, round: int, clients: int, size: int) -> frozenset[int]:
+    """The `size` clients, out of `clients`, that train in round `round`."""
+    if size >= clients:
+        return frozenset(range(clients))
+    return frozenset(permutation(seed, "cohort", round, clients)[:size])

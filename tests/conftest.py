@@ -1,0 +1,21 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with every variant of the codec that this machine can run, then restores the choice."""
+    from parablock_rt import _C
+
+    before = _C.instruction_set()
+    try:
+        _C.force_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    _C.force_instruction_set(before)

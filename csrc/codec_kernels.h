@@ -39,6 +39,13 @@ PARABLOCK_INLINE void store_as(void* base, int64_t at, typename V::F value) {
   if constexpr (kDtype == Dtype::kFp16) V::store_fp16(static_cast<uint16_t*>(base) + at, value);
 }
 
+// Brings in what a linear pass reads 3 KiB later. With three or more streams at once the hardware alone
+// falls behind. An address past the end of a buffer is harmless here, so it is computed as an integer.
+constexpr uintptr_t kPrefetchBytes = 3072;
+PARABLOCK_INLINE void prefetch_after(const void* base, size_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset + kPrefetchBytes));
+}
+
 // ---- encode
 
 template <class V, Dtype kNow, Dtype kRef, int kCount>
@@ -46,10 +53,16 @@ PARABLOCK_INLINE void load_change(typename V::F (&x)[kCount], const void* now, c
                                   const float* residual, int64_t at) {
   for (int i = 0; i < kCount; ++i) {
     const int64_t lane = at + i * V::kLanes;
+    prefetch_after(now, static_cast<size_t>(lane) * dtype_bytes(kNow));
+    prefetch_after(ref, static_cast<size_t>(lane) * dtype_bytes(kRef));
     x[i] = V::sub(load_as<V, kNow>(now, lane), load_as<V, kRef>(ref, lane));
   }
   if (residual == nullptr) return;
-  for (int i = 0; i < kCount; ++i) x[i] = V::add(x[i], V::load(residual + at + i * V::kLanes));
+  for (int i = 0; i < kCount; ++i) {
+    const float* const rest = residual + at + i * V::kLanes;
+    prefetch_after(rest, 0);
+    x[i] = V::add(x[i], V::load(rest));
+  }
 }
 
 // The bf16 scale of a group whose largest magnitude has the bits `largest`, as the bits of a float.
@@ -208,6 +221,7 @@ void apply_range(void* target, ConstPlanes in, int64_t numel) {
     const Group<V, kFormat> group(in.scales, at);
     for (int i = 0; i < static_cast<int>(group_size(kFormat)); i += V::kLanes) {
       const int64_t lane = at + i;
+      prefetch_after(target, static_cast<size_t>(lane) * dtype_bytes(kTarget));
       const typename V::F before = load_as<V, kTarget>(target, lane);
       store_as<V, kTarget>(target, lane, V::add(before, group.decoded(in.codes, lane)));
     }
@@ -232,6 +246,8 @@ void accumulate_range(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, d
     const Group<V, kFormat> group(in.scales, at);
     for (int i = 0; i < static_cast<int>(group_size(kFormat)); i += V::kLanes) {
       const int64_t lane = at + i;
+      prefetch_after(hi, static_cast<size_t>(lane) * 8);
+      prefetch_after(lo, static_cast<size_t>(lane) * 8);
       const typename V::F value = group.decoded(in.codes, lane);
       fold<V>(hi + lane, lo + lane, V::mul_d(V::lower(value), factor));
       fold<V>(hi + lane + V::kLanes / 2, lo + lane + V::kLanes / 2, V::mul_d(V::upper(value), factor));

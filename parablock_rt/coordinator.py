@@ -47,6 +47,7 @@ class ClosedRound:
     compute_s: float
     exposed_s: float
     open_s: float
+    skew_s: float  # between the first and the last upload that was folded
     bytes_up: int
     bytes_down: int
     fingerprint: int
@@ -220,7 +221,9 @@ class Coordinator:
         else:
             with self.timeline.span("fold", f"round {event.round}", client=member.seat):
                 body = as_tensor(posted.buffer, posted.nbytes)
-                reason = self._round(event.round).fold(member.seat, upload, body, self._config.format)
+                reason = self._round(event.round).fold(
+                    member.seat, upload, body, self._config.format, event.at_ns / 1e9
+                )
         self.timeline.add(
             f"upload {member.seat}", f"round {event.round}", event.first_byte_ns, event.at_ns, bytes=posted.nbytes
         )
@@ -386,6 +389,7 @@ class Coordinator:
             compute_s=sum(u.compute_s for u in uploads) / len(uploads),
             exposed_s=sum(u.exposed_s for u in uploads) / len(uploads),
             open_s=open_s,
+            skew_s=round.skew_s,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             fingerprint=value,

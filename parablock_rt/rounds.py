@@ -25,9 +25,10 @@ class Round:
     accumulator: Accumulator
     uploads: dict[int, Upload] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
+    folded_at: list[float] = field(default_factory=list)  # seconds, of any one clock
 
-    def fold(self, client: int, upload: Upload, body: Tensor, format: str) -> str:
-        """Folds a complete upload. Returns why not, or an empty text when it was folded."""
+    def fold(self, client: int, upload: Upload, body: Tensor, format: str, now: float) -> str:
+        """Folds a complete upload that arrived at `now`. Returns why not, or an empty text when it was folded."""
         if client not in self.cohort:
             return f"client {client} is not in the cohort of round {self.index}"
         if client in self.uploads:
@@ -40,11 +41,13 @@ class Round:
             self.refused.add(client)
             return str(error)
         self.uploads[client] = upload
+        self.folded_at.append(now)
         return ""
 
-    def outstanding(self, active: frozenset[int]) -> frozenset[int]:
-        """The active clients of the cohort from which an upload may still come."""
-        return (self.cohort & active) - self.uploads.keys() - self.refused
+    @property
+    def skew_s(self) -> float:
+        """Seconds between the first and the last upload that was folded."""
+        return max(self.folded_at) - min(self.folded_at) if self.folded_at else 0.0
 
 
 class Deadline:

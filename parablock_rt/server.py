@@ -54,13 +54,13 @@ class Server:
     def wait(self, timeout: float | None = None) -> Outcome:
         """Returns when every client has applied the last round. `timeout` in seconds.
 
-        Raises what ended the run early (RoundError, say), or ParaBlockError at the timeout.
+        Raises what ended the run early (RoundError, say), and TimeoutError when it goes on after `timeout`.
         """
         # In slices: a join without an end would keep Ctrl-C from the main thread.
         waited = 0.0
         while self._thread.is_alive():
             if timeout is not None and waited >= timeout:
-                raise ParaBlockError(f"the run did not end within {timeout:g} s; it goes on")
+                raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
             self._thread.join(0.1)
             waited += 0.1
         if self._crash is not None:

@@ -73,6 +73,24 @@ def trace_events(timelines: Iterable[Timeline]) -> list[dict[str, Any]]:
     return events
 
 
+def join_traces(traces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """One trace out of several whole ones; `traces`: by a name that is put in front of their processes' names."""
+    joined: list[dict[str, Any]] = []
+    pid = 0
+    for name, parts in traces.items():
+        for part in parts:
+            own: dict[int, int] = {}
+            for event in part["traceEvents"]:
+                if event["pid"] not in own:
+                    pid += 1
+                    own[event["pid"]] = pid
+                moved = event | {"pid": own[event["pid"]]}
+                if event["ph"] == "M" and event["name"] == "process_name":
+                    moved["args"] = {"name": f"{name}: {event['args']['name']}"}
+                joined.append(moved)
+    return {"displayTimeUnit": "ms", "traceEvents": joined}
+
+
 class RunFolder:
     """`runs/NAME/`: what a run leaves behind. Every file is replaced whole or appended a line at a time."""
 

@@ -1,0 +1,258 @@
+"""The demonstration: the same federated fine-tuning twice over an artificially slow link, without and with overlap.
+
+The server runs in this process, every client in a process of its own, started through the command line as a user would.
+Both runs do the same work with the same seed; only the staleness differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from parablock_rt import finetune, handshake
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.config import RunConfig
+from parablock_rt.coordinator import ClosedRound
+from parablock_rt.errors import ParaBlockError
+from parablock_rt.finetune import Workload
+from parablock_rt.server import Server, serve
+from parablock_rt.summary import summarise
+from parablock_rt.timeline import RunFolder, join_traces
+
+_CLIENT_EXIT_S = 30.0
+SEQUENTIAL, PARALLEL = "sequential", "parallel"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What to demonstrate. `rate` in bytes a second and `delay` in seconds shape every link in both directions."""
+
+    workload: Workload
+    rate: float
+    delay: float
+    folder: RunFolder
+    blocks: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of RunConfig except staleness
+
+
+def run(demo: Demo, console: Console) -> dict[str, Any]:
+    """Both runs, their summaries and the speed-up; also written to the run folder. Prints progress and a table.
+
+    Ctrl-C and errors leave a partial summary behind before they are raised again.
+    """
+    summaries: dict[str, Any] = {}
+    traces: dict[str, list[dict[str, Any]]] = {}
+    config = RunConfig(**demo.settings)
+    console.print(f"Loading [b]{demo.workload.model}[/b] and evaluating it on held-out examples ...")
+    model, _, task = finetune.load(demo.workload)
+    plan = BlockPlan.from_model(model, demo.blocks)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    before = finetune.evaluate(model, task, demo.workload)
+    console.print(_describe(demo, config, plan, before))
+    try:
+        for name, staleness in ((SEQUENTIAL, 0), (PARALLEL, 1)):
+            model.load_state_dict(initial)
+            one = _One(demo, name, RunConfig(**demo.settings | {"staleness": staleness}), plan, console)
+            serial = summaries[SEQUENTIAL]["exposed_comm_s"] if staleness else None
+            try:
+                one.run(model)
+                after = finetune.evaluate(model, task, demo.workload)
+            except BaseException:
+                summaries[name] = one.summary(serial, before, None)
+                raise
+            summaries[name] = one.summary(serial, before, after)
+            traces[name] = one.traces()
+        sequential, parallel = summaries[SEQUENTIAL], summaries[PARALLEL]
+        summaries["speedup"] = sequential["wall_s"] / parallel["wall_s"]
+    finally:
+        demo.folder.write_json("summary.json", summaries)
+        demo.folder.write_json("trace.json", join_traces(traces))
+    console.print(_table(summaries))
+    console.print(f"Everything is in [b]{demo.folder.path}[/b]; open trace.json at https://ui.perfetto.dev")
+    return summaries
+
+
+class _One:
+    """One of the two runs."""
+
+    def __init__(self, demo: Demo, name: str, config: RunConfig, plan: BlockPlan, console: Console) -> None:
+        self._demo = demo
+        self._name = name
+        self._config = config
+        self._plan = plan
+        self._console = console
+        self._folder = RunFolder(demo.folder.path / name)
+        self._server: Server | None = None
+
+    def run(self, model: torch.nn.Module) -> None:
+        self._console.rule(f"{self._name}: staleness {self._config.staleness}")
+        token = secrets.token_hex(16)
+        fields = {name: getattr(self._config, name) for name in self._config.__struct_fields__}
+        with (
+            serve(
+                model,
+                plan=self._plan,
+                token=token,
+                rate=self._demo.rate,
+                delay=self._demo.delay,
+                on_round=self._show,
+                **fields,
+            ) as self._server,
+            self._clients(self._server.address, token) as check,
+        ):
+            while self._server.running:
+                check()
+                with contextlib.suppress(TimeoutError):
+                    self._server.wait(timeout=0.5)
+            self._server.wait()
+
+    @contextlib.contextmanager
+    def _clients(self, address: str, token: str) -> Iterator[Callable[[], None]]:
+        """The client processes; gives a check that raises ParaBlockError when one has failed. None outlives it."""
+        processes: list[subprocess.Popen[bytes]] = []
+        logs: list[Path] = []
+        try:
+            for index in range(self._config.clients):
+                log = self._folder.path / f"client-{index}.log"
+                logs.append(log)
+                with log.open("wb") as output:
+                    processes.append(
+                        subprocess.Popen(
+                            self._client_command(address, index),
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | {handshake.TOKEN_VARIABLE: token},
+                        )
+                    )
+
+            def check() -> None:
+                for index, process in enumerate(processes):
+                    if process.poll() not in (None, 0):
+                        tail = "\n".join(logs[index].read_text(errors="replace").splitlines()[-8:])
+                        raise ParaBlockError(f"client {index} failed with exit code {process.returncode}:\n{tail}")
+
+            yield check
+            for process in processes:
+                process.wait(_CLIENT_EXIT_S)
+            check()
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            for process in processes:
+                try:
+                    process.wait(_CLIENT_EXIT_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def _client_command(self, address: str, index: int) -> list[str]:
+        workload = self._demo.workload
+        options = {
+            "model": workload.model,
+            "task": workload.task,
+            "dtype": workload.dtype,
+            "batch-size": workload.batch_size,
+            "seq-len": workload.seq_len,
+            "lr": workload.lr,
+            "threads": workload.threads,
+            "rate": f"{self._demo.rate * 8:.0f}",
+            "delay": f"{self._demo.delay:g}",
+            "run-dir": self._folder.path / f"client-{index}",
+        }
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "parablock_rt", "join", address, *flags]
+
+    def _show(self, closed: ClosedRound) -> None:
+        record = {"run": self._name, **{name: getattr(closed, name) for name in closed.__dataclass_fields__}}
+        self._folder.append_metrics(record)
+        self._demo.folder.append_metrics(record)
+        self._console.print(round_line(closed, self._config.rounds, self._plan.blocks[closed.block].name))
+
+    def summary(self, serial_s: float | None, before: float | None, after: float | None) -> dict[str, Any]:
+        if self._server is None:
+            return {"complete": False, "staleness": self._config.staleness}
+        summary = summarise(
+            self._config,
+            self._server.outcome,
+            blocks=len(self._plan.blocks),
+            serial_comm_s=serial_s,
+            eval_loss_before=before,
+            eval_loss_after=after,
+        )
+        self._folder.write_json("summary.json", summary)
+        return summary
+
+    def traces(self) -> list[dict[str, Any]]:
+        """The trace of the server and of every client of this run."""
+        assert self._server is not None
+        self._folder.write_trace([self._server.timeline])
+        paths = [self._folder.path / "trace.json"]
+        paths += [self._folder.path / f"client-{i}" / "trace.json" for i in range(self._config.clients)]
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def round_line(closed: ClosedRound, rounds: int, block: str) -> str:
+    """One line of live progress."""
+    return (
+        f"  round {closed.round + 1:>3}/{rounds}  {block:<18} loss {closed.loss:6.3f}  "
+        f"compute {closed.compute_s:5.2f} s  waited {closed.exposed_s:5.2f} s  "
+        f"up {closed.bytes_up / 1e6:6.1f} MB  down {closed.bytes_down / 1e6:6.1f} MB"
+        + (f"  [red]{closed.bad_groups} bad groups[/red]" if closed.bad_groups else "")
+    )
+
+
+def _describe(demo: Demo, config: RunConfig, plan: BlockPlan, loss: float | None) -> str:
+    rate = f"{demo.rate * 8 / 1e6:g} Mbit/s" if demo.rate else "unlimited"
+    held_out = "" if loss is None else f" Held-out answer loss: {loss:.4f}."
+    return (
+        f"{len(plan.blocks)} blocks of up to {max(b.numel for b in plan.blocks) / 1e6:.2f} M parameters, "
+        f"{config.clients} clients, {config.rounds} rounds of {config.local_steps} local steps, {config.format} on the "
+        f"wire; link {rate} each way, {demo.delay * 1e3:g} ms one-way delay.{held_out}"
+    )
+
+
+def _same_bits(summary: dict[str, Any]) -> str:
+    return "yes" if set(summary["digest"]["clients"]) == {summary["digest"]["server"]} else "NO"
+
+
+def _table(summaries: dict[str, Any]) -> Table:
+    table = Table(title=f"speed-up {summaries['speedup']:.2f}×")
+    table.add_column("")
+    for name in (SEQUENTIAL, PARALLEL):
+        table.add_column(f"{name} (S={summaries[name]['staleness']})", justify="right")
+
+    def row(label: str, show: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(label, show(summaries[SEQUENTIAL]), show(summaries[PARALLEL]))
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    row("wall time, s", lambda s: number(s["wall_s"], ".1f"))
+    row("compute, s", lambda s: number(s["compute_s"], ".1f"))
+    row("communication if nothing hides it, s", lambda s: number(s["serial_comm_s"], ".1f"))
+    row("communication exposed, s", lambda s: number(s["exposed_comm_s"], ".1f"))
+    row("overlap efficiency", lambda s: number(s["overlap_efficiency"], ".1%"))
+    row("MB up / down", lambda s: f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}")
+    row("bytes against bf16", lambda s: number((s["bytes_up"] + s["bytes_down"]) / s["bytes_as_bf16"], ".1%"))
+    row("held-out loss before", lambda s: number(s["eval_loss_before"], ".4f"))
+    row("held-out loss after", lambda s: number(s["eval_loss_after"], ".4f"))
+    row(
+        "same bits on server and clients",
+        lambda s: "yes" if set(s["digest"]["clients"]) == {s["digest"]["server"]} else "NO",
+    )
+    return table

@@ -32,9 +32,9 @@ lint: install
 	$(BIN)/mypy
 
 bench: install  ## all benchmarks; results in bench/results/
-	$(BIN)/python bench/codec.py --json bench/results/codec.json
-	$(BIN)/python bench/transport.py --json bench/results/transport.json
-	$(BIN)/python bench/overlap.py --json bench/results/overlap.json
+	$(BIN)/python -m bench.codec --json bench/results/codec.json
+	$(BIN)/python -m bench.transport --json bench/results/transport.json
+	$(BIN)/python -m bench.overlap --json bench/results/overlap.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info parablock_rt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """Speed of the CPU codec next to a plain memory copy and to torch eager doing the same arithmetic.
 
-`python bench/codec.py --json FILE` prints a table and writes all of it as JSON, `pytest bench/codec.py
+`python -m bench.codec --json FILE` prints a table and writes all of it as JSON, `pytest bench/codec.py
 --benchmark-only` runs the same cases under pytest-benchmark. The repetitions of all cases and of the copies are
 interleaved, so that a noisy neighbour hits them alike. GB/s counts every byte that a case must read and write once
 (`bytes_per_param`), not what caches fetch besides; the copy is the faster of torch's and NumPy's. Checks speed only:
@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench.machine import machine
 from parablock_rt import _C, codec
 
 DEFAULT_PARAMS = 64 << 20
@@ -178,36 +175,6 @@ def summarise(cases: list[Case], seconds: dict[str, list[float]], params: int) -
             }
         )
     return rows
-
-
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "instruction_set": _C.instruction_set(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": revision.stdout.strip() or "unknown",
-        "command": "python " + " ".join(sys.argv),
-    }
 
 
 def main() -> None:

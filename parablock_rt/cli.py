@@ -5,8 +5,8 @@ Parses, calls, prints. Exit codes: 0 done, 1 the run failed, 2 wrong usage.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,7 +23,8 @@ from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.finetune import Workload
 from parablock_rt.server import serve as start_server
 from parablock_rt.summary import summarise
-from parablock_rt.timeline import RunFolder
+from parablock_rt.timeline import RunFolder, to_json
+from parablock_rt.transport import Shape
 from parablock_rt.version import __version__
 
 app = typer.Typer(
@@ -39,10 +40,18 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         settings = config.read_toml(path)
-        known = {parameter.name for parameter in context.command.params}
-        if unknown := sorted(settings.keys() - known):
-            raise ConfigError(f"{path} has settings that `{context.command.name}` does not know: {', '.join(unknown)}")
-        context.default_map = {**(context.default_map or {}), **settings}
+        flags = {
+            flag.lstrip("-").replace("-", "_"): str(parameter.name)
+            for parameter in context.command.params
+            for flag in parameter.opts
+            if parameter.name != "config_file"
+        }
+        if unknown := sorted(settings.keys() - flags.keys()):
+            raise ConfigError(
+                f"{path} has settings that `parablock {context.command.name}` does not know: {', '.join(unknown)}; "
+                f"it knows {', '.join(sorted(flags))}"
+            )
+        context.default_map = {flags[key]: value for key, value in settings.items()}
     return path
 
 
@@ -64,7 +73,7 @@ LocalSteps = Annotated[int, typer.Option(help="Optimiser steps a round.")]
 Format = Annotated[str, typer.Option(help="On the wire: fp32, bf16, int8 or int4.")]
 Schedule = Annotated[str, typer.Option(help="cyclic, reshuffled or reverse.")]
 Seed = Annotated[int, typer.Option(help="Of schedule, cohorts and batches.")]
-Blocks = Annotated[int | None, typer.Option(help="Cut the model into this many blocks instead of one a layer.")]
+Blocks = Annotated[int | None, typer.Option(min=1, help="Cut the model into this many blocks instead of one a layer.")]
 Rate = Annotated[str, typer.Option(help="Slow every link down to this: 50mbit, 1gbit; none: as it is.")]
 Delay = Annotated[str, typer.Option(help="Artificial one-way delay: 40ms.")]
 TokenFile = Annotated[
@@ -109,9 +118,11 @@ def run_demo(
         "schedule": schedule,
         "seed": seed,
     }
-    config.RunConfig(**settings)  # a wrong setting is found before a model is loaded
+    # A wrong setting is found before a model is loaded.
+    config.RunConfig(**settings)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
     folder = _run_folder(run_dir, "demo")
-    plan = demo.Demo(workload, config.parse_rate(rate), config.parse_delay(delay), folder, blocks, settings)
+    plan = demo.Demo(workload, shape.rate, shape.delay, folder, blocks, settings)
     _deliver(demo.run(plan, console), summary, as_json)
 
 
@@ -156,6 +167,8 @@ def serve(
     run_config = config.RunConfig(**settings)
     workload = Workload.for_model(model, dtype=dtype, eval_examples=eval_examples, threads=threads)
     token = handshake.read_token(token_file)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    config.parse_address(address)
     folder = _run_folder(run_dir, "serve")
     net, _, task = finetune.load(workload)
     plan = BlockPlan.from_model(net, blocks)
@@ -172,8 +185,8 @@ def serve(
         plan=plan,
         token=token,
         insecure=insecure,
-        rate=config.parse_rate(rate),
-        delay=config.parse_delay(delay),
+        rate=shape.rate,
+        delay=shape.delay,
         on_round=show,
         **settings,
     )
@@ -215,6 +228,8 @@ def join(
         model, task=task, dtype=dtype, batch_size=batch_size, seq_len=seq_len, lr=lr, threads=threads
     )
     token = handshake.read_token(token_file)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    config.parse_address(address)
     folder = _run_folder(run_dir, "join")
     joined: list[Run] = []
 
@@ -232,8 +247,8 @@ def join(
             address,
             workload,
             token=token,
-            rate=config.parse_rate(rate),
-            delay=config.parse_delay(delay),
+            rate=shape.rate,
+            delay=shape.delay,
             on_round=show,
             on_join=joined.append,
         )
@@ -269,15 +284,17 @@ def show_plan(
 ) -> None:
     """Show how a model is cut into blocks, what they weigh, and what hides their transfer."""
     workload = Workload.for_model(model, dtype=dtype, batch_size=batch_size, seq_len=seq_len)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    if step_time is not None and not 0 < step_time < math.inf:
+        raise ConfigError(f"step-time must be a positive number of seconds; found {step_time}")
     net, _, task = finetune.load(workload)
     plan = BlockPlan.from_model(net, blocks)
-    link = config.parse_rate(rate)
     seconds = step_time
-    if link and seconds is None:
+    if shape.rate and seconds is None:
         seconds = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
-    forecast = planner.forecast(plan, link, config.parse_delay(delay), seconds)
+    forecast = planner.forecast(plan, shape.rate, shape.delay, seconds)
     if as_json:
-        print(json.dumps(forecast, indent=2))
+        print(to_json(forecast, indent=2))
     else:
         print(planner.render(plan, forecast))
 
@@ -286,7 +303,7 @@ def show_plan(
 def show_doctor(as_json: Json = False) -> None:
     """Show what this machine has and what that switches on."""
     findings = doctor.examine()
-    print(json.dumps(findings, indent=2) if as_json else doctor.render(findings))
+    print(to_json(findings, indent=2) if as_json else doctor.render(findings))
 
 
 def _run_folder(path: Path | None, kind: str) -> RunFolder:
@@ -300,9 +317,10 @@ def _save(net: Any, folder: RunFolder) -> None:
 
 
 def _deliver(result: dict[str, Any], file: Path | None, as_json: bool) -> None:
-    text = json.dumps(result, indent=2)
+    text = to_json(result, indent=2)
     if file is not None:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text + "\n")
         except OSError as error:
             raise ConfigError(f"cannot write the summary {file}: {error.strerror}") from error

@@ -100,6 +100,8 @@ class Run:
         self._on_round = on_round
         self._versions = [0] * len(blocks)
         self._in_flight: list[Handover] = []
+        self._handed_over = -1  # the last round
+        self._early_verdicts: list[protocol.Verdict] = []
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
         self._closed = False
@@ -284,6 +286,7 @@ class Run:
         )
         others_pending = any(self._block_of(q) == round.block for q in range(self._applied + 1, round.index))
         self._replica.hand_over(handover, round.ref, others_pending=others_pending)
+        self._handed_over = round.index
         self._in_flight.append(handover)
         round.active.close()
         self._retire()
@@ -346,7 +349,10 @@ class Run:
         self.exposed_s += seconds
 
     def _take_verdicts(self) -> None:
-        for verdict in self._link.take_verdicts():
+        # A round that was closed at its deadline is refused before its upload is handed over.
+        verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
+        self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
+        for verdict in verdicts:
             self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
 
     def _retire(self) -> None:

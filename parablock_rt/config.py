@@ -22,6 +22,9 @@ ServerOptimizer = Literal["average", "momentum", "adam", "yogi"]
 MAX_CLIENTS = MAX_CONTRIBUTIONS
 """How many contributions the fixed-point sum of one round can take without a chance of overflow."""
 
+MAX_ROUNDS = 2**31  # a frame has 32 bits for the round
+MAX_CHUNK = 2**24  # elements
+
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What server and clients must agree on, and the server's own rules for closing a round.
@@ -46,9 +49,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     chunk: int = 2**18  # elements
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("rounds", "clients", "local_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.rounds <= MAX_ROUNDS, "rounds", f"at most {MAX_ROUNDS}", self.rounds)
         _require(self.clients <= MAX_CLIENTS, "clients", f"at most {MAX_CLIENTS}", self.clients)
+        _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
         _require(self.staleness >= 0, "staleness", "0 (no overlap), 1 (ParaBlock) or more", self.staleness)
         check_format(self.format)
         for name, kind in (("schedule", Order), ("local_view", LocalView), ("server_optimizer", ServerOptimizer)):
@@ -57,17 +63,30 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         _require(0 < self.fraction <= 1, "fraction", "above 0 and at most 1", self.fraction)
         _require(
-            self.quorum is None or 1 <= self.quorum <= self.clients,
+            self.quorum is None or 1 <= self.quorum <= self.cohort_size,
             "quorum",
-            "from 1 to the number of clients",
+            f"from 1 to the number of clients that train in a round ({self.cohort_size})",
             self.quorum,
         )
         for name in ("deadline", "join_timeout", "server_lr"):
             value = getattr(self, name)
             _require(value is None or (value > 0 and math.isfinite(value)), name, "a positive number", value)
         _require(
-            self.chunk >= 128 and self.chunk % 128 == 0, "chunk", "a positive multiple of 128 elements", self.chunk
+            128 <= self.chunk <= MAX_CHUNK and self.chunk % 128 == 0,
+            "chunk",
+            f"a multiple of 128 elements from 128 to {MAX_CHUNK}",
+            self.chunk,
         )
+
+    def _check_types(self) -> None:
+        """A struct checks types when it is decoded, not when it is made."""
+        for name in ("rounds", "clients", "local_steps", "staleness", "seed", "quorum", "chunk"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole or (name == "quorum" and value is None), name, "a whole number", value)
+        for name in ("fraction", "deadline", "join_timeout", "server_lr"):
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) or (name == "deadline" and value is None), name, "a number", value)
 
     @property
     def cohort_size(self) -> int:
@@ -120,7 +139,7 @@ def _number(text: str) -> float:
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of "host:port", "[::1]:port" or ":port" (all interfaces). Raises ConfigError."""
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdecimal() or int(port) > 65535:
+    if not separator or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"an address looks like host:7070 or [::1]:7070; found {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -135,5 +154,5 @@ def read_toml(path: Path) -> dict[str, Any]:
         return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}") from error

@@ -187,14 +187,22 @@ class Coordinator:
                 here = [fingerprint(block) for block in self._master.blocks]
                 member.to_send = [b for b, value in enumerate(here) if value != message.fingerprints[b]]
                 self._send_snapshot(member)
-            case protocol.Upload():
-                member.announced[message.round] = message
-            case protocol.Applied():
+            case protocol.Upload() if member.begun:
+                self._note_upload(member, message)
+            case protocol.Applied() if member.begun:
                 self._check_applied(member, message)
-            case protocol.Goodbye():
+            case protocol.Goodbye() if message.reason or self._oldest == self._config.rounds:
                 self._take_goodbye(member, message)
             case _:
                 raise HandshakeError(f"{type(message).__name__} has no place here")
+
+    def _note_upload(self, member: Member, message: protocol.Upload) -> None:
+        if message.round > self._oldest + self._config.staleness:
+            raise HandshakeError(
+                f"an upload for round {message.round} was announced while round {self._oldest} is open"
+            )
+        if message.round >= self._oldest:  # else it was closed meanwhile, and the client has been told
+            member.announced[message.round] = message
 
     def _check_applied(self, member: Member, message: protocol.Applied) -> None:
         closed = self.outcome.rounds
@@ -216,14 +224,9 @@ class Coordinator:
             return  # its round was closed while the last bytes came in; the client has been told
         upload = member.announced.pop(event.round, None)
         self._bytes_up += posted.nbytes
-        if upload is None:
-            reason = "the upload was not announced"
-        else:
-            with self.timeline.span("fold", f"round {event.round}", client=member.seat):
-                body = as_tensor(posted.buffer, posted.nbytes)
-                reason = self._round(event.round).fold(
-                    member.seat, upload, body, self._config.format, event.at_ns / 1e9
-                )
+        with self.timeline.span("fold", f"round {event.round}", client=member.seat):
+            body = as_tensor(posted.buffer, posted.nbytes)
+            reason = self._round(event.round).fold(member.seat, upload, body, self._config.format, event.at_ns / 1e9)
         self.timeline.add(
             f"upload {member.seat}", f"round {event.round}", event.first_byte_ns, event.at_ns, bytes=posted.nbytes
         )
@@ -244,7 +247,7 @@ class Coordinator:
         """Sends the next block that the member lacks, or lets it begin."""
         if not member.to_send:
             if self._started_at is not None:
-                self._let_begin(member, first_round=self._oldest + 1)
+                self._let_begin(member, first_round=self._oldest + (0 if self._is_needed(member) else 1))
             else:
                 self._start_if_complete()
             return
@@ -288,6 +291,15 @@ class Coordinator:
         self._transport.send_message(
             member.link, protocol.Begin(first_round=first_round, updates_from=member.updates_from)
         )
+
+    def _is_needed(self, newcomer: Member) -> bool:
+        """Whether the oldest open round cannot reach its quorum without this member, who could still take part."""
+        if self._oldest == self._config.rounds:
+            return False
+        round = self._round(self._oldest)
+        training = {m.seat for m in self._members.values() if m.begun and m.first_round <= round.index}
+        reachable = round.uploads.keys() | (round.cohort & training - round.refused)
+        return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
 
     def _dismiss(self, link: int, error: ParaBlockError) -> None:
         """Tells a client why its conversation ends, and ends it."""
@@ -337,6 +349,8 @@ class Coordinator:
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
+                if not overdue and len(round.cohort - round.refused) >= self._config.quorum_size:
+                    return  # a newcomer may take a vacant seat and deliver
                 raise RoundError(
                     f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients "
                     f"delivered within {self._deadline.seconds:g} s, at least {self._config.quorum_size} are needed "

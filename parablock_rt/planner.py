@@ -86,7 +86,8 @@ def render(plan: BlockPlan, figures: dict[str, Any]) -> str:
         plan.describe(),
         "",
         f"training the largest block ({heaviest['name']}) takes {heaviest['training_bytes'] / 1e6:.1f} MB",
-        f"beside the model and its activations; the error feedback of all blocks takes {residuals / 1e6:.1f} MB of host memory",
+        "beside the model and its activations; the error feedback of all blocks takes "
+        f"{residuals / 1e6:.1f} MB of host memory",
     ]
     if "communication_s" in heaviest:
         link = (

@@ -27,8 +27,21 @@ class Round:
     refused: set[int] = field(default_factory=set)
     folded_at: list[float] = field(default_factory=list)  # seconds, of any one clock
 
-    def fold(self, client: int, upload: Upload, body: Tensor, format: str, now: float) -> str:
-        """Folds a complete upload that arrived at `now`. Returns why not, or an empty text when it was folded."""
+    def fold(self, client: int, upload: Upload | None, body: Tensor, format: str, now: float) -> str:
+        """Folds a complete upload that arrived at `now`; `upload`: how it was announced, None if it was not.
+
+        Returns why not, or an empty text when it was folded. What was refused is not waited for any more.
+        """
+        reason = self._fold(client, upload, body, format)
+        if not reason:
+            self.folded_at.append(now)
+        elif client not in self.uploads:
+            self.refused.add(client)
+        return reason
+
+    def _fold(self, client: int, upload: Upload | None, body: Tensor, format: str) -> str:
+        if upload is None:
+            return "the upload was not announced"
         if client not in self.cohort:
             return f"client {client} is not in the cohort of round {self.index}"
         if client in self.uploads:
@@ -38,10 +51,8 @@ class Round:
         try:
             self.accumulator.add(body, upload.weight, format)
         except CodecError as error:
-            self.refused.add(client)
             return str(error)
         self.uploads[client] = upload
-        self.folded_at.append(now)
         return ""
 
     @property

@@ -7,6 +7,7 @@ processes can be joined as they are. One thread at a time records.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -91,17 +92,28 @@ def join_traces(traces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": joined}
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Strict JSON, which knows neither NaN nor infinity: a number that is not finite becomes null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 class RunFolder:
     """`runs/NAME/`: what a run leaves behind. Every file is replaced whole or appended a line at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Creates the folder. Raises ConfigError when it cannot be written."""
+        """Creates the folder, without the metrics of an earlier run. Raises ConfigError when it cannot be written."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
+            (path / "metrics.jsonl").write_text("")
         except OSError as error:
             raise ConfigError(
                 f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
@@ -110,13 +122,13 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Writes `name` in one step, so that a reader never sees half a file."""
         temporary = self.path / f".{name}.part"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(to_json(content, indent=2) + "\n")
         temporary.replace(self.path / name)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(to_json(record) + "\n")
 
     def write_trace(self, timelines: Iterable[Timeline]) -> None:
         """Writes trace.json."""

@@ -9,6 +9,7 @@ the order in which threads get their seats is not determined.
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 import threading
@@ -42,12 +43,10 @@ class ClientResult:
     """What a client came to. `trained`: the rounds it handed over. `error`: what ended it, if anything did."""
 
     model: nn.Module
+    run: Run | None = None  # closed
     seat: int = -1
     digest: str | None = None
     trained: list[int] = field(default_factory=list)
-    exposed_s: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
     error: BaseException | None = None
 
 
@@ -106,6 +105,7 @@ def run_federation(
         settings: the fields of `RunConfig`.
     """
     torch.set_num_threads(1)
+    _warm_up()
     deadline = time.monotonic() + limit_s
     model = make_model()
     plan = pb.BlockPlan.from_model(model, plan_blocks)
@@ -153,6 +153,20 @@ def run_federation(
     return FederationResult(server.outcome, model, plan, results, error)
 
 
+@functools.cache
+def _warm_up() -> None:
+    """Uses torch's math library once, in one thread.
+
+    When several threads make the first call of a process to its vector functions (tanh is one) at the same time, some
+    of them now and then get a less accurate result. The first optimiser step also imports for more than a second.
+    """
+    x = torch.linspace(-2.0, 2.0, 64).reshape(8, 8).requires_grad_()
+    for function in (torch.tanh, torch.exp, torch.sigmoid, torch.erf, torch.sin, torch.cos):
+        function(x @ x).sum().backward()
+    torch.log(x.abs() + 1).sum().backward()
+    torch.optim.SGD([x], lr=0.0).step()
+
+
 def _take_part(
     address: str,
     result: ClientResult,
@@ -172,7 +186,7 @@ def _take_part(
         on_round=lambda report: result.trained.append(report.round),
         **link,
     ) as run:
-        result.seat = run.client
+        result.run, result.seat = run, run.client
         try:
             for step, batch in enumerate(run.stream(make_batches(run.client))):
                 if before_step is not None:
@@ -181,7 +195,6 @@ def _take_part(
         except Leave:
             pass
         result.digest = run.digest
-        result.exposed_s, result.bytes_up, result.bytes_down = run.exposed_s, run.bytes_up, run.bytes_down
 
 
 def _stacks() -> str:

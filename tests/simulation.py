@@ -13,6 +13,7 @@ Two choices decide bits and are therefore stated here:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -256,15 +257,8 @@ def simulate(
         counted: list[Upload] = []
         for seat, client in seats.items():
             if takes_part(t, seat) if takes_part is not None else seat in cohort:
-                upload = client.train(
-                    t,
-                    order[t],
-                    local_steps,
-                    make_batches(seat),
-                    loss_fn,
-                    optimizer,
-                    lambda step, s=seat: weight(s, step),
-                )
+                data, weigh = make_batches(seat), functools.partial(weight, seat)
+                upload = client.train(t, order[t], local_steps, data, loss_fn, optimizer, weigh)
                 if accepted is None or accepted(t, seat):
                     client.residual[order[t]] = upload.residual
                     counted.append(upload)

@@ -344,7 +344,7 @@ class Run:
 
         start = time.monotonic_ns()
         seconds = self._link.wait(now_holds, what)
-        if seconds > 1e-4:
+        if seconds > 0:
             self.timeline.add("exposed", what, start, time.monotonic_ns(), round=round)
         self.exposed_s += seconds
 

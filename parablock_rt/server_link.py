@@ -144,13 +144,15 @@ class ServerLink:
             self._take(event)
 
     def wait(self, holds: Callable[[], bool], what: str, timeout: float | None = None) -> float:
-        """Takes in events until `holds()`, and returns the seconds that took.
+        """Takes in events until `holds()`, and returns the seconds that this thread was blocked.
 
         Raises what the server reports as its failure, PeerLostError when the link is gone or the wait takes too long.
         """
+        self.poll()
+        if holds():
+            return 0.0
         start = time.monotonic()
         limit = self._patience if timeout is None else timeout
-        self.poll()
         while not holds():
             self._raise_if_lost(what)
             left = limit - (time.monotonic() - start)

@@ -331,7 +331,6 @@ class Coordinator:
         numel = self._master.blocks[block].block.flat_numel
         for i, spare in enumerate(self._spare_sums):
             if spare.numel == numel:
-                spare.reset()
                 return self._spare_sums.pop(i)
         return Accumulator(numel)
 
@@ -409,7 +408,9 @@ class Coordinator:
             fingerprint=value,
         )
         self.outcome.rounds.append(closed)
-        self._spare_sums.append(self._rounds.pop(round.index).accumulator)
+        del self._rounds[round.index]
+        round.accumulator.reset()  # now, when nobody waits for it
+        self._spare_sums.append(round.accumulator)
         self._oldest += 1
         self._oldest_since = now
         if self._on_round is not None:

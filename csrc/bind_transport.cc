@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <system_error>
 
@@ -17,7 +19,8 @@ namespace {
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
-int64_t nanoseconds(double seconds) { return static_cast<int64_t>(seconds * 1e9); }
+// At most thirty years, so that adding it to a time cannot overflow.
+int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
 
 TransferKey key_of(uint8_t kind, uint32_t round, uint32_t block) { return {kind, round, block}; }
 
@@ -32,6 +35,14 @@ void translate(std::exception_ptr pending) {
   }
 }
 
+uint32_t checksum(const py::buffer& data, uint32_t (*function)(const void*, size_t, uint32_t)) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  uint32_t crc = function(view.buf, static_cast<size_t>(view.len), 0);
+  PyBuffer_Release(&view);
+  return crc;
+}
+
 void bind_session(py::module_& m) {
   // The protocol without a socket, for tests and fuzzers: bytes in, bytes out.
   py::class_<Session>(m, "Session")
@@ -42,9 +53,11 @@ void bind_session(py::module_& m) {
       .def("set_run", &Session::set_run)
       .def("send_control", [](Session& s, const py::bytes& message) { s.send_control(message); })
       .def("send", [](Session& s, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { s.send(key_of(kind, round, block), std::move(source)); })
+                      std::shared_ptr<Source> source) { s.send(key_of(kind, round, block), std::move(source)); },
+           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
       .def("receive", [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-                         const Layout& layout) { s.receive(key_of(kind, round, block), std::move(buffer), layout); })
+                         const Layout& layout) { s.receive(key_of(kind, round, block), std::move(buffer), layout); },
+           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"))
       .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
       .def("ping", &Session::ping)
@@ -82,7 +95,12 @@ void bind_data(py::module_& m) {
       .def(py::init<size_t>())
       .def_property_readonly("address", [](const Buffer& b) { return reinterpret_cast<uintptr_t>(b.data()); })
       .def_property_readonly("nbytes", &Buffer::size)
-      .def_property_readonly("owners", [](Buffer& b) { return b.weak_from_this().use_count(); })  // Python counts as one
+      .def_property_readonly("owners",  // Python counts as one
+                             [](Buffer& b) {
+                               long count = b.weak_from_this().use_count();
+                               std::atomic_thread_fence(std::memory_order_acquire);  // what former owners did is done
+                               return count;
+                             })
       .def_buffer([](Buffer& b) {
         return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), static_cast<py::ssize_t>(b.size()));
       });
@@ -149,6 +167,17 @@ void bind_encoder(py::module_& m) {
 }
 
 void bind_links(py::module_& m) {
+  py::class_<Shaper>(m, "Shaper")  // for tests: links have their own
+      .def(py::init([](double bytes_per_second, int64_t delay_ns) {
+             Shaper shaper;
+             shaper.configure(bytes_per_second, delay_ns);
+             return shaper;
+           }),
+           py::arg("bytes_per_second"), py::arg("delay_ns"))
+      .def_property_readonly("active", &Shaper::active)
+      .def_property_readonly("free_at", &Shaper::free_at)
+      .def("transmit", &Shaper::transmit, py::arg("bytes"), py::arg("now_ns"), py::arg("waited"));
+
   py::class_<LinkStats>(m, "LinkStats")
       .def_readonly("bytes_in", &LinkStats::bytes_in)
       .def_readonly("bytes_out", &LinkStats::bytes_out)
@@ -169,15 +198,17 @@ void bind_links(py::module_& m) {
                          double timeout) { return t.connect(host, port, nanoseconds(timeout)); }, ReleaseGil())
       .def("send_control", [](Transport& t, uint64_t link, const py::bytes& message) { t.send_control(link, message); })
       .def("send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); })
+                      std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
+           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
       .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
                          std::shared_ptr<Buffer> buffer,
-                         const Layout& layout) { t.receive(link, key_of(kind, round, block), std::move(buffer), layout); })
+                         const Layout& layout) { t.receive(link, key_of(kind, round, block), std::move(buffer), layout); },
+           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"))
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
       .def("trust", &Transport::trust)
       .def("close_link", &Transport::close_link)
-      .def("make_source", &Transport::make_source)
+      .def("make_source", &Transport::make_source, py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
       .def("stats", &Transport::stats)
       .def("close", [](Transport& t, double flush) { t.close(nanoseconds(flush)); }, ReleaseGil());
@@ -189,9 +220,8 @@ void bind_transport(py::module_& m) {
   py::register_exception<ProtocolError>(m, "ProtocolError");
   py::register_exception_translator(&translate);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
-  m.def("crc32c", [](const py::bytes& data) { std::string_view view = data; return crc32c(view.data(), view.size()); });
-  m.def("crc32c_portable",
-        [](const py::bytes& data) { std::string_view view = data; return crc32c_portable(view.data(), view.size()); });
+  m.def("crc32c", [](const py::buffer& data) { return checksum(data, &crc32c); });
+  m.def("crc32c_portable", [](const py::buffer& data) { return checksum(data, &crc32c_portable); });
   m.def("monotonic_ns", &monotonic_ns);
   bind_data(m);
   bind_session(m);

@@ -4,12 +4,13 @@
 
 #include <sys/uio.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <deque>
 #include <string>
-#include <vector>
 
+#include "loop.h"
 #include "session.h"
 #include "shaper.h"
 #include "socket.h"
@@ -32,15 +33,19 @@ class Link {
   Shaper& shaper() { return shaper_; }
   const LinkCounters& counters() const { return counters_; }
 
-  // Reads what has come. Returns false when the link is over; `reason` says why.
-  bool read(int64_t now_ns);
-  // Writes what may leave. Likewise. Sets `wants_write` when the socket is full.
-  bool write(int64_t now_ns);
-  // Keep-alive and deadlines. Likewise.
-  bool tick(int64_t now_ns);
+  // Each returns false when the link is over, `reason` then says why. Throw ProtocolError and what memory throws.
+  bool read(int64_t now_ns);   // reads what has come
+  bool write(int64_t now_ns);  // keep-alive and deadlines, then writes what may leave
+  bool fail(std::string reason);  // returns false; the first reason stays
 
-  bool wants_write() const { return wants_write_; }
-  // When `write` or `tick` should be called next, whatever the socket does.
+  // Nothing is read, and the peer's silence not counted, while the program is behind with this link's events.
+  void pause_reads(bool paused) { reads_paused_ = paused; }
+
+  // What the loop should watch for, and what it was last told, which the transport keeps up to date.
+  Interest interest() const { return {.reads = closing_ || !reads_paused_, .writes = wants_write_}; }
+  Interest watched;
+
+  // When `write` should be called next, whatever the socket does.
   int64_t wake_at() const;
 
   // Let what is queued leave, then close; at `deadline_ns` at the latest.
@@ -48,11 +53,13 @@ class Link {
   const std::string& reason() const { return reason_; }
 
  private:
-  bool fail(std::string reason);
+  using Vectors = std::array<iovec, 16>;
+
   bool read_and_forget();
+  bool on_time(int64_t now_ns);
   bool pull_frames(int64_t now_ns);
   bool write_ready(int64_t now_ns);
-  size_t gather(std::vector<iovec>& out, int64_t now_ns) const;
+  std::pair<size_t, size_t> gather(Vectors& out, int64_t now_ns) const;
   void consumed(size_t bytes);
 
   uint64_t id_;
@@ -61,6 +68,7 @@ class Link {
   Shaper shaper_;
   LinkCounters counters_;
   int64_t idle_timeout_ns_;
+  int64_t ping_every_ns_;
 
   struct Departing {
     OutFrame frame;
@@ -68,8 +76,9 @@ class Link {
   };
   std::deque<Departing> departing_;
   size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
-  bool wants_write_ = false;
+  bool wants_write_ = false;  // the socket was full, or it was other links' turn
   bool line_was_busy_ = false;
+  bool reads_paused_ = false;
 
   int64_t last_heard_ns_;
   int64_t last_ping_ns_;

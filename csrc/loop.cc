@@ -22,6 +22,14 @@ void drain(int fd) {
   }
 }
 
+epoll_event event_for(uint64_t token, Interest interest) {
+  epoll_event event{};
+  if (interest.reads) event.events |= EPOLLIN;
+  if (interest.writes) event.events |= EPOLLOUT;
+  event.data.u64 = token;
+  return event;
+}
+
 }  // namespace
 
 Loop::Loop()
@@ -32,45 +40,49 @@ Loop::Loop()
   add(timer_.get(), kTimerToken);
 }
 
-void Loop::add(int fd, uint64_t token) {
-  epoll_event event{};
-  event.events = EPOLLIN;
-  event.data.u64 = token;
+void Loop::add(int fd, uint64_t token, Interest interest) {
+  epoll_event event = event_for(token, interest);
   checked(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
 }
 
-void Loop::watch_writes(int fd, uint64_t token, bool on) {
-  epoll_event event{};
-  event.events = EPOLLIN | (on ? static_cast<uint32_t>(EPOLLOUT) : 0u);
-  event.data.u64 = token;
+void Loop::change(int fd, uint64_t token, Interest interest) {
+  epoll_event event = event_for(token, interest);
   checked(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event), "epoll_ctl");
 }
 
-void Loop::remove(int fd) { epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
-
 void Loop::wait(int64_t deadline_ns, std::vector<Ready>& ready) {
   ready.clear();
-  // An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link.
-  itimerspec at{};
-  at.it_value.tv_sec = std::max<int64_t>(deadline_ns, 1) / 1'000'000'000;
-  at.it_value.tv_nsec = std::max<int64_t>(deadline_ns, 1) % 1'000'000'000;
-  timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &at, nullptr);
+  set_timer(std::max<int64_t>(deadline_ns, 1));
   epoll_event events[64];
   int count = epoll_wait(epoll_.get(), events, 64, -1);
   for (int i = 0; i < count; ++i) {
     uint64_t token = events[i].data.u64;
     if (token == kWakeToken) {
       drain(wake_.get());
+      awake_.exchange(false);  // and takes over what the wakers wrote before
     } else if (token == kTimerToken) {
       drain(timer_.get());
+      timer_at_ns_ = 0;
     } else {
       bool readable = (events[i].events & ~static_cast<uint32_t>(EPOLLOUT)) != 0;
-      ready.push_back({token, readable, (events[i].events & EPOLLOUT) != 0});
+      ready.push_back({token, readable});
     }
   }
 }
 
+// An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link. One that is set
+// too early stays: waking once for nothing is cheaper than a system call a turn.
+void Loop::set_timer(int64_t at_ns) {
+  if (timer_at_ns_ != 0 && timer_at_ns_ <= at_ns) return;
+  itimerspec at{};
+  at.it_value.tv_sec = at_ns / 1'000'000'000;
+  at.it_value.tv_nsec = at_ns % 1'000'000'000;
+  checked(timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &at, nullptr), "timerfd_settime");
+  timer_at_ns_ = at_ns;
+}
+
 void Loop::wake() {
+  if (awake_.exchange(true)) return;
   uint64_t one = 1;
   // The only failure is a full counter, and a full counter wakes too.
   [[maybe_unused]] ssize_t written = write(wake_.get(), &one, sizeof one);

@@ -3,6 +3,7 @@
 
 #include <sys/epoll.h>
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -10,20 +11,25 @@
 
 namespace parablock {
 
+// What to wait for on a socket.
+struct Interest {
+  bool reads = true;
+  bool writes = false;
+  bool operator==(const Interest&) const = default;
+};
+
 class Loop {
  public:
   struct Ready {
     uint64_t token;
-    bool readable;  // or hung up, or in error: reading tells which
-    bool writable;
+    bool readable;  // or hung up, or in error, which come whatever the interest: reading tells which
   };
 
   Loop();
 
-  // Loop thread only. `token` comes back in Ready; kWakeToken is taken.
-  void add(int fd, uint64_t token);
-  void watch_writes(int fd, uint64_t token, bool on);
-  void remove(int fd);
+  // Any thread. `token` comes back in Ready; the two highest are taken. A closed descriptor is forgotten by itself.
+  void add(int fd, uint64_t token, Interest interest = {});
+  void change(int fd, uint64_t token, Interest interest);
 
   // Waits for sockets, for `wake` or until `deadline_ns`. Loop thread only.
   void wait(int64_t deadline_ns, std::vector<Ready>& ready);
@@ -32,12 +38,16 @@ class Loop {
   void wake();
 
  private:
+  void set_timer(int64_t at_ns);
+
   static constexpr uint64_t kWakeToken = ~uint64_t{0};
   static constexpr uint64_t kTimerToken = ~uint64_t{0} - 1;
 
   Fd epoll_;
   Fd wake_;
   Fd timer_;
+  std::atomic<bool> awake_{false};  // `wake` was called since the last `wait`: once is enough
+  int64_t timer_at_ns_ = 0;         // when the timer will fire; 0: not set
 };
 
 }  // namespace parablock

@@ -10,6 +10,7 @@ namespace parablock {
 namespace {
 
 constexpr size_t kAckPayload = 8;
+constexpr size_t kDiscardBytes = 64 << 10;
 
 std::string name(const TransferKey& key) {
   return "(kind " + std::to_string(key.kind) + ", round " + std::to_string(key.round) + ", block " +
@@ -36,6 +37,7 @@ void Session::push_control(FrameHeader header, std::string payload) {
 void Session::send_control(std::string message) { push_control({.type = FrameType::kControl, .key = {}}, std::move(message)); }
 
 void Session::ping(int64_t now_ns) {
+  ping_ns_ = now_ns;
   push_control({.type = FrameType::kPing, .key = {}, .offset = static_cast<uint64_t>(now_ns)}, {});
 }
 
@@ -48,7 +50,7 @@ void Session::send(const TransferKey& key, std::shared_ptr<Source> source) {
   }
   Outgoing out{.key = key, .source = std::move(source)};
   if (auto credit = early_credit_.find(key); credit != early_credit_.end()) {
-    out.limit = credit->second;
+    grant(out, 0, credit->second);
     early_credit_.erase(credit);
   }
   outgoing_.push_back(std::move(out));
@@ -86,9 +88,10 @@ std::optional<OutFrame> Session::next_frame(int64_t now_ns) {
 
 void Session::receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout) {
   layout.check(buffer->size());
+  if (cancelled_.contains(key))
+    throw std::invalid_argument("transfer " + name(key) + " was cancelled on this link and cannot be posted again");
   auto [at, is_new] = sinks_.try_emplace(key);
   if (!is_new) throw std::invalid_argument("transfer " + name(key) + " is already posted on this link");
-  cancelled_.erase(key);
   at->second.buffer = std::move(buffer);
   at->second.layout = layout;
   largest_chunk_ = std::max<uint64_t>(largest_chunk_, layout.chunk_bytes(0));
@@ -129,21 +132,19 @@ void Session::cancel_receive(const TransferKey& key) {
 
 // ---- In
 
-std::vector<Segment> Session::want() {
-  std::vector<Segment> regions;
-  if (in_payload_ && destination_ == Destination::kDiscard) {
-    size_t bytes = std::min<size_t>(payload_left_.front().bytes, 64 << 10);
-    discard_.resize(bytes);
-    return {Segment{discard_.data(), bytes}};
-  }
-  if (in_payload_) {
-    regions = payload_left_;
-    // The header behind this payload in the same read: one system call a chunk.
-    regions.push_back({header_bytes_.data(), kHeaderBytes});
+const std::vector<Segment>& Session::want() {
+  want_.clear();
+  if (!in_payload_) {
+    want_.push_back({header_bytes_.data() + header_filled_, kHeaderBytes - header_filled_});
+  } else if (destination_ == Destination::kDiscard) {
+    discard_.resize(kDiscardBytes);
+    want_.push_back({discard_.data(), std::min(payload_left_.front().bytes, kDiscardBytes)});
   } else {
-    regions.push_back({header_bytes_.data() + header_filled_, kHeaderBytes - header_filled_});
+    want_ = payload_left_;
+    // The header behind this payload in the same read: one system call a chunk.
+    want_.push_back({header_bytes_.data(), kHeaderBytes});
   }
-  return regions;
+  return want_;
 }
 
 void Session::arrived(size_t bytes, int64_t now_ns) {
@@ -169,7 +170,10 @@ void Session::header_arrived(int64_t now_ns) {
   header_ = read_header(header_bytes_);
   header_filled_ = 0;
   if (run_ == 0) run_ = header_.run;
-  if (header_.run != 0 && header_.run != run_) throw ProtocolError("a frame belongs to another run");
+  // Before a side knows the run its frames say 0; transfers begin only after both know it.
+  bool of_a_transfer =
+      header_.type == FrameType::kData || header_.type == FrameType::kAck || header_.type == FrameType::kCancel;
+  if (header_.run != run_ && (header_.run != 0 || of_a_transfer)) throw ProtocolError("a frame belongs to another run");
   payload_left_.clear();
   destination_ = Destination::kText;
   size_t limit = 0;
@@ -227,7 +231,9 @@ void Session::payload_arrived(int64_t now_ns) {
     case FrameType::kAck: acknowledged(now_ns); break;
     case FrameType::kCancel: cancelled(now_ns); break;
     case FrameType::kPing: push_control({.type = FrameType::kPong, .key = {}, .offset = header_.offset}, {}); break;
-    case FrameType::kPong: round_trip_ns_ = now_ns - static_cast<int64_t>(header_.offset); break;
+    case FrameType::kPong:
+      if (header_.offset == static_cast<uint64_t>(ping_ns_)) round_trip_ns_ = now_ns - ping_ns_;
+      break;
     case FrameType::kData: break;
   }
 }
@@ -255,19 +261,33 @@ void Session::acknowledged(int64_t now_ns) {
   std::memcpy(&limit, text_.data(), kAckPayload);
   auto out = std::find_if(outgoing_.begin(), outgoing_.end(), [&](const Outgoing& o) { return o.key == header_.key; });
   if (out == outgoing_.end()) {
+    if (header_.offset > 0) throw ProtocolError("the peer acknowledges bytes that were never sent");
     early_credit_[header_.key] = limit;
     if (early_credit_.size() > limits_.remembered_keys) throw ProtocolError("the peer asks for too many transfers at once");
     return;
   }
-  out->limit = std::max(out->limit, limit);
-  const Layout& layout = out->source->layout();
-  uint64_t sent = out->next_chunk == layout.chunks() ? layout.bytes() : layout.offset(out->next_chunk);
-  if (header_.offset > sent) throw ProtocolError("the peer acknowledges bytes that were never sent");
-  if (header_.offset < layout.bytes()) return;
+  grant(*out, header_.offset, limit);
+  if (header_.offset < out->source->layout().bytes()) return;
   Event done = event(Event::Type::kSent, header_.key, now_ns);
   done.first_byte_ns = out->first_byte_ns;
   events_.push_back(std::move(done));
   outgoing_.erase(out);
+}
+
+void Session::grant(Outgoing& out, uint64_t received, uint64_t limit) {
+  const Layout& layout = out.source->layout();
+  if (received > out.sent()) throw ProtocolError("the peer acknowledges bytes that were never sent");
+  if (limit > layout.bytes())
+    throw ProtocolError("transfer " + name(out.key) + " has " + std::to_string(layout.bytes()) +
+                        " bytes here, but the peer has room for at least " + std::to_string(limit) +
+                        ": the two sides cut the block differently");
+  out.limit = std::max(out.limit, limit);
+  // A receiver that has everything always grants a whole chunk more, so this one has smaller chunks or a smaller body.
+  if (received == out.sent() && out.next_chunk < layout.chunks() &&
+      received + layout.chunk_bytes(out.next_chunk) > out.limit)
+    throw ProtocolError("transfer " + name(out.key) + ": the peer has no room for the next chunk of " +
+                        std::to_string(layout.chunk_bytes(out.next_chunk)) +
+                        " bytes: the two sides cut the block differently");
 }
 
 void Session::cancelled(int64_t now_ns) {

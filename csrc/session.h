@@ -63,12 +63,13 @@ class Session {
 
   void send_control(std::string message);
   void send(const TransferKey& key, std::shared_ptr<Source> source);  // throws std::invalid_argument if already posted
-  void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout);  // likewise
+  // Likewise; and for a key that was cancelled, whose chunks may still be under way.
+  void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout);
   void cancel_receive(const TransferKey& key);  // no-op when it is complete or was never posted
   void ping(int64_t now_ns);
 
-  // Where the next bytes go, in order. Never empty; the regions stay valid until `arrived`.
-  std::vector<Segment> want();
+  // Where the next bytes go, in order. Never empty; valid until the next call of any kind.
+  const std::vector<Segment>& want();
   // The first `bytes` of what `want` returned are filled. Throws ProtocolError.
   void arrived(size_t bytes, int64_t now_ns);
 
@@ -87,6 +88,8 @@ class Session {
     uint64_t next_chunk = 0;
     uint64_t limit = 0;  // bytes the receiver granted in all
     int64_t first_byte_ns = 0;
+
+    uint64_t sent() const { return source->layout().offset_of_end(next_chunk); }
   };
   // Where the payload of the frame being read goes.
   enum class Destination : uint8_t { kText, kSink, kDiscard };
@@ -97,6 +100,7 @@ class Session {
   void data_header(int64_t now_ns);
   void data_arrived(int64_t now_ns);
   void acknowledged(int64_t now_ns);
+  void grant(Outgoing& out, uint64_t received, uint64_t limit);
   void cancelled(int64_t now_ns);
   void acknowledge(const TransferKey& key, Sink& sink);
   void remember(std::set<TransferKey>& keys, const TransferKey& key);
@@ -122,9 +126,11 @@ class Session {
   Destination destination_ = Destination::kText;
   std::string text_;
   std::vector<Segment> payload_left_;
+  std::vector<Segment> want_;
   std::vector<uint8_t> discard_;
 
   std::vector<Event> events_;
+  int64_t ping_ns_ = 0;  // of the last ping sent: the only one whose answer is believed
   int64_t round_trip_ns_ = 0;
 };
 

@@ -29,14 +29,15 @@ std::array<Segment, 2> Layout::segments(uint8_t* body, uint64_t chunk) const {
 }
 
 void Layout::check(size_t buffer_bytes) const {
-  if (units == 0 || chunk_units == 0 || scale_bytes + code_bytes == 0)
+  if (units == 0 || chunk_units == 0 || uint64_t{scale_bytes} + code_bytes == 0)
     throw std::invalid_argument("a transfer needs at least one unit, one byte a unit and one unit a chunk");
   uint64_t unit = uint64_t{scale_bytes} + code_bytes;
-  if (unit * std::min<uint64_t>(chunk_units, units) > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("a chunk must stay below 2 GiB");
   if (units > buffer_bytes / unit)
     throw std::invalid_argument("the transfer has " + std::to_string(units) + " units of " + std::to_string(unit) +
                                 " bytes, its buffer only " + std::to_string(buffer_bytes) + " bytes");
+  // Now that the whole fits into memory, the product below cannot overflow.
+  if (unit * std::min<uint64_t>(chunk_units, units) > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("a chunk must stay below 2 GiB");
 }
 
 Source::Source(std::shared_ptr<Buffer> buffer, Layout layout, uint64_t ready_chunks, std::function<void()> wake)

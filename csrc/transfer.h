@@ -3,6 +3,7 @@
 // every socket that still refers to them.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -46,6 +47,7 @@ struct Layout {
   uint64_t chunks() const { return (units + chunk_units - 1) / chunk_units; }
   uint64_t units_in(uint64_t chunk) const { return std::min<uint64_t>(chunk_units, units - chunk * chunk_units); }
   uint64_t offset(uint64_t chunk) const { return chunk * chunk_units * (uint64_t{scale_bytes} + code_bytes); }
+  uint64_t offset_of_end(uint64_t chunks_done) const { return std::min(offset(chunks_done), bytes()); }
   uint32_t chunk_bytes(uint64_t chunk) const {
     return static_cast<uint32_t>(units_in(chunk) * (uint64_t{scale_bytes} + code_bytes));
   }

@@ -1,6 +1,7 @@
 #include "transport.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -15,6 +16,12 @@ namespace {
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kFlushNs = 5'000'000'000;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
+constexpr int kAcceptsPerTurn = 64;
+constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
+
+constexpr const char* kClosed = "the transport is closed: make a new one";
+
+size_t cost(const Event& event) { return sizeof event + event.text.size(); }
 
 }  // namespace
 
@@ -25,13 +32,24 @@ void Transport::Waker::wake() {
 
 Transport::Transport(TransportOptions options) : options_(options), waker_(std::make_shared<Waker>()) {
   waker_->loop = &loop_;
-  thread_ = std::thread([this] { run(); });
+  // The thread inherits the mask: signals are for the program's own threads, where Python's handlers belong.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_setname_np(thread_.native_handle(), "pb-transport");
 }
 
 Transport::~Transport() { close(0); }
 
 void Transport::close(int64_t flush_ns) {
+  std::lock_guard closing(close_mutex_);
   if (!thread_.joinable()) return;
   push([this, flush_ns] {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
@@ -40,35 +58,41 @@ void Transport::close(int64_t flush_ns) {
     stopping_ = true;
   });
   thread_.join();
-  std::lock_guard lock(waker_->mutex);
-  waker_->loop = nullptr;
+  {
+    std::lock_guard lock(waker_->mutex);
+    waker_->loop = nullptr;
+  }
+  std::lock_guard lock(command_mutex_);
+  closed_ = true;
+  commands_.clear();  // lets go of the buffers of transfers that came too late
 }
 
 uint16_t Transport::listen(const std::string& host, uint16_t port) {
   Fd fd = listen_tcp(host, port);
   uint16_t taken = local_port(fd);
-  push([this, fd = std::make_shared<Fd>(std::move(fd))] {
-    loop_.add(fd->get(), kListenerTokens + static_cast<uint64_t>(fd->get()));
-    listeners_.push_back(std::move(*fd));
-  });
+  loop_.add(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()));
+  if (!push([this, fd = std::make_shared<Fd>(std::move(fd))] { listeners_.push_back(std::move(*fd)); }))
+    throw std::runtime_error(kClosed);
   return taken;
 }
 
 uint64_t Transport::connect(const std::string& host, uint16_t port, int64_t timeout_ns) {
   auto fd = std::make_shared<Fd>(connect_tcp(host, port, timeout_ns));
   uint64_t id = next_link_++;
-  push([this, fd, id] { add_link(id, std::move(*fd)); });
+  if (!push([this, fd, id] { add_link(id, std::move(*fd)); })) throw std::runtime_error(kClosed);
   return id;
 }
 
 // ---- Commands: queued by any thread, carried out by the loop's
 
-void Transport::push(Command command) {
+bool Transport::push(Command command) {
   {
     std::lock_guard lock(command_mutex_);
+    if (closed_) return false;
     commands_.push_back(std::move(command));
   }
   loop_.wake();
+  return true;
 }
 
 void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
@@ -134,12 +158,18 @@ std::optional<Event> Transport::next_event(int64_t timeout_ns) {
   if (events_.empty()) return std::nullopt;
   Event event = std::move(events_.front());
   events_.pop_front();
+  auto unread = unread_.find(event.link);
+  bool was_paused = unread->second > kUnreadBytes;
+  unread->second -= cost(event);
+  if (was_paused && unread->second <= kUnreadBytes) loop_.wake();
+  if (unread->second == 0) unread_.erase(unread);
   return event;
 }
 
 void Transport::publish(Event event) {
   {
     std::lock_guard lock(event_mutex_);
+    unread_[event.link] += cost(event);
     events_.push_back(std::move(event));
   }
   event_ready_.notify_one();
@@ -148,8 +178,12 @@ void Transport::publish(Event event) {
 void Transport::publish(Link& link) {
   for (Event& event : link.session().take_events()) {
     event.link = link.id();
+    if (event.at_ns == 0) event.at_ns = monotonic_ns();
     publish(std::move(event));
   }
+  std::lock_guard lock(event_mutex_);
+  auto unread = unread_.find(link.id());
+  link.pause_reads(unread != unread_.end() && unread->second > kUnreadBytes);
 }
 
 LinkStats Transport::stats(uint64_t id) const {
@@ -162,28 +196,52 @@ LinkStats Transport::stats(uint64_t id) const {
 
 // ---- The loop thread
 
-void Transport::accept_all(int listener) {
-  while (true) {
+void Transport::accept_some(int listener, int64_t now_ns) {
+  for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
     Fd fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-    if (fd.get() < 0) return;  // none left, or out of descriptors: the next turn tries again
+    if (fd.get() < 0) {
+      // The connection stays in the backlog and would wake the loop for ever.
+      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+        accept_again(false);
+        accept_again_ns_ = now_ns + kHousekeepingNs;
+      }
+      return;
+    }
     if (links_.size() >= options_.max_links) continue;
     Event connected;
     connected.type = Event::Type::kConnected;
     connected.text = peer_address(fd.get());
-    connected.at_ns = monotonic_ns();
+    connected.at_ns = now_ns;
     connected.link = next_link_++;
-    add_link(connected.link, std::move(fd));
+    uint64_t id = connected.link;
     publish(std::move(connected));
+    add_link(id, std::move(fd));
   }
 }
 
+void Transport::accept_again(bool on) {
+  accept_again_ns_ = 0;
+  for (const Fd& fd : listeners_)
+    loop_.change(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()), {.reads = on});
+}
+
 void Transport::add_link(uint64_t id, Fd fd) {
-  auto link = std::make_unique<Link>(id, std::move(fd), SessionLimits{.window_bytes = options_.window_bytes},
-                                     options_.idle_timeout_ns);
-  link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
-  loop_.add(link->fd(), id);
-  std::lock_guard lock(links_mutex_);
-  links_.emplace(id, std::move(link));
+  Event failed;
+  try {
+    auto link = std::make_unique<Link>(id, std::move(fd), SessionLimits{.window_bytes = options_.window_bytes},
+                                       options_.idle_timeout_ns);
+    link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
+    loop_.add(link->fd(), id);
+    std::lock_guard lock(links_mutex_);
+    links_.emplace(id, std::move(link));
+    return;
+  } catch (const std::exception& error) {
+    failed.text = error.what();
+  }
+  failed.type = Event::Type::kClosed;
+  failed.link = id;
+  failed.at_ns = monotonic_ns();
+  publish(std::move(failed));
 }
 
 void Transport::drop(uint64_t id) {
@@ -194,7 +252,6 @@ void Transport::drop(uint64_t id) {
   closed.link = id;
   closed.text = found->second->reason();
   closed.at_ns = monotonic_ns();
-  loop_.remove(found->second->fd());
   {
     std::lock_guard lock(links_mutex_);
     links_.erase(found);
@@ -202,27 +259,39 @@ void Transport::drop(uint64_t id) {
   publish(std::move(closed));
 }
 
+// Whatever goes wrong here ends this link alone.
+void Transport::service_link(Link& link, bool readable, int64_t now_ns) {
+  bool going_on = false;
+  try {
+    going_on = !readable || link.read(now_ns);
+    publish(link);
+    going_on = going_on && link.write(now_ns);
+    if (going_on && link.interest() != link.watched) {
+      link.watched = link.interest();
+      loop_.change(link.fd(), link.id(), link.watched);
+    }
+  } catch (const std::exception& error) {
+    going_on = link.fail(error.what());
+  }
+  if (!going_on) over_.push_back(link.id());
+}
+
 void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
-  std::vector<uint64_t> over;
+  if (accept_again_ns_ != 0 && now_ns >= accept_again_ns_) accept_again(true);
+  readable_.clear();
   for (const Loop::Ready& at : ready) {
-    if (at.token >= kListenerTokens) {
-      accept_all(static_cast<int>(at.token - kListenerTokens));
+    if (at.token < kListenerTokens) {
+      if (at.readable) readable_.insert(at.token);
       continue;
     }
-    auto found = links_.find(at.token);
-    if (found != links_.end() && at.readable && !found->second->read(now_ns)) over.push_back(at.token);
+    int listener = static_cast<int>(at.token - kListenerTokens);
+    auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // it may have been closed since
+    if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
   }
-  for (auto& [id, link] : links_) {
-    publish(*link);
-    if (std::find(over.begin(), over.end(), id) != over.end()) continue;
-    bool was_waiting = link->wants_write();
-    if (!link->tick(now_ns) || !link->write(now_ns)) {
-      over.push_back(id);
-      continue;
-    }
-    if (link->wants_write() != was_waiting) loop_.watch_writes(link->fd(), id, link->wants_write());
-  }
-  for (uint64_t id : over) drop(id);
+  // All of them, not only the readable: commands, watermarks and timers give links something to send.
+  for (auto& [id, link] : links_) service_link(*link, readable_.contains(id), now_ns);
+  for (uint64_t id : over_) drop(id);
+  over_.clear();
 }
 
 void Transport::run() {
@@ -235,6 +304,7 @@ void Transport::run() {
     service(monotonic_ns(), ready);
   }
   while (!links_.empty()) drop(links_.begin()->first);
+  listeners_.clear();
 }
 
 }  // namespace parablock

@@ -1,7 +1,8 @@
 // The transport of a process: one thread that owns every socket. It never takes the GIL and never calls Python.
 //
 // Every public function may be called from any thread except the loop's own. Calls that change a link are queued and
-// carried out by the loop thread in the order in which they were made; what happens comes back as Events.
+// carried out by the loop thread in the order in which they were made; what happens comes back as Events. A program that
+// leaves a link's events lying stops this link's reading, not the others'.
 #pragma once
 
 #include <atomic>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -41,7 +43,7 @@ class Transport {
   explicit Transport(TransportOptions options);
   ~Transport();  // as close(0)
 
-  // Throw std::system_error.
+  // Throw std::system_error, and std::runtime_error once the transport is closed.
   uint16_t listen(const std::string& host, uint16_t port);  // returns the port taken
   uint64_t connect(const std::string& host, uint16_t port, int64_t timeout_ns);  // blocks; returns the link
 
@@ -72,14 +74,16 @@ class Transport {
   };
 
   void run();
-  void push(Command command);
+  bool push(Command command);  // false once the transport is closed
   void push_on_link(uint64_t link, std::function<void(Link&)> action);
   void carry_out_commands();
-  void accept_all(int listener);
+  void accept_some(int listener, int64_t now_ns);
+  void accept_again(bool on);
   void add_link(uint64_t id, Fd fd);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
-  void publish(Link& link);
+  void service_link(Link& link, bool readable, int64_t now_ns);
   void drop(uint64_t link);
+  void publish(Link& link);
   void publish(Event event);
 
   TransportOptions options_;
@@ -88,18 +92,25 @@ class Transport {
 
   std::mutex command_mutex_;
   std::vector<Command> commands_;
+  bool closed_ = false;
 
   std::mutex event_mutex_;
   std::condition_variable event_ready_;
   std::deque<Event> events_;
+  std::map<uint64_t, size_t> unread_;  // bytes of a link's events that nobody took yet
 
   mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
   std::map<uint64_t, std::unique_ptr<Link>> links_;
   std::vector<Fd> listeners_;
+  int64_t accept_again_ns_ = 0;  // out of descriptors: when to try again; 0: not so
   std::atomic<uint64_t> next_link_{1};
 
-  std::atomic<bool> stopping_{false};
+  std::set<uint64_t> readable_;  // in this turn, as the next
+  std::vector<uint64_t> over_;   // links that ended
+
+  bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;
+  std::mutex close_mutex_;
   std::thread thread_;
 };
 

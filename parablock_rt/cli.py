@@ -170,7 +170,7 @@ def serve(
     shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
     config.parse_address(address)
     folder = _run_folder(run_dir, "serve")
-    net, _, task = finetune.load(workload)
+    net, tokenizer, task = finetune.load(workload)
     plan = BlockPlan.from_model(net, blocks)
     before = finetune.evaluate(net, task, workload)
 
@@ -196,7 +196,7 @@ def serve(
             server.wait()
         after = finetune.evaluate(net, task, workload)
         if save_model:
-            _save(net, folder)
+            _save(net, tokenizer, folder)
     finally:
         result = summarise(
             run_config, server.outcome, blocks=len(plan.blocks), eval_loss_before=before, eval_loss_after=after
@@ -310,9 +310,11 @@ def _run_folder(path: Path | None, kind: str) -> RunFolder:
     return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _save(net: Any, folder: RunFolder) -> None:
+def _save(net: Any, tokenizer: Any, folder: RunFolder) -> None:
     target = folder.path / "model"
     net.save_pretrained(target)
+    if hasattr(tokenizer, "save_pretrained"):  # the tiny model's bytes need no file
+        tokenizer.save_pretrained(target)
     console.print(f"Saved the result to [b]{target}[/b]")
 
 
@@ -332,7 +334,7 @@ def main() -> NoReturn:
     """The entry point; never returns."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        app()  # ends with SystemExit: 0, or 2 after a usage error
+        app(prog_name="parablock")  # ends with SystemExit: 0, or 2 after a usage error
     except ConfigError as error:
         _fail(error, 2)
     except ParaBlockError as error:

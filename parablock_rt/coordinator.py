@@ -125,7 +125,10 @@ class Coordinator:
         finally:
             if self._started_at is not None:
                 self.outcome.wall_s = time.monotonic() - self._started_at
-            self.outcome.digest = digest(self._plan, [fingerprint(block) for block in self._master.blocks])
+            self.outcome.digest = self._digest()
+
+    def _digest(self) -> str:
+        return digest(self._plan, [fingerprint(block) for block in self._master.blocks])
 
     # ---- Events
 
@@ -211,6 +214,8 @@ class Coordinator:
         member.applied = message.round
 
     def _take_goodbye(self, member: Member, message: protocol.Goodbye) -> None:
+        if not message.reason and message.digest != self._digest():
+            raise DigestError(f"client {member.seat} ends with other bits than the server")
         member.goodbye = message
         self.outcome.goodbyes[member.seat] = message
         if message.reason:
@@ -246,6 +251,7 @@ class Coordinator:
     def _send_snapshot(self, member: Member) -> None:
         """Sends the next block that the member lacks, or lets it begin."""
         if not member.to_send:
+            member.synced = True
             if self._started_at is not None:
                 self._let_begin(member, first_round=self._oldest + (0 if self._is_needed(member) else 1))
             else:
@@ -270,7 +276,7 @@ class Coordinator:
         self._bytes_down += nbytes
 
     def _start_if_complete(self, *, at_deadline: bool = False) -> None:
-        synced = [m for m in self._members.values() if m.ready and not m.to_send]
+        synced = [member for member in self._members.values() if member.synced]
         if len(synced) < self._config.clients and not at_deadline:
             return
         if len(synced) < self._config.quorum_size:
@@ -348,8 +354,6 @@ class Coordinator:
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
-                if not overdue and len(round.cohort - round.refused) >= self._config.quorum_size:
-                    return  # a newcomer may take a vacant seat and deliver
                 raise RoundError(
                     f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients "
                     f"delivered within {self._deadline.seconds:g} s, at least {self._config.quorum_size} are needed "

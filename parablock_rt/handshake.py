@@ -49,6 +49,10 @@ def read_token(file: Path | None) -> str | None:
             text = file.read_text().strip()
         except OSError as error:
             raise ConfigError(f"cannot read the token file {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"the token file {file} must be UTF-8 text, such as `openssl rand -hex 32` makes"
+            ) from error
         source = f"the token file {file}"
     if text is not None and len(text) < 16:
         raise ConfigError(f"{source} must hold at least 16 characters, so that the token cannot be guessed")

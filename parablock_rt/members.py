@@ -94,6 +94,7 @@ class Member:
     address: str
     ready: bool = False  # its Ready was checked
     to_send: list[int] = field(default_factory=list)  # blocks of the snapshot not sent yet
+    synced: bool = False  # it holds the reference: nothing of the snapshot is on its way any more
     begun: bool = False
     first_round: int = 0
     updates_from: int = 0

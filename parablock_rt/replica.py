@@ -74,11 +74,12 @@ class Replica:
     def hand_over(self, handover: Handover, ref: list[Tensor], *, others_pending: bool) -> None:
         """Notes a hand-over. `others_pending`: an earlier aggregate for this block has not been applied yet.
 
-        With local_view "reference" the block returns to x̂ here, once the encoding has read it.
+        With local_view "reference" the block returns to x̂ here, once the encoding has read it. So it does in any view
+        when training has left something that is not finite: it would spoil every round until the aggregate comes.
         """
         state = self._states[handover.block]
         flats = self.blocks[handover.block].flats
-        if self._keep_own:
+        if self._keep_own and all(_is_finite(flat) for flat in flats):
             if others_pending:
                 handover.progress = [flat.float() - start.float() for flat, start in zip(flats, ref, strict=True)]
         else:
@@ -154,3 +155,8 @@ class Replica:
     def fingerprints(self) -> list[int]:
         """The fingerprint of every block's θ; of x̂ when nothing is under way."""
         return [fingerprint(block) for block in self.blocks]
+
+
+def _is_finite(flat: Tensor) -> bool:
+    """One pass without temporaries: a sum takes over every NaN and infinity."""
+    return bool(flat.sum(dtype=torch.float32).isfinite())

@@ -33,6 +33,7 @@ class Server:
         self._model = model
         self._error: ParaBlockError | None = None
         self._crash: BaseException | None = None
+        self._ended = threading.Event()  # not Thread.join: before Python 3.13 a Ctrl-C in it makes the thread seem over
         self._thread = threading.Thread(target=self._run, name="pb-server", daemon=True)
         self._thread.start()
 
@@ -49,20 +50,15 @@ class Server:
     @property
     def running(self) -> bool:
         """Whether the run has not ended yet."""
-        return self._thread.is_alive()
+        return not self._ended.is_set()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Returns when every client has applied the last round. `timeout` in seconds.
 
         Raises what ended the run early (RoundError, say), and TimeoutError when it goes on after `timeout`.
         """
-        # In slices: a join without an end would keep Ctrl-C from the main thread.
-        waited = 0.0
-        while self._thread.is_alive():
-            if timeout is not None and waited >= timeout:
-                raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
-            self._thread.join(0.1)
-            waited += 0.1
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
         if self._crash is not None:
             raise self._crash
         if self._error is not None:
@@ -78,8 +74,7 @@ class Server:
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent."""
         self._coordinator.stop(reason)
-        self._thread.join()
-        self._transport.close()
+        self._ended.wait()
 
     def __enter__(self) -> Server:
         return self
@@ -96,6 +91,7 @@ class Server:
             self._crash = error
         finally:
             self._transport.close()
+            self._ended.set()
 
 
 def serve(

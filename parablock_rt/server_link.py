@@ -80,9 +80,10 @@ class ServerLink:
                 f"a token is set here, but the server at {self.address} asks for none: it may not be the intended one"
             )
         fields = (challenge.run, nonce, challenge.nonce)
-        self.send(protocol.Proof(mac=handshake.proof(token, "client", *fields)))
-        # The settings and the plan are larger than what a stranger may send; what they say is checked before use.
+        # The settings and the plan are larger than what a stranger may send; what they say is checked before use. They
+        # may be here as soon as the proof has left.
         self.transport.native.trust(self._link, challenge.run, protocol.CONTROL_BYTES)
+        self.send(protocol.Proof(mac=handshake.proof(token, "client", *fields)))
         welcome = self._expect(protocol.Welcome, _HANDSHAKE_S)
         if not handshake.is_proof(welcome.mac, token, "server", *fields):
             raise HandshakeError(f"the server at {self.address} does not know the token: it is not the intended one")

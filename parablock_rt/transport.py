@@ -5,6 +5,7 @@ Every function may be called from any thread; each object is used by one thread 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Transport:
             taken = self.native.listen(host, port)
         except OSError as error:
             raise TransportError(
-                f"cannot listen on {address}: {error.strerror}; is another server running there?"
+                f"cannot listen on {address}: {_why(error)}; is another server running there?"
             ) from error
         return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
 
@@ -119,7 +120,7 @@ class Transport:
             except OSError as error:
                 if attempt == tries:
                     raise ConnectError(
-                        f"no server at {address} after {tries} tries ({error.strerror}); is `parablock serve` running "
+                        f"no server at {address} after {tries} tries ({_why(error)}); is `parablock serve` running "
                         "there, and does a firewall let this port through?"
                     ) from error
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
@@ -150,3 +151,9 @@ class Transport:
 
 def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _why(error: OSError) -> str:
+    """The reason alone: the native message has the address, and so has ours. A resolver's reason stands in brackets."""
+    _, opened, reason = str(error.strerror).partition("(")
+    return reason.partition(")")[0] if opened else os.strerror(error.errno or 0)

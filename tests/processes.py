@@ -106,6 +106,11 @@ class Process:
         assert self._process.exitcode is not None, f"the process did not end within {timeout:g} s after {self.seen}"
         return self._process.exitcode
 
+    def pause(self, seconds: float) -> None:
+        """Waits for something that the process does. Fails when it has ended."""
+        self._process.join(seconds)
+        assert self._process.exitcode is None, f"the process ended with {self._process.exitcode}"
+
     def destroy(self) -> None:
         """Nothing of it is left afterwards."""
         if self._process.is_alive():

@@ -6,19 +6,30 @@ after every round, of the final weights on the server and on every client, of th
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import codec_statement as statement
 import numpy as np
 import pytest
 import torch
-from harness import FederationResult, Leave, run_federation
-from simulation import SimulationResult, simulate, to_numpy
+from federations import (
+    ONE,
+    THREE,
+    TWO,
+    WAIT_S,
+    Case,
+    assert_equal,
+    bounded_mlp,
+    fold_spy,
+    mlp,
+    plain_sgd,
+    regression,
+    squared_error,
+)
+from harness import FederationResult, run_federation
+from simulation import to_numpy
 from torch import Tensor, nn
 
 from parablock_rt.aggregate import Master, ServerOptimizer
@@ -26,101 +37,6 @@ from parablock_rt.client import Run
 from parablock_rt.coordinator import Coordinator
 from parablock_rt.errors import DigestError
 from parablock_rt.replica import Replica
-from parablock_rt.rounds import Round
-
-THREE = [["0"], ["2"], ["4"]]
-TWO = [["0", "2"], ["4"]]
-ONE = [["0", "2", "4"]]
-WAIT_S = 30.0
-
-
-def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8)).to(dtype)
-
-
-def bounded_mlp() -> nn.Module:
-    """Weights in ±[0.5, 1]: a small step stays within a factor of two, so that differences are exact."""
-    model = mlp()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.where(torch.rand_like(p) < 0.5, -1.0, 1.0) * (0.5 + 0.5 * torch.rand_like(p)))
-            p.clamp_(-0.99, 0.99).copy_(torch.where(p.abs() < 0.51, 0.51 * p.sign(), p))
-    return model
-
-
-def regression(dtype: torch.dtype = torch.float32) -> Callable[[int], Sequence[Any]]:
-    def batches(seat: int) -> Sequence[Any]:
-        generator = torch.Generator().manual_seed(100 + seat)
-        pairs = [(torch.randn(4, 16, generator=generator), torch.randn(4, 8, generator=generator)) for _ in range(5)]
-        return [(x.to(dtype), y.to(dtype)) for x, y in pairs]
-
-    return batches
-
-
-def squared_error(model: nn.Module, batch: Any) -> Tensor:
-    return ((model(batch[0]) - batch[1]) ** 2).mean()
-
-
-def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
-
-
-def plain_sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=1e-3)
-
-
-def uneven(seat: int, step: int) -> float:
-    """Weights that differ between clients and rounds and are not powers of two."""
-    return (1.0, 3.7, 0.4, 2.9)[seat] + step % 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A federation: what to run, and the settings that the simulation knows too."""
-
-    blocks: list[list[str]] = dataclasses.field(default_factory=lambda: THREE)
-    dtype: torch.dtype = torch.float32
-    clients: int = 3
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        common = {"plan_blocks": self.blocks, "clients": self.clients, "weight": uneven, "rounds": 10, "local_steps": 2}
-        return (lambda: mlp(self.dtype), regression(self.dtype), squared_error, sgd), {**common, **self.settings}
-
-    def run(self, **more: Any) -> FederationResult:
-        positional, named = self.arguments
-        return run_federation(*positional, **{**named, **more})
-
-    def simulate(self, **more: Any) -> SimulationResult:
-        positional, named = self.arguments
-        return simulate(*positional, **{**named, **more})
-
-
-def assert_equal(result: FederationResult, expected: SimulationResult) -> None:
-    """Bit equality of everything that can be seen: every round, every final weight, every residual."""
-    assert result.fingerprints == expected.fingerprints
-    for name, value in expected.parameters.items():
-        assert torch.equal(result.model.get_parameter(name), value), f"{name} on the server"
-    for seat, residuals in expected.residuals.items():
-        client = result.by_seat(seat)
-        assert client.digest == result.outcome.digest
-        for name, value in expected.parameters.items():
-            assert torch.equal(client.model.get_parameter(name), value), f"{name} on client {seat}"
-        for block, residual in enumerate(residuals):
-            found = residual_of(client.run, block)
-            want = np.zeros(1, np.float32) if residual is None else residual
-            assert np.array_equal(np.zeros(1, np.float32) if found is None else found, want) or (
-                found is None and not want.any()
-            ), f"residual of block {block} on client {seat}"
-
-
-def residual_of(run: Run | None, block: int) -> np.ndarray[Any, Any] | None:
-    assert run is not None
-    parts = run._replica._states[block].residual
-    return None if parts is None else torch.cat(parts).numpy()
-
 
 # ---- Against a plain loop
 
@@ -243,45 +159,6 @@ def test_a_half_precision_model_equals_the_simulation() -> None:
     assert_equal(case.run(), case.simulate())
 
 
-def test_clients_that_start_from_other_weights_get_the_servers_first() -> None:
-    case = Case()
-    result = case.run(client_models=[lambda: mlp(seed=7), mlp, lambda: mlp(seed=8)])
-    assert_equal(result, case.simulate())
-
-
-def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Client 0 takes the last block of its snapshot only when the server knows that client 1 has all of its own."""
-    other_is_ready = threading.Event()
-    began: list[int] = []
-    take_snapshot, send_snapshot = Run.take_snapshot, Coordinator._send_snapshot
-    let_begin = Coordinator._let_begin
-
-    def hold(self: Run, message: Any) -> None:
-        if self.client == 0 and message.block == 2:
-            assert other_is_ready.wait(WAIT_S)
-        take_snapshot(self, message)
-
-    def note_ready(self: Coordinator, member: Any) -> None:
-        complete = not member.to_send
-        send_snapshot(self, member)
-        if member.seat == 1 and complete:
-            other_is_ready.set()
-
-    def note_begin(self: Coordinator, member: Any, **rest: Any) -> None:
-        began.append(member.seat)
-        let_begin(self, member, **rest)
-
-    monkeypatch.setattr(Run, "take_snapshot", hold)
-    monkeypatch.setattr(Coordinator, "_send_snapshot", note_ready)
-    monkeypatch.setattr(Coordinator, "_let_begin", note_begin)
-    case = Case(clients=2)
-    result = case.run(client_models=[lambda: mlp(seed=7), lambda: mlp(seed=8)])
-    assert sorted(began) == [0, 1]
-    assert_equal(result, case.simulate())
-
-
 @pytest.mark.parametrize("name", ["average", "momentum", "adam", "yogi"])
 def test_the_server_optimizers_follow_their_published_formulas(name: str) -> None:
     """In float64 and numpy, so that nothing is shared but the formula; fp32 rounding is all that may differ."""
@@ -342,18 +219,6 @@ def test_a_fast_a_slow_and_a_jittery_link_give_the_same_digest(staleness: int) -
     assert fast.fingerprints == behind.fingerprints == jittery.fingerprints
     assert len(set(fast.outcome.client_digests.values()) | {fast.outcome.digest}) == 1
     assert_equal(jittery, case.simulate())
-
-
-def fold_spy(monkeypatch: pytest.MonkeyPatch, on_fold: Callable[[int, int, str], None]) -> None:
-    """Calls `on_fold(round, seat, why not)` on the server's thread after each upload was folded or refused."""
-    fold = Round.fold
-
-    def spy(self: Round, client: int, *rest: Any) -> str:
-        reason = fold(self, client, *rest)
-        on_fold(self.index, client, reason)
-        return reason
-
-    monkeypatch.setattr(Round, "fold", spy)
 
 
 @pytest.mark.parametrize("format", ["fp32", "int8"])
@@ -421,6 +286,20 @@ def test_a_client_whose_weights_were_corrupted_ends_with_a_digest_error(stalenes
 
     with pytest.raises(DigestError, match=r"block 1 .* diverged"):
         Case(settings={"staleness": staleness}).run(before_step=corrupt)
+
+
+def test_weights_corrupted_after_their_last_aggregate_do_not_end_the_run_in_silence() -> None:
+    """No aggregate follows that would show it: the digests that the clients say goodbye with must."""
+
+    def corrupt(run: Run, step: int) -> None:
+        if run.client == 1 and step == 18:  # the last round, 9, trains block 0; block 1 had its last aggregate
+            with torch.no_grad():
+                run.model[2].weight[3, 4] += 2.0**-10
+
+    result = Case().run(before_step=corrupt, check=False)
+    errors = [result.error, *(client.error for client in result.clients)]
+    noticed = [who for who in result.outcome.left if "client 1" in who]
+    assert noticed or any(isinstance(error, DigestError) for error in errors)
 
 
 # ---- Merging
@@ -495,158 +374,6 @@ def test_changes_below_the_resolution_of_bf16_add_up_on_the_server_and_reach_the
     assert torch.equal(result.model[0].weight, moved)
     for client in result.clients:
         assert torch.equal(client.model[0].weight, moved)
-
-
-# ---- Uploads that are not accepted
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 2])
-@pytest.mark.parametrize("blocks", [ONE, THREE], ids=["1", "3"])
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_a_rejected_upload_changes_neither_model_nor_residual(
-    staleness: int, blocks: list[list[str]], format: str
-) -> None:
-    """Client 1's uploads of rounds 2, 3 and 9 say that they weigh infinitely much. The rejected change itself is gone
-    with the next overwrite; what the residual held before goes up with the next upload that counts."""
-    rejected = {(2, 1), (3, 1), (9, 1)}
-
-    def weight(seat: int, step: int) -> float:
-        return float("inf") if (step // 2, seat) in rejected else uneven(seat, step)
-
-    case = Case(blocks, settings={"staleness": staleness, "format": format})
-    result = case.run(weight=weight)
-    expected = case.simulate(weight=weight, accepted=lambda round, seat: (round, seat) not in rejected)
-    assert [c.contributions for c in result.outcome.rounds] == [3, 3, 2, 2, 3, 3, 3, 3, 3, 2]
-    assert_equal(result, expected)
-    assert any(residual is not None and residual.any() for residual in expected.residuals[1])
-
-
-@pytest.mark.parametrize(("blocks", "staleness"), [(THREE, 0), (THREE, 1), (ONE, 1)], ids=["3-S0", "3-S1", "1-S1"])
-def test_an_upload_that_comes_after_the_deadline_leaves_no_trace(
-    monkeypatch: pytest.MonkeyPatch, blocks: list[list[str]], staleness: int
-) -> None:
-    """Client 1 is held in round 3 until the server has closed it. Whatever else a slow machine makes late is taken
-    from what happened, so that the comparison holds."""
-    held = 3
-    folded: set[tuple[int, int]] = set()
-    closed = threading.Event()
-    fold_spy(monkeypatch, lambda round, seat, reason: folded.add((round, seat)) if not reason else None)
-
-    def hold(run: Run, step: int) -> None:
-        if run.client == 1 and run._round is not None and run._round.index == held:
-            assert closed.wait(WAIT_S)
-
-    case = Case(blocks, clients=2, settings={"staleness": staleness, "format": "int4", "local_steps": 1, "rounds": 8})
-    result = case.run(
-        before_step=hold,
-        on_round=lambda report: closed.set() if report.round == held else None,
-        quorum=1,
-        deadline=1.5,
-        limit_s=25.0,
-    )
-    assert (held, 0) in folded
-    assert (held, 1) not in folded
-    assert held in result.by_seat(1).trained
-    expected = case.simulate(
-        takes_part=lambda round, seat: round in result.by_seat(seat).trained,
-        accepted=lambda round, seat: (round, seat) in folded,
-    )
-    assert_equal(result, expected)
-
-
-# ---- Coming and going
-
-
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_latecomer_gets_the_reference_and_ends_on_the_same_bits(staleness: int, dtype: torch.dtype) -> None:
-    """One client leaves once round 3 is closed. The other waits in round 4 for the vacant seat, the latecomer takes it
-    and trains from round 5 on, with weights of its own to begin with that the snapshot replaces."""
-    last = 3
-    closed, vacant = threading.Event(), threading.Event()
-    gone: list[int] = []
-
-    def leave(run: Run, step: int) -> None:
-        if run.client == 1 and not gone and step == 2 * (last + 1):
-            assert closed.wait(WAIT_S)
-            gone.append(run.client)
-            run.close()
-            vacant.set()
-            raise Leave
-
-    case = Case(dtype=dtype, clients=2, settings={"staleness": staleness, "rounds": 12})
-    result = case.run(
-        before_step=leave,
-        on_round=lambda report: closed.set() if report.round == last else None,
-        latecomers=[vacant],
-        client_models=[lambda: mlp(dtype), lambda: mlp(dtype), lambda: mlp(dtype, seed=9)],
-        quorum=1,
-    )
-    assert [c.contributions for c in result.outcome.rounds] == [2] * (last + 1) + [1] + [2] * (11 - last - 1)
-    assert result.clients[2].trained == list(range(last + 2, 12))
-    expected = case.simulate(
-        takes_part=lambda round, seat: not (round == last + 1 and seat == 1), newcomers={last + 2: 1}
-    )
-    assert_equal(result, expected)
-
-
-# ---- Memory and manners
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_only_the_active_block_has_gradients_and_an_optimizer(dtype: torch.dtype) -> None:
-    """And at most one optimiser lives at a time; with a 16-bit model it moves fp32 masters."""
-    made: list[weakref.ref[torch.optim.Optimizer]] = []
-    shapes: list[list[torch.Size]] = []
-
-    def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        gc.collect()
-        assert all(earlier() is None for earlier in made)
-        assert all(p.dtype == torch.float32 and p.requires_grad for p in params)
-        shapes.append([p.shape for p in params])
-        adam = torch.optim.AdamW(params, lr=1e-3)
-        made.append(weakref.ref(adam))
-        return adam
-
-    def watched(model: nn.Module, batch: Any) -> Tensor:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        assert [p.shape for p in trainable] == shapes[-1]
-        assert all(p.grad is None for p in model.parameters())
-        return squared_error(model, batch)
-
-    model = mlp(dtype)
-    model[0].bias.requires_grad_(False)  # not in the plan, and to be left so
-    before = [p.requires_grad for p in model.parameters()]
-
-    def make_model() -> nn.Module:
-        copy = mlp(dtype)
-        copy[0].bias.requires_grad_(False)
-        return copy
-
-    result = run_federation(
-        make_model, regression(dtype), watched, optimizer, plan_blocks=THREE, clients=1, rounds=7, local_steps=2
-    )
-    layers = [[p.shape for p in mlp()[i].parameters()] for i in (0, 2, 4)]
-    layers[0] = layers[0][:1]
-    assert shapes == [layers[t % 3] for t in range(7)]
-    client = result.clients[0].model
-    assert [p.requires_grad for p in client.parameters()] == before
-    assert all(p.grad is None for p in client.parameters())
-
-
-def test_a_client_that_leaves_in_the_middle_gets_its_model_back_trainable() -> None:
-    flags: list[list[bool]] = []
-
-    def leave(run: Run, step: int) -> None:
-        if step == 3:
-            flags.append([p.requires_grad for p in run.model.parameters()])
-            run.close()
-            flags.append([p.requires_grad for p in run.model.parameters()])
-            raise Leave
-
-    with pytest.raises(Exception, match="no client is left"):
-        Case(clients=1, settings={"deadline": 0.5}).run(before_step=leave)
-    assert flags == [[False, False, True, True, False, False], [True] * 6]
 
 
 def test_the_master_is_not_the_reference_when_the_downlink_leaves_something_out() -> None:

@@ -82,8 +82,8 @@ class RawClient:
         nonce = handshake.nonce()
         self.say(protocol.Hello(version=protocol.VERSION, release="0", nonce=nonce))
         challenge = self.hear(protocol.Challenge)
-        self.say(protocol.Proof(mac=b""))
         self._transport.native.trust(self._link, challenge.run, protocol.CONTROL_BYTES)
+        self.say(protocol.Proof(mac=b""))
         return self.hear(protocol.Welcome)
 
     def ready(self, welcome: protocol.Welcome, **changes: Any) -> protocol.Ready:

@@ -210,11 +210,13 @@ def test_a_client_whose_loss_is_nan_is_counted_and_does_no_harm(start: Start) ->
 # ---- Servers that are not there
 
 
-def test_a_port_in_use_is_a_clear_error() -> None:
+def test_a_port_in_use_is_a_clear_error_until_it_is_free() -> None:
     with start_server() as running, pytest.raises(TransportError) as failure:
         start_server(address=running.address)
     assert re.match(f"cannot listen on {running.address}: .*Address already in use", str(failure.value))
     assert "is another server running there?" in str(failure.value)
+    with start_server(address=running.address) as second:
+        assert second.address == running.address
 
 
 def test_a_refused_connection_is_tried_again_and_then_an_error_with_the_address() -> None:

@@ -1,0 +1,421 @@
+"""Speed, memory and CPU time of one link on loopback, next to what else could carry the same bytes.
+
+`python bench/transport.py --json FILE` prints a table and writes all of it as JSON, `pytest bench/transport.py
+--benchmark-only` runs the same transfers under pytest-benchmark. Sender and receiver are two fresh processes each;
+the repetitions of all systems are interleaved, so that a noisy neighbour hits them alike. A run takes from the call
+that sends to the moment at which the receiving program has every byte. "fresh": into memory that was never touched
+before, so page faults count; "reused": into the buffer of the run before, which is what a run in steady state does.
+ParaBlock checks a CRC-32C on both sides, the others check nothing beyond TCP. That the bytes are right is the business
+of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MIB = 2**20
+GIB = 2**30
+SIZES = (256 * MIB, GIB)
+FORMAT, CHUNK_ELEMENTS = "int8", 2**18  # the defaults of a run
+DEADLINE_S = 120.0
+
+
+def memory_bytes(field_name: str) -> int:
+    """VmRSS (now) or VmHWM (peak so far) of this process."""
+    found = re.search(rf"^{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def cpu_seconds() -> float:
+    """User and system time of all threads of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+class End:
+    """One end of one system. `prepare` makes the payload's memory, `move` transfers it once."""
+
+    def __init__(self, sends: bool, nbytes: int) -> None:
+        self.sends = sends
+        self.nbytes = nbytes
+
+    def open(self, pipe: Connection) -> None:
+        """Connects to the other end; the receiver puts what the sender must know into the pipe."""
+        raise NotImplementedError
+
+    def prepare(self, run: int, fresh: bool) -> None:
+        """Everything that is not timed. The sender's payload is made once."""
+        raise NotImplementedError
+
+    def move(self, run: int) -> None:
+        """Returns when the sender may forget the payload, or the receiver has it."""
+        raise NotImplementedError
+
+
+class ParaBlockEnd(End):
+    """The native transport, as the package uses it."""
+
+    def open(self, pipe: Connection) -> None:
+        from parablock_rt import _C, transport
+
+        self._module, self._transport = _C, transport.Transport()
+        unit = transport.body_layout(FORMAT, 128 * CHUNK_ELEMENTS, CHUNK_ELEMENTS).nbytes / (128 * CHUNK_ELEMENTS)
+        numel = int(self.nbytes / unit) // 128 * 128
+        self._layout = transport.body_layout(FORMAT, numel, CHUNK_ELEMENTS)
+        self._buffer: Any = None
+        if self.sends:
+            self._link = self._transport.connect(pipe.recv())
+        else:
+            pipe.send(self._transport.listen("127.0.0.1:0", protected=False))
+            self._link = self._wait(_C.Event.Type.CONNECTED).link
+
+    def prepare(self, run: int, fresh: bool) -> None:
+        if self._buffer is None or (fresh and not self.sends):
+            self._buffer = None
+            self._buffer = self._module.Buffer(self.nbytes)
+            if self.sends:
+                fill(self._buffer)
+        if not self.sends:
+            self._transport.native.receive(self._link, 1, run, 0, self._buffer, self._layout)
+
+    def move(self, run: int) -> None:
+        if self.sends:
+            # A Source checks each chunk's sum once, so every run gets its own.
+            source = self._transport.native.make_source(self._buffer, self._layout, True)
+            self._transport.native.send(self._link, 1, run, 0, source)
+            self._wait(self._module.Event.Type.SENT)
+        else:
+            self._wait(self._module.Event.Type.RECEIVED)
+
+    def _wait(self, kind: object) -> Any:
+        event = self._transport.next_event(DEADLINE_S)
+        if event is None or event.type != kind:
+            raise RuntimeError(f"expected {kind}, found {event and (event.type, event.text)}")
+        return event
+
+
+class SocketEnd(End):
+    """A blocking Python socket: sendall and recv_into."""
+
+    def open(self, pipe: Connection) -> None:
+        self._view: memoryview | None = None
+        if self.sends:
+            self._socket = socket.create_connection(pipe.recv())
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                pipe.send(listener.getsockname())
+                self._socket, _ = listener.accept()
+
+    def prepare(self, run: int, fresh: bool) -> None:
+        import numpy as np
+
+        if self._view is None or (fresh and not self.sends):
+            self._view = None
+            self._view = memoryview(np.empty(self.nbytes, np.uint8))
+            if self.sends:
+                fill(self._view)
+
+    def move(self, run: int) -> None:
+        assert self._view is not None
+        if self.sends:
+            self._socket.sendall(self._view)
+            return
+        at = 0
+        while at < self.nbytes:
+            count = self._socket.recv_into(self._view[at:])
+            if count == 0:
+                raise RuntimeError("the sender closed the connection")
+            at += count
+
+
+class GlooEnd(End):
+    """torch.distributed send and recv over gloo."""
+
+    def open(self, pipe: Connection) -> None:
+        import torch.distributed as dist
+
+        self._tensor: Any = None
+        rank = 1 if self.sends else 0
+        if rank == 0:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+            pipe.send(port)
+        else:
+            port = pipe.recv()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+
+    def prepare(self, run: int, fresh: bool) -> None:
+        import torch
+
+        if self._tensor is None or (fresh and not self.sends):
+            self._tensor = None
+            self._tensor = torch.empty(self.nbytes, dtype=torch.uint8)
+            if self.sends:
+                fill(self._tensor.numpy())
+
+    def move(self, run: int) -> None:
+        import torch.distributed as dist
+
+        if self.sends:
+            dist.send(self._tensor, 0)
+        else:
+            dist.recv(self._tensor, 1)
+
+
+ENDS: dict[str, type[End]] = {"parablock": ParaBlockEnd, "python socket": SocketEnd, "gloo": GlooEnd}
+
+
+def fill(memory: Any) -> None:
+    """Bytes that no page can share."""
+    import numpy as np
+
+    words = np.frombuffer(memory, np.uint8)
+    pattern = np.random.default_rng(0).integers(0, 256, MIB, np.uint8)
+    for at in range(0, words.size, MIB):
+        words[at : at + MIB] = pattern[: words.size - at]
+
+
+def end_process(system: str, sends: bool, nbytes: int, pipe: Connection, other: Connection) -> None:
+    """A child: opens, then does one run for each (run, fresh) that comes down the pipe, until None."""
+    end = ENDS[system](sends, nbytes)
+    end.open(other)
+    gc.collect()
+    base = memory_bytes("VmRSS")
+    while (order := pipe.recv()) is not None:
+        run, fresh = order
+        end.prepare(run, fresh)
+        pipe.send("ready")
+        if pipe.recv() != "go":
+            break
+        cpu, start = cpu_seconds(), time.monotonic_ns()
+        end.move(run)
+        stop = time.monotonic_ns()
+        pipe.send((start, stop, cpu_seconds() - cpu))
+    pipe.send(memory_bytes("VmHWM") - base - nbytes)
+
+
+@dataclass
+class Pair:
+    """Sender and receiver of one system and one size."""
+
+    system: str
+    nbytes: int
+    runs: int = 0
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    cpu: dict[bool, list[tuple[float, float]]] = field(default_factory=lambda: {False: [], True: []})
+    memory: tuple[int, int] | None = None  # sender's, receiver's peak beyond the payload
+
+    def start(self) -> None:
+        """Starts both processes and connects them."""
+        context = multiprocessing.get_context("spawn")
+        to_receiver, to_sender = context.Pipe()
+        self._pipes, self._children = [], []
+        for sends, other in ((True, to_receiver), (False, to_sender)):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=end_process, args=(self.system, sends, self.nbytes, theirs, other))
+            child.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._children.append(child)
+
+    def run(self, fresh: bool) -> float:
+        """One transfer; returns its seconds."""
+        for pipe in self._pipes:
+            pipe.send((self.runs, fresh))
+        self._replies()
+        for pipe in reversed(self._pipes):  # the receiver first
+            pipe.send("go")
+        (begin, _, sender_cpu), (_, end, receiver_cpu) = self._replies()
+        self.runs += 1
+        self.seconds[fresh].append((end - begin) / 1e9)
+        self.cpu[fresh].append((sender_cpu, receiver_cpu))
+        return self.seconds[fresh][-1]
+
+    def stop(self) -> None:
+        """Asks both for their peak memory and ends them."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        self.memory = tuple(self._replies())
+        for child in self._children:
+            child.join()
+
+    def _replies(self) -> list[Any]:
+        replies = []
+        for pipe in self._pipes:
+            if not pipe.poll(DEADLINE_S):
+                raise RuntimeError(f"{self.system}: no answer within {DEADLINE_S:g} s")
+            replies.append(pipe.recv())
+        return replies
+
+
+def iperf_mib_per_s(nbytes: int) -> float:
+    """One iperf3 stream of `nbytes`, as its receiver saw it. It reads into one small buffer, again and again."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    server = subprocess.Popen(["iperf3", "-s", "-1", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    while "listening" not in server.stdout.readline():
+        if server.poll() is not None:
+            raise RuntimeError("iperf3 -s did not start")
+    command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-n", str(nbytes), "-J"]
+    client = subprocess.run(command, capture_output=True, text=True, check=True)
+    server.wait(DEADLINE_S)
+    return float(json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / MIB
+
+
+def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[float]]]:
+    """All runs, interleaved, after one unmeasured run of each pair; and iperf3's speeds where it is installed."""
+    pairs: list[Pair] = []
+    iperf: dict[int, list[float]] = {size: [] for size in sizes}
+    for size in sizes:
+        group = [Pair(system, size) for system in ENDS]
+        for pair in group:
+            pair.start()
+            pair.run(False)
+            pair.seconds[False].clear()
+            pair.cpu[False].clear()
+        for _ in range(repetitions):
+            for fresh in (False, True):
+                for pair in group:
+                    pair.run(fresh)
+            if shutil.which("iperf3"):
+                iperf[size].append(iperf_mib_per_s(size))
+        for pair in group:
+            pair.stop()
+        pairs += group
+    return pairs, iperf
+
+
+def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str, object]]:
+    """One row for each system, size and kind of memory."""
+    rows: list[dict[str, object]] = []
+    plain = {
+        (p.nbytes, fresh): statistics.median(p.seconds[fresh])
+        for p in pairs
+        for fresh in (False, True)
+        if p.system == "python socket"
+    }
+    for pair in pairs:
+        for fresh in (False, True):
+            seconds = statistics.median(pair.seconds[fresh])
+            assert pair.memory is not None
+            rows.append(
+                {
+                    "system": pair.system,
+                    "bytes": pair.nbytes,
+                    "memory": "fresh" if fresh else "reused",
+                    "mib_per_s": pair.nbytes / MIB / seconds,
+                    "mib_per_s_min": pair.nbytes / MIB / max(pair.seconds[fresh]),
+                    "mib_per_s_max": pair.nbytes / MIB / min(pair.seconds[fresh]),
+                    "ratio_to_python_socket": plain[pair.nbytes, fresh] / seconds,
+                    "sender_cpu_s_per_gib": statistics.median(c[0] for c in pair.cpu[fresh]) * GIB / pair.nbytes,
+                    "receiver_cpu_s_per_gib": statistics.median(c[1] for c in pair.cpu[fresh]) * GIB / pair.nbytes,
+                    "sender_peak_beyond_payload_mib": pair.memory[0] / MIB,
+                    "receiver_peak_beyond_payload_mib": pair.memory[1] / MIB,
+                    "seconds": pair.seconds[fresh],
+                }
+            )
+    for size, speeds in iperf.items():
+        if speeds:
+            speed = statistics.median(speeds)
+            ratio = speed / (size / MIB / plain[size, False])
+            rows.append(
+                {
+                    "system": "iperf3",
+                    "bytes": size,
+                    "memory": "reused",
+                    "mib_per_s": speed,
+                    "mib_per_s_min": min(speeds),
+                }
+                | {"mib_per_s_max": max(speeds), "ratio_to_python_socket": ratio}
+            )
+    return rows
+
+
+def machine() -> dict[str, object]:
+    """What the numbers depend on."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = names[0] if names else model
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    revision = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "iperf3": "measured" if shutil.which("iperf3") else "not installed, so not measured",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision.stdout.strip() or "unknown",
+        "command": "python " + " ".join(sys.argv),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, nargs="+", default=[s // MIB for s in SIZES], help="payload sizes")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write machine, settings and all rows to this file")
+    options = parser.parse_args()
+    about = machine()
+    rows = summarise(*measure([mib * MIB for mib in options.mib], options.repetitions))
+    print(f"{about['cpu']}, {about['cores']} cores; iperf3 {about['iperf3']}")
+    print(
+        f"{'system':<15}{'MiB':>6} {'memory':<8}{'MiB/s':>7}{'/socket':>9}{'CPU s/GiB':>14}{'peak - payload MiB':>20}"
+    )
+    for row in rows:
+        line = f"{row['system']:<15}{row['bytes'] // MIB:>6} {row['memory']:<8}"  # type: ignore[operator]
+        line += f"{row['mib_per_s']:>7.0f}{row['ratio_to_python_socket']:>9.2f}"
+        if "seconds" in row:
+            line += f"{row['sender_cpu_s_per_gib']:>7.2f}{row['receiver_cpu_s_per_gib']:>7.2f}"
+            line += f"{row['sender_peak_beyond_payload_mib']:>10.0f}{row['receiver_peak_beyond_payload_mib']:>10.0f}"
+        print(line)
+    if options.json:
+        settings = {"sizes": options.mib, "repetitions": options.repetitions, "format": FORMAT}
+        settings |= {"chunk_elements": CHUNK_ELEMENTS}
+        options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=2) + "\n")
+
+
+@pytest.fixture(params=[f"{system}, {size // MIB} MiB" for size in SIZES for system in ENDS])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A connected pair of processes that did one run already."""
+    system, size = request.param.split(", ")
+    connected = Pair(system, int(size.split()[0]) * MIB)
+    connected.start()
+    connected.run(False)
+    yield connected
+    connected.stop()
+
+
+def test_speed(pair: Pair, benchmark: Callable[..., object]) -> None:
+    benchmark.pedantic(pair.run, args=(False,), rounds=5)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()

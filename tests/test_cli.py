@@ -1,0 +1,490 @@
+"""The command line as a user or a program meets it: flags, files, exit codes, what is printed and what is left behind.
+
+Whatever needs no process of its own calls `main` here. One demonstration runs as an installed program would; `serve`
+and `join` are forked with their imports done, which changes nothing but the seconds they take to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+from processes import WAIT_S, Process, command, start_server, starter
+
+from parablock_rt import aggregate, cli, codec, demo, finetune, handshake
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.errors import PeerLostError
+from parablock_rt.finetune import Workload
+
+Start = Callable[..., Process]
+Main = Callable[..., "Result"]
+
+TINY_BLOCK = 172_288  # elements of each of the six decoder layers of the tiny model, padding included
+RUN_KEYS = {
+    *("staleness", "format", "schedule", "rounds", "clients", "blocks", "local_steps", "wall_s", "compute_s"),
+    *("serial_comm_s", "exposed_comm_s", "overlap_efficiency", "bytes_up", "bytes_down", "bad_groups"),
+    *("eval_loss_before", "eval_loss_after", "digest"),
+}
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Main:
+    """Calls the program in this process, in an empty folder."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.delenv(handshake.TOKEN_VARIABLE, raising=False)
+        monkeypatch.setattr(sys, "argv", ["parablock", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capfd.readouterr()
+        return Result(int(end.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with starter() as start:
+        yield start
+
+
+def read(path: Path) -> Any:
+    """A JSON file, by a reader that takes no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path} has {constant}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def wait_for(what: Callable[[], Any], process: Callable[[float], None]) -> Any:
+    """What `what` returns once that is something. `process` waits a little, and raises when there is no use in it."""
+    deadline = time.monotonic() + 2 * WAIT_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not come in time"
+        process(0.05)
+    return found
+
+
+# ---- Help, usage, exit codes
+
+
+@pytest.mark.parametrize("name", ["demo", "serve", "join", "plan", "doctor"])
+def test_every_command_explains_itself_with_an_example(main: Main, name: str) -> None:
+    result = main(name, "--help")
+    assert result.code == 0
+    assert "Usage: parablock " + name in result.out
+    assert f"Example: parablock {name}" in result.out
+
+
+def test_the_program_lists_its_commands_and_its_version(main: Main) -> None:
+    result = main("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in ("demo", "serve", "join", "plan", "doctor"))
+    assert main("--version").out == f"{cli.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dance"],
+        ["demo", "--colour", "red"],
+        ["demo", "--rounds", "many"],
+        ["serve", "--blocks", "0"],
+        ["join"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(main: Main, arguments: list[str]) -> None:
+    result = main(*arguments)
+    assert result.code == 2
+    assert "Usage: parablock" in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--format", "int2"], "expected a format out of fp32, bf16, int8, int4; found 'int2'"),
+        (["demo", "--schedule", "random"], "schedule must be one of cyclic, reshuffled, reverse; found 'random'"),
+        (["demo", "--rounds", "0"], "rounds must be at least 1; found 0"),
+        (["demo", "--clients", "0"], "clients must be at least 1; found 0"),
+        (["demo", "--local-steps", "0"], "local_steps must be at least 1; found 0"),
+        (["demo", "--rate", "fast"], "a rate looks like 50mbit, 1gbit or 800kbit; found 'fast'"),
+        (["demo", "--delay", "soon"], "a delay looks like 40ms or 0.5s and is at most 60s; found 'soon'"),
+        (["demo", "--batch-size", "0"], "batch_size must be at least 1; found 0"),
+        (["demo", "--dtype", "int8"], "dtype must be one of bf16, fp16, fp32; found 'int8'"),
+        (["serve", "--staleness", "-1"], "staleness must be 0 (no overlap), 1 (ParaBlock) or more; found -1"),
+        (["serve", "--quorum", "3"], "quorum must be from 1 to the number of clients that train in a round (2); found"),
+        (["serve", "--deadline", "0"], "deadline must be a positive number; found 0.0"),
+        (["serve", "--local-view", "mine"], "local_view must be one of own, reference; found 'mine'"),
+        (["serve", "--server-optimizer", "sgd"], "server_optimizer must be one of average, momentum, adam, yogi"),
+        (["serve", "--address", "nowhere"], "an address looks like host:7070 or [::1]:7070; found 'nowhere'"),
+        (["serve", "--rate", "fast"], "a rate looks like"),
+        (["serve", "--token-file", "absent"], "cannot read the token file absent: No such file or directory"),
+        (["join", "nowhere"], "an address looks like host:7070 or [::1]:7070; found 'nowhere'"),
+        (["join", "host:1", "--delay", "soon"], "a delay looks like"),
+        (["join", "host:1", "--lr", "0"], "lr must be positive; found 0.0"),
+        (["plan", "--rate", "fast"], "a rate looks like"),
+        (["plan", "--step-time", "0"], "step-time must be a positive number of seconds; found 0.0"),
+        (["demo", "--run-dir", "file"], "the run folder file cannot be written"),
+        (["serve", "--run-dir", "file/below"], "the run folder file/below cannot be written"),
+        (["demo", "--config", "absent"], "cannot read the configuration absent: No such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_no_run_can_use_ends_with_2_before_any_model_is_loaded(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    def load(workload: Workload) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(finetune, "load", load)
+    (tmp_path / "file").write_text("in its place")
+    result = main(*arguments, "--model", "tiny")
+    assert result.code == 2
+    assert message in result.err
+    assert result.out == ""
+
+
+def test_a_run_that_fails_ends_with_1_and_the_reason(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*arguments: object, **options: object) -> None:
+        raise PeerLostError("lost the server at [b]:1")  # what looks like markup is shown as it is
+
+    monkeypatch.setattr(finetune, "train", train)
+    result = main("join", "host:1", "--model", "tiny")
+    assert result.code == 1
+    assert "error: lost the server at [b]:1" in result.err
+
+
+def test_a_server_that_cannot_listen_ends_before_anybody_is_served(main: Main) -> None:
+    with start_server() as running:
+        taken = main("serve", "--model", "tiny", "--eval-examples", 0, "--address", running.address)
+    assert taken.code == 1
+    assert f"cannot listen on {running.address}" in taken.err
+    exposed = main("serve", "--model", "tiny", "--eval-examples", 0, "--address", "0.0.0.0:0")
+    assert exposed.code == 2
+    assert "refusing to listen on 0.0.0.0:0 without protection" in exposed.err
+    assert "--insecure" in exposed.err
+
+
+# ---- Configuration files
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[demo.Demo]:
+    """The demonstrations that the program would have run."""
+    seen: list[demo.Demo] = []
+
+    def run(plan: demo.Demo, console: object) -> dict[str, Any]:
+        seen.append(plan)
+        return {"ran": True}
+
+    monkeypatch.setattr(demo, "run", run)
+    return seen
+
+
+def test_a_file_sets_what_the_flags_set_and_flags_win(main: Main, planned: list[demo.Demo], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'model = "tiny"\nlocal-steps = 3\nbatch_size = 5\nrounds = 7\nrate = "8mbit"\nblocks = 2\njson = true\n'
+        'format = "int4"\nrun-dir = "here"\nsummary = "made/summary.json"\n'
+    )
+    result = main("demo", "--config", file, "--rounds", 9, "--delay", "1ms")
+    assert result.code == 0, result.err
+    (plan,) = planned
+    assert plan.settings | {"rounds": 9, "local_steps": 3, "format": "int4", "seed": 0} == plan.settings
+    assert (plan.workload.model, plan.workload.batch_size, plan.blocks) == ("tiny", 5, 2)
+    assert (plan.rate, plan.delay, plan.folder.path) == (1e6, 0.001, Path("here"))
+    assert json.loads(result.out) == read(tmp_path / "made" / "summary.json") == {"ran": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("rounds = 1\ncolour = 1\nshape = 2\n", "does not know: colour, shape; it knows batch_size, blocks, clients,"),
+        ("[demo]\nrounds = 1\n", "does not know: demo;"),
+        ("as_json = true\n", "does not know: as_json;"),
+        ("config = 'x'\n", "does not know: config;"),
+        ("rounds = 0\n", "rounds must be at least 1; found 0"),
+        ("rounds = 'many'\n", "Invalid value for '--rounds': Input should be a valid integer"),
+        ("rounds =\n", "is no valid TOML"),
+    ],
+)
+def test_a_file_with_what_is_no_setting_ends_with_2(
+    main: Main, planned: list[demo.Demo], tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(content)
+    result = main("demo", "--config", file, "--model", "tiny")
+    assert result.code == 2
+    assert message in result.err
+    assert planned == []
+
+
+# ---- Commands that only look
+
+
+def test_the_doctor_speaks_json_and_names_what_each_finding_means(main: Main) -> None:
+    findings = json.loads(main("doctor", "--json").out)
+    assert findings["tls"]["found"] is False
+    assert all(set(fact) == {"found", "effect"} and fact["effect"] for fact in findings.values())
+    text = main("doctor").out
+    assert all(name in text for name in findings)
+
+
+def test_the_plan_shows_blocks_bytes_and_what_hides_them(main: Main) -> None:
+    arguments = ("plan", "--model", "tiny", "--rate", "8mbit", "--delay", "10ms")
+    plan = json.loads(main(*arguments, "--step-time", "0.25", "--json").out)
+    assert len(plan["blocks"]) == 6
+    for block in plan["blocks"]:
+        nbytes = {format: codec.body_bytes(TINY_BLOCK, format) for format in codec.FORMATS}
+        assert block["wire_bytes"] == nbytes
+        assert block["communication_s"]["int8"] == pytest.approx(2 * (nbytes["int8"] / 1e6 + 0.01))
+        assert block["local_steps_to_hide"]["int8"] == 2
+    measured = main(*arguments, "--blocks", "2")
+    assert measured.code == 0
+    assert "total: 2 blocks" in measured.out
+    assert "local steps or more" in measured.out
+
+
+# ---- The demonstration
+
+
+@dataclass
+class Demonstration:
+    folder: Path
+    code: int
+    out: str
+    err: str
+    tokens: set[str]
+    command_lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
+    """One whole demonstration, started as the installed program is, and watched from outside."""
+    folder = tmp_path_factory.mktemp("demonstration")
+    (folder / "run.toml").write_text('seed = 3\nlocal-steps = 2\nschedule = "reverse"\n')
+    flags = "--model tiny --rounds 5 --blocks 3 --format int4 --rate 20mbit --delay 5ms --eval-examples 8"
+    arguments = [*flags.split(), "--config", "run.toml", "--run-dir", "run", "--summary", "all.json", "--json"]
+    tokens: set[str] = set()
+    command_lines: set[str] = set()
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        process = psutil.Popen(
+            [sys.executable, "-m", "parablock_rt", "demo", *arguments], stdout=out, stderr=err, cwd=folder
+        )
+    try:
+        deadline = time.monotonic() + 100.0
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    command_lines.add(" ".join(one.cmdline()))
+                    tokens |= {value for name, value in one.environ().items() if name == handshake.TOKEN_VARIABLE}
+            with contextlib.suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+                process.wait(0.1)
+    finally:
+        destroy(process)
+    texts = [(folder / name).read_text() for name in ("out", "err")]
+    return Demonstration(folder, process.returncode, *texts, tokens, sorted(command_lines))
+
+
+def destroy(process: psutil.Popen) -> None:
+    if process.poll() is None:
+        for one in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(WAIT_S)
+
+
+def test_the_demonstration_runs_both_ways_and_ends_well(demonstration: Demonstration) -> None:
+    assert demonstration.code == 0, demonstration.err
+    plan = BlockPlan.from_model(finetune.load(Workload.for_model("tiny"))[0], 3)
+    nbytes = 2 * sum(plan.blocks[block].wire_bytes("int4") for block in (2, 1, 0, 2, 1))
+    result = json.loads(demonstration.out)  # nothing else is on standard output
+    assert result == read(demonstration.folder / "all.json") == read(demonstration.folder / "run" / "summary.json")
+    assert set(result) == {"sequential", "parallel", "speedup"}
+    assert result["speedup"] == result["sequential"]["wall_s"] / result["parallel"]["wall_s"]
+    for name, staleness in (("sequential", 0), ("parallel", 1)):
+        summary = result[name]
+        assert summary.keys() >= RUN_KEYS
+        assert summary["complete"] is True
+        settings = {"format": "int4", "schedule": "reverse", "seed": 3, "rounds": 5, "clients": 2, "local_steps": 2}
+        assert summary | settings | {"staleness": staleness, "blocks": 3} == summary
+        assert summary["digest"]["clients"] == [summary["digest"]["server"]] * 2
+        assert summary["bytes_up"] == summary["bytes_down"] == nbytes
+        assert summary["bad_groups"] == 0
+        assert summary["eval_loss_after"] < summary["eval_loss_before"]
+        assert summary["wall_s"] > summary["compute_s"] > 0
+        assert summary == read(demonstration.folder / "run" / name / "summary.json")
+    sequential, parallel = result["sequential"], result["parallel"]
+    assert sequential["serial_comm_s"] == sequential["exposed_comm_s"] == parallel["serial_comm_s"]
+    assert parallel["overlap_efficiency"] == 1 - parallel["exposed_comm_s"] / parallel["serial_comm_s"]
+    assert "speed-up" in demonstration.err
+    assert "same bits on server and clients" in demonstration.err
+
+
+def test_the_demonstration_leaves_a_line_for_every_round(demonstration: Demonstration) -> None:
+    folder = demonstration.folder / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["round"]) for line in lines] == [
+        (n, t) for n in ("sequential", "parallel") for t in range(5)
+    ]
+    assert [line["block"] for line in lines] == [2, 1, 0, 2, 1] * 2
+    for name in ("sequential", "parallel"):
+        own = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert own == [line for line in lines if line["run"] == name]
+        for index in range(2):
+            rounds = (folder / name / f"client-{index}" / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["round"] for line in rounds] == list(range(5))
+
+
+def test_the_demonstration_leaves_a_trace_that_a_viewer_can_read(demonstration: Demonstration) -> None:
+    trace = read(demonstration.folder / "run" / "trace.json")
+    events = trace["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"}
+    assert sorted(processes.values()) == sorted(
+        f"{run}: {who}" for run in ("sequential", "parallel") for who in ("server", "client 0", "client 1")
+    )
+    spans = [event for event in events if event["ph"] == "X"]
+    for event in spans:
+        assert event["name"]
+        assert event["pid"] in processes
+        assert isinstance(event["tid"], int)
+        assert event["ts"] > 0
+        assert 0 <= event["dur"] < 120e6
+    tracks = {(processes[event["pid"]], event["cat"]) for event in spans}
+    for run in ("sequential", "parallel"):
+        assert {(f"{run}: server", track) for track in ("fold", "close", "upload 0", "upload 1")} <= tracks
+        assert {(f"{run}: client 1", track) for track in ("compute", "encode", "receive", "apply")} <= tracks
+    computed = [e for e in spans if e["cat"] == "compute"]
+    assert len(computed) == 2 * 2 * 5
+
+
+def test_the_demonstrations_token_is_in_no_argument_and_no_file(demonstration: Demonstration) -> None:
+    assert len(demonstration.tokens) == 2  # one a run; from the processes' environment, which only their owner can read
+    assert any("join 127.0.0.1:" in line for line in demonstration.command_lines)
+    for token in demonstration.tokens:
+        assert len(token) == 32
+        assert all(token not in line for line in demonstration.command_lines)
+        for path in demonstration.folder.rglob("*"):
+            assert path.is_dir() or token.encode() not in path.read_bytes(), path
+
+
+def test_ctrl_c_ends_a_demonstration_with_a_partial_summary_and_no_process_left(start: Start, tmp_path: Path) -> None:
+    arguments = "demo --model tiny --rounds 100000 --blocks 2 --rate none --delay 0ms --eval-examples 0 --run-dir run"
+    process = start(command, arguments.split(), str(tmp_path))
+    metrics = tmp_path / "run" / "sequential" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size, process.pause)
+    clients = psutil.Process(process.pid).children(recursive=True)
+    assert len(clients) == 2
+    process.signal(signal.SIGINT)
+    assert process.wait() > 0
+    assert psutil.wait_procs(clients, timeout=0)[1] == []
+    summary = read(tmp_path / "run" / "summary.json")
+    assert list(summary) == ["sequential"]
+    assert summary["sequential"]["complete"] is False
+    assert 1 <= summary["sequential"]["rounds"] < 100_000
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+# ---- Server and clients by hand
+
+
+def serve(start: Start, folder: Path, *arguments: object) -> tuple[Process, str]:
+    """`parablock serve` on a free port, and its address."""
+    folder.mkdir()
+    flags = ["--model", "tiny", "--address", "127.0.0.1:0", "--run-dir", "run"]
+    process = start(command, ["serve", *flags, *map(str, arguments)], str(folder))
+
+    def address() -> str | None:
+        said = (folder / "errors").read_text() if (folder / "errors").exists() else ""
+        line = next((line for line in said.splitlines(keepends=True) if line.startswith("Listening on ")), "")
+        return line.split()[2] if line.endswith("\n") else None
+
+    return process, wait_for(address, process.pause)
+
+
+def join(start: Start, folder: Path, address: str, *arguments: object) -> Process:
+    folder.mkdir()
+    flags = ["--model", "tiny", "--run-dir", "run"]
+    return start(command, ["join", address, *flags, *map(str, arguments)], str(folder))
+
+
+def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start: Start, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a-token-from-a-file\n")
+    flags = "--rounds 4 --clients 3 --local-steps 2 --format bf16 --schedule reshuffled --eval-examples 8 --json"
+    server, address = serve(start, tmp_path / "server", *flags.split(), "--token-file", token, "--summary", "x/s.json")
+    clients = [join(start, tmp_path / f"c{i}", address, "--token-file", token, "--json") for i in range(3)]
+    assert [process.wait() for process in (server, *clients)] == [0] * 4
+    summary = json.loads((tmp_path / "server" / "output").read_text())
+    assert summary == read(tmp_path / "server" / "x" / "s.json") == read(tmp_path / "server" / "run" / "summary.json")
+    assert summary["complete"] is True
+    assert summary["clients"] == 3
+    assert summary["bytes_up"] == 4 * 3 * codec.body_bytes(TINY_BLOCK, "bf16")
+    digest = summary["digest"]["server"]
+    assert summary["digest"]["clients"] == [digest] * 3
+    ends = [json.loads((tmp_path / f"c{i}" / "output").read_text()) for i in range(3)]
+    assert [end["digest"] for end in ends] == [digest] * 3
+    assert sorted(end["client"] for end in ends) == [0, 1, 2]
+    for i in range(3):
+        assert read(tmp_path / f"c{i}" / "run" / "summary.json")["complete"] is True
+        assert len((tmp_path / f"c{i}" / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "server" / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "server" / "run" / "model", dtype=torch.float32)
+    plan = BlockPlan.from_model(net)
+    assert aggregate.digest(plan, [aggregate.fingerprint(block) for block in plan.materialise(net)]) == digest
+    workload = Workload.for_model("tiny", eval_examples=8)
+    after = finetune.evaluate(net, finetune.load(workload)[2], workload)
+    assert after == pytest.approx(summary["eval_loss_after"], rel=1e-6)
+
+
+def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
+    flags = "--rounds 100000 --blocks 2 --quorum 1 --deadline 1 --eval-examples 0"
+    server, address = serve(start, tmp_path / "server", *flags.split())
+    leaver, stayer = (join(start, tmp_path / name, address) for name in ("leaver", "stayer"))
+    metrics = tmp_path / "leaver" / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size, leaver.pause)
+    leaver.signal(signal.SIGINT)
+    assert leaver.wait() > 0
+    summary = read(tmp_path / "leaver" / "run" / "summary.json")
+    assert (summary["complete"], summary["digest"]) == (False, None)
+
+    said = tmp_path / "server" / "errors"
+    wait_for(lambda: "is gone: stopped by KeyboardInterrupt" in said.read_text(), server.pause)
+    wait_for((tmp_path / "server" / "run" / "metrics.jsonl").read_text, server.pause)
+    server.signal(signal.SIGINT)
+    assert server.wait() > 0
+    summary = read(tmp_path / "server" / "run" / "summary.json")
+    assert summary["complete"] is False
+    assert 1 <= summary["rounds"] < 100_000
+    assert [left.partition(": ")[2] for left in summary["left_early"]] == ["stopped by KeyboardInterrupt"]
+    assert stayer.wait() == 1
+    assert "error: the server was stopped: " in (tmp_path / "stayer" / "errors").read_text()
+    assert read(tmp_path / "stayer" / "run" / "summary.json")["complete"] is False
+    for name in ("server", "leaver", "stayer"):
+        assert "Traceback" not in (tmp_path / name / "errors").read_text()

@@ -1,0 +1,225 @@
+"""The settings of a run: what is refused, with which words, and how rates, delays, addresses and files are read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import parablock_rt as pb
+from parablock_rt import config, finetune, protocol
+from parablock_rt.config import RunConfig, parse_address, parse_delay, parse_rate, read_toml
+from parablock_rt.errors import ConfigError, HandshakeError
+from parablock_rt.finetune import Workload
+
+GOOD: dict[str, Any] = {"rounds": 4, "clients": 2}
+
+BAD_SETTINGS: list[tuple[str, Any, str]] = [
+    ("rounds", 0, "rounds must be at least 1; found 0"),
+    ("rounds", -3, "rounds must be at least 1; found -3"),
+    ("rounds", 2.5, "rounds must be a whole number; found 2.5"),
+    ("rounds", "4", "rounds must be a whole number; found '4'"),
+    ("rounds", True, "rounds must be a whole number; found True"),
+    ("rounds", 2**32, f"rounds must be at most {2**31}; found {2**32}"),
+    ("clients", 0, "clients must be at least 1; found 0"),
+    ("clients", config.MAX_CLIENTS + 1, f"clients must be at most {config.MAX_CLIENTS}; found"),
+    ("local_steps", 0, "local_steps must be at least 1; found 0"),
+    ("staleness", -1, "staleness must be 0 (no overlap), 1 (ParaBlock) or more; found -1"),
+    ("format", "int2", "expected a format out of fp32, bf16, int8, int4; found 'int2'"),
+    ("schedule", "random", "schedule must be one of cyclic, reshuffled, reverse; found 'random'"),
+    ("seed", -1, "seed must be from 0 to 2^63 - 1; found -1"),
+    ("seed", 2**63, f"seed must be from 0 to 2^63 - 1; found {2**63}"),
+    ("local_view", "mine", "local_view must be one of own, reference; found 'mine'"),
+    ("fraction", 0.0, "fraction must be above 0 and at most 1; found 0.0"),
+    ("fraction", 1.5, "fraction must be above 0 and at most 1; found 1.5"),
+    ("fraction", math.nan, "fraction must be above 0 and at most 1; found nan"),
+    ("fraction", "all", "fraction must be a number; found 'all'"),
+    ("quorum", 0, "quorum must be from 1 to the number of clients that train in a round (2); found 0"),
+    ("quorum", 3, "quorum must be from 1 to the number of clients that train in a round (2); found 3"),
+    ("deadline", 0.0, "deadline must be a positive number; found 0.0"),
+    ("deadline", math.inf, "deadline must be a positive number; found inf"),
+    ("join_timeout", -1.0, "join_timeout must be a positive number; found -1.0"),
+    ("join_timeout", None, "join_timeout must be a number; found None"),
+    ("server_optimizer", "sgd", "server_optimizer must be one of average, momentum, adam, yogi; found 'sgd'"),
+    ("server_lr", math.nan, "server_lr must be a positive number; found nan"),
+    ("chunk", 100, f"chunk must be a multiple of 128 elements from 128 to {2**24}; found 100"),
+    ("chunk", 2**25, f"chunk must be a multiple of 128 elements from 128 to {2**24}; found {2**25}"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_SETTINGS, ids=[f"{n}={v}" for n, v, _ in BAD_SETTINGS])
+def test_a_setting_that_no_run_can_use_is_refused_with_what_was_expected(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        RunConfig(**GOOD | {name: value})
+    assert message in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["rounds", "schedule", "format", "chunk"])
+def test_a_server_looks_at_the_settings_before_it_touches_the_model(name: str) -> None:
+    class Untouchable(nn.Module):
+        def named_parameters(self, *args: Any, **options: Any) -> Any:
+            raise AssertionError("the model was touched")
+
+    bad = next(value for setting, value, _ in BAD_SETTINGS if setting == name)
+    with pytest.raises(ConfigError):
+        pb.serve(Untouchable(), **GOOD | {name: bad})
+
+
+def test_a_quorum_may_not_exceed_the_part_of_the_clients_that_trains() -> None:
+    assert RunConfig(rounds=1, clients=8, fraction=0.5, quorum=4).quorum_size == 4
+    with pytest.raises(ConfigError, match=r"that train in a round \(4\); found 5"):
+        RunConfig(rounds=1, clients=8, fraction=0.5, quorum=5)
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "cohort", "quorum"), [(1, 1.0, 1, 1), (2, 1.0, 2, 1), (3, 1.0, 3, 2), (9, 0.01, 1, 1)]
+)
+def test_cohort_and_quorum_without_a_word_on_them(clients: int, fraction: float, cohort: int, quorum: int) -> None:
+    settings = RunConfig(rounds=1, clients=clients, fraction=fraction)
+    assert (settings.cohort_size, settings.quorum_size) == (cohort, quorum)
+
+
+def test_settings_that_no_run_can_use_are_refused_when_they_come_over_the_wire() -> None:
+    welcome = protocol.Welcome(
+        client=0, config=RunConfig(**GOOD), plan=pb.BlockPlan.from_model(nn.Linear(4, 4), 1).spec(), mac=b""
+    )
+    assert protocol.decode(protocol.encode(welcome)) == welcome
+    forged = msgspec.msgpack.decode(protocol.encode(welcome))
+    forged["config"]["rounds"] = 0
+    with pytest.raises(HandshakeError, match="rounds must be at least 1; found 0"):
+        protocol.decode(msgspec.msgpack.encode(forged))
+    forged["config"] |= {"rounds": 1, "surprise": 1}
+    with pytest.raises(HandshakeError, match="unknown field `surprise`"):
+        protocol.decode(msgspec.msgpack.encode(forged))
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; found 0"),
+        ({"seq_len": 0}, "seq_len must be at least 1; found 0"),
+        ({"threads": 0}, "threads must be at least 1; found 0"),
+        ({"eval_examples": -1}, "eval_examples must not be negative; found -1"),
+        ({"lr": math.nan}, "lr must be positive; found nan"),
+        ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32; found 'int8'"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(given_settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        Workload.for_model("tiny", **given_settings)
+    assert message in str(failure.value)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as failure:
+        finetune.load(Workload.for_model(str(tmp_path / "nothing"), task="additions"))
+    assert str(tmp_path / "nothing") in str(failure.value)
+
+
+# ---- Rates, delays, addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [
+        ("50mbit", 6.25e6),
+        (" 1 Gbit ", 1.25e8),
+        ("800kbit", 1e5),
+        ("0.5mbit", 62500.0),
+        ("9600", 1200.0),
+        ("8bit", 1.0),
+        ("0", 0.0),
+        ("none", 0.0),
+        ("", 0.0),
+        ("unlimited", 0.0),
+    ],
+)
+def test_rates(text: str, bytes_per_s: float) -> None:
+    assert parse_rate(text) == bytes_per_s
+
+
+@pytest.mark.parametrize("text", ["fast", "-1mbit", "50mb", "mbit", "nan", "inf", "1e400", "50 mbit/s", "50mbitmbit"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        parse_rate(text)
+    assert str(failure.value) == f"a rate looks like 50mbit, 1gbit or 800kbit; found {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("40ms", 0.04), ("0.5s", 0.5), ("2", 2.0), (" 0MS ", 0.0), ("60s", 60.0)]
+)
+def test_delays(text: str, seconds: float) -> None:
+    assert parse_delay(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1ms", "61s", "nan", "40 m", "ms", "1h"])
+def test_what_is_no_delay_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        parse_delay(text)
+    assert str(failure.value) == f"a delay looks like 40ms or 0.5s and is at most 60s; found {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("host:7070", ("host", 7070)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("[::1]:7070", ("::1", 7070)),
+        (":7070", ("", 7070)),
+        ("host:65535", ("host", 65535)),
+    ],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", "host:x", "host:65536", "host:-1", "host:+1", "h:" + "9" * 5000])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        parse_address(text)
+    assert str(failure.value) == f"an address looks like host:7070 or [::1]:7070; found {text!r}"
+
+
+@given(st.text())
+def test_any_text_is_a_number_in_its_bounds_or_refused(text: str) -> None:
+    for parse, largest in ((parse_rate, math.inf), (parse_delay, 60.0), (lambda t: parse_address(t)[1], 65535)):
+        with contextlib.suppress(ConfigError):
+            value = parse(text)
+            assert 0 <= value <= largest
+            assert math.isfinite(value)
+
+
+@given(st.floats(min_value=0, max_value=1e12), st.sampled_from(["kbit", "mbit", "gbit", "bit", ""]))
+def test_a_rate_is_its_number_times_its_unit(number: float, unit: str) -> None:
+    scale = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}.get(unit, 1.0)
+    assert parse_rate(f"{number!r}{unit}") == number * scale / 8
+
+
+# ---- Files
+
+
+def test_a_file_has_the_flags_as_keys(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('local-steps = 3\nbatch_size = 2\nrate = "1mbit"\n')
+    assert read_toml(file) == {"local_steps": 3, "batch_size": 2, "rate": "1mbit"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read the configuration"), (b"rounds = ", "is no valid TOML"), (b"\xff\xfe", "is no valid TOML")],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as failure:
+        read_toml(file)
+    assert message in str(failure.value)
+    assert str(file) in str(failure.value)

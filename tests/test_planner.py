@@ -1,0 +1,92 @@
+"""What a plan is said to cost: sizes, transfer times, the local steps that hide them, the measured step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import parablock_rt as pb
+from parablock_rt import codec, planner
+
+
+def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pb.BlockPlan]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(3)]).to(dtype)
+    return model, pb.BlockPlan.from_model(model, ["0", "1", "2"])
+
+
+FLAT = 32 * 32 + 128  # the bias is padded to 128
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float32, (4 + 4 + 8) * FLAT), (torch.bfloat16, (2 + 2 + 4 + 4 + 8) * FLAT)],
+    ids=["fp32", "bf16"],
+)
+def test_training_takes_reference_gradients_moments_and_for_16_bit_masters(dtype: torch.dtype, expected: int) -> None:
+    _, plan = make(dtype)
+    assert planner.training_bytes(plan.blocks[0]) == expected
+
+
+def test_a_transfer_takes_the_body_and_the_delay_in_both_directions() -> None:
+    _, plan = make()
+    for format in codec.FORMATS:
+        nbytes = codec.body_bytes(FLAT, format)
+        assert plan.blocks[0].wire_bytes(format) == nbytes
+        assert planner.communication_s(plan.blocks[0], format, 1000.0, 0.25) == pytest.approx(2 * nbytes / 1000 + 0.5)
+
+
+def test_a_forecast_says_how_many_local_steps_hide_the_transfer() -> None:
+    _, plan = make()
+    figures = planner.forecast(plan, rate=1000.0, delay=0.25, step_s=0.1)
+    assert figures["digest"] == plan.digest
+    assert [entry["name"] for entry in figures["blocks"]] == ["0", "1", "2"]
+    for entry in figures["blocks"]:
+        assert entry["parameters"] == 32 * 32 + 32
+        assert entry["residual_bytes"] == 4 * FLAT
+        for format in codec.FORMATS:
+            steps = entry["local_steps_to_hide"][format]
+            seconds = entry["communication_s"][format]
+            assert steps == math.ceil(seconds / 0.1)
+            assert (steps - 1) * 0.1 < seconds <= steps * 0.1 + 1e-9
+
+
+@pytest.mark.parametrize(("rate", "step_s"), [(0.0, 0.1), (1000.0, None)], ids=["no rate", "no step time"])
+def test_without_a_rate_or_a_step_time_there_is_no_forecast_of_time(rate: float, step_s: float | None) -> None:
+    _, plan = make()
+    figures = planner.forecast(plan, rate, 0.0, step_s)
+    assert all("communication_s" not in entry for entry in figures["blocks"])
+    assert "local steps or more" not in planner.render(plan, figures)
+
+
+def test_the_forecast_for_a_reader_has_every_format_and_the_largest_block() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(64, 8))
+    plan = pb.BlockPlan.from_model(model, ["0", "1", "2"])
+    text = planner.render(plan, planner.forecast(plan, 125_000.0, 0.02, 0.5))
+    assert "training the largest block (1) takes" in text
+    assert "at 1 Mbit/s each way, 20 ms one-way delay and 0.500 s a local step, 1 needs:" in text
+    assert all(f"  {format:>5}: " in text for format in codec.FORMATS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_measuring_a_step_leaves_the_model_as_it_was(dtype: torch.dtype) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make(dtype)[0]
+
+        def forward(self, x: torch.Tensor) -> object:
+            return type("Output", (), {"loss": self.net(x).square().mean()})
+
+    model = WithLoss()
+    model.net[2].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    plan = pb.BlockPlan.from_model(model, ["net.0", "net.1", "net.2.weight"])
+    assert planner.measure_step(model, plan, {"x": torch.ones(2, 32, dtype=dtype)}) > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert all(p.grad is None for p in model.parameters())

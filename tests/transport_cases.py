@@ -1,0 +1,104 @@
+"""Transports on loopback, forged frames and raw peers, for the tests of the transport."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from parablock_rt import _C
+from parablock_rt._C import Buffer, Event, Layout
+
+DEADLINE_S = 30.0
+HEADER_BYTES = 44
+MIB = 2**20
+T = Event.Type
+
+
+def flat(nbytes: int, chunk: int = 65536) -> Layout:
+    """A transfer of exactly `nbytes` bytes."""
+    return Layout(units=nbytes, scale_bytes=0, code_bytes=1, chunk_units=chunk)
+
+
+def filled(nbytes: int, seed: int = 0) -> tuple[Buffer, bytes]:
+    """A buffer with random bytes, and these."""
+    buffer = Buffer(nbytes)
+    content = random.Random(seed).randbytes(nbytes)
+    memoryview(buffer)[:] = content
+    return buffer, content
+
+
+def next_event(transport: _C.Transport) -> Event:
+    event = transport.next_event(DEADLINE_S)
+    assert event is not None, f"nothing happened for {DEADLINE_S:g} s"
+    return event
+
+
+def expect(transport: _C.Transport, *types: Event.Type, count: int = 1) -> list[Event]:
+    """The next `count` events, which must be of these types, in any order."""
+    events = [next_event(transport) for _ in range(count)]
+    for event in events:
+        assert event.type in types, (event.type, event.text)
+    return events
+
+
+def frame(type: int, payload: bytes = b"", version: int = _C.PROTOCOL_VERSION) -> bytes:
+    """A frame as a stranger would forge it."""
+    head = struct.pack("<4sBBBBQIIQII", b"PBLK", version, type, 0, 0, 0, 0, 0, 0, len(payload), _C.crc32c(payload))
+    return head + struct.pack("<I", _C.crc32c(head)) + payload
+
+
+def read_exactly(stranger: socket.socket, nbytes: int) -> bytes:
+    data = b""
+    while len(data) < nbytes:
+        piece = stranger.recv(nbytes - len(data))
+        assert piece, "the connection ended too early"
+        data += piece
+    return data
+
+
+def read_to_end(stranger: socket.socket) -> bytes:
+    data = b""
+    while piece := stranger.recv(65536):
+        data += piece
+    return data
+
+
+Make = Callable[..., _C.Transport]
+
+
+def make_transports() -> Iterator[Make]:
+    """Body of a fixture: makes native transports and closes them."""
+    made: list[_C.Transport] = []
+
+    def transport(**options: Any) -> _C.Transport:
+        made.append(_C.Transport(**options))
+        return made[-1]
+
+    yield transport
+    for each in made:
+        each.close(0.0)
+
+
+def join(a: _C.Transport, b: _C.Transport, port: int | None = None) -> tuple[int, int]:
+    """Connects a to b; returns a's and b's link."""
+    if port is None:
+        port = b.listen("127.0.0.1", 0)
+    link = a.connect("127.0.0.1", port, 5.0)
+    (connected,) = expect(b, T.CONNECTED)
+    return link, connected.link
+
+
+def listen(make: Make) -> tuple[_C.Transport, int]:
+    """Body of a fixture: a transport that listens, and its port."""
+    transport = make()
+    return transport, transport.listen("127.0.0.1", 0)
+
+
+def stranger_to(port: int) -> socket.socket:
+    """A raw connection."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.settimeout(DEADLINE_S)
+    return connection

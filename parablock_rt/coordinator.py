@@ -31,7 +31,7 @@ _MAX_CANDIDATES = 256
 _NOBODY_LEFT_S = 30.0
 _GOODBYE_S = 60.0
 _MAX_LAG = 32  # rounds whose aggregates are kept for a client that has not taken them
-UPLOAD_BUDGET = 256 * 2**20  # bytes of unfinished uploads beyond the oldest open round's first
+UPLOAD_BUDGET = 256 * 2**20  # bytes of unfinished uploads, one upload apart
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class Coordinator:
 
     def _round(self, index: int) -> Round:
         if index not in self._rounds:
-            block = block_of(self._config.schedule, self._config.seed, index, len(self._master.blocks))
+            block = self._block_of(index)
             cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
             self._rounds[index] = Round(index, block, cohort, self._take_sum(block))
         return self._rounds[index]
@@ -379,7 +379,7 @@ class Coordinator:
         value = self._master.land(round.block, encoding)
         uploads = list(round.uploads.values())
         for member in receivers:
-            self._refuse_late(member, round.index)
+            self._refuse_late(member, round)
             self._transport.send_message(
                 member.link,
                 protocol.Update(
@@ -420,39 +420,57 @@ class Coordinator:
         if self._on_round is not None:
             self._on_round(closed)
 
-    def _refuse_late(self, member: Member, round: int) -> None:
-        posted = member.posted.pop(round, None)
+    def _refuse_late(self, member: Member, round: Round) -> None:
+        """Tells a member that its upload of a round that closes is not wanted any more, if one may still come."""
+        if member.begun and member.next_post <= round.index and member.seat in round.cohort:
+            self._post(member, round.index)  # never let in for want of room; only what is posted can be cancelled
+        posted = member.posted.pop(round.index, None)
         if posted is None:
             return
-        self._transport.native.cancel_receive(member.link, Kind.UPLOAD, round, posted.block)
+        member.announced.pop(posted.round, None)
+        self._transport.native.cancel_receive(member.link, Kind.UPLOAD, posted.round, posted.block)
         self._stager.buffers.give_back(posted.buffer)
-        self._send_verdict(member, posted, f"round {round} was closed at its deadline without this upload")
+        self._send_verdict(member, posted, f"round {posted.round} was closed at its deadline without this upload")
 
     def _post_uploads(self) -> None:
         """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
 
-        At least one upload of the oldest open round is always let in, so a full budget cannot stop the run.
+        Of the oldest open round one upload that is ready to come is always let in, whatever the others hold.
         """
         if self._started_at is None:
             return
         held = sum(p.nbytes for m in self._members.values() for p in m.posted.values())
         for index in range(self._oldest, min(self._oldest + self._config.staleness + 2, self._config.rounds)):
-            block = block_of(self._config.schedule, self._config.seed, index, len(self._master.blocks))
             cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
-            numel = self._master.blocks[block].block.flat_numel
-            nbytes = codec.body_bytes(numel, self._config.format)
             for member in self._members.values():
                 if not member.begun or member.next_post > index or member.seat not in cohort:
                     continue
-                first = index == self._oldest and not any(index in m.posted for m in self._members.values())
-                if held + nbytes > self._budget and not first:
-                    return
-                buffer = self._stager.buffers.take(nbytes)
-                member.posted[index] = Posted(index, block, buffer, nbytes)
-                member.next_post = index + 1
-                held += nbytes
-                layout = body_layout(self._config.format, numel, self._config.chunk)
-                self._transport.native.receive(member.link, Kind.UPLOAD, index, block, buffer, layout)
+                full = held + self._upload_bytes(index) > self._budget
+                if full and not (index == self._oldest and self._is_next_in_line(member)):
+                    continue
+                self._post(member, index)
+                held += self._upload_bytes(index)
+
+    def _is_next_in_line(self, member: Member) -> bool:
+        """Whether a member's upload of the oldest open round is ready, and none that is ready has been let in."""
+        ready = [m for m in self._members.values() if self._oldest in m.announced]
+        return member in ready and not any(self._oldest in m.posted for m in ready)
+
+    def _post(self, member: Member, index: int) -> None:
+        block = self._block_of(index)
+        nbytes = self._upload_bytes(index)
+        buffer = self._stager.buffers.take(nbytes)
+        member.posted[index] = Posted(index, block, buffer, nbytes)
+        member.next_post = index + 1
+        numel = self._master.blocks[block].block.flat_numel
+        layout = body_layout(self._config.format, numel, self._config.chunk)
+        self._transport.native.receive(member.link, Kind.UPLOAD, index, block, buffer, layout)
+
+    def _block_of(self, round: int) -> int:
+        return block_of(self._config.schedule, self._config.seed, round, len(self._master.blocks))
+
+    def _upload_bytes(self, round: int) -> int:
+        return codec.body_bytes(self._master.blocks[self._block_of(round)].block.flat_numel, self._config.format)
 
     # ---- Time
 

@@ -231,3 +231,38 @@ def test_a_round_that_goes_nan_spoils_no_later_round_of_that_client(blocks: list
     result = case.run(before_step=spoil)
     assert [closed.round for closed in result.outcome.rounds if closed.bad_groups > 0] == [spoiled]
     assert all(bool(value.isfinite().all()) for value in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize("blocks", [ONE, THREE], ids=["1", "3"])
+def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, blocks: list[list[str]]
+) -> None:
+    """There is no room for any upload. Client 0 is held in round 2 until it has closed, so that what it might hold
+    must not keep client 1 out."""
+    held = 2
+    closed = threading.Event()
+    most: list[int] = []
+    original = Coordinator._post_uploads
+
+    def without_room(self: Coordinator) -> None:
+        self._budget = 0
+        original(self)
+        most.append(sum(len(member.posted) for member in self._members.values()))
+
+    monkeypatch.setattr(Coordinator, "_post_uploads", without_room)
+
+    def hold(run: Run, step: int) -> None:
+        if run.client == 0 and run._round is not None and run._round.index == held:
+            assert closed.wait(WAIT_S)
+
+    result = Case(blocks, clients=2, settings={"staleness": 1, "local_steps": 1, "rounds": 6}).run(
+        before_step=hold,
+        on_round=lambda report: closed.set() if report.round == held else None,
+        quorum=1,
+        deadline=1.5,
+        limit_s=40.0,
+    )
+    assert closed.is_set()
+    assert max(most) == 1
+    assert len(result.outcome.rounds) == 6
+    assert set(result.outcome.client_digests.values()) == {result.outcome.digest}

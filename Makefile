@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cc csrc/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-gpu lint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,7 +26,10 @@ demo: install  ## fine-tune a real model over a slow link, without and with over
 test: install lint  ## everything CI checks
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: install
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,6 +38,7 @@ bench: install  ## all benchmarks; results in bench/results/
 	$(BIN)/python -m bench.codec --json bench/results/codec.json
 	$(BIN)/python -m bench.transport --json bench/results/transport.json
 	$(BIN)/python -m bench.overlap --json bench/results/overlap.json
+	$(BIN)/python -m bench.kernels --json bench/results/kernels.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info parablock_rt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -288,16 +288,17 @@ def iperf_mib_per_s(nbytes: int) -> float:
 
 
 def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[float]]]:
-    """All runs, interleaved, after one unmeasured run of each pair; and iperf3's speeds where it is installed."""
+    """All runs, interleaved, after unmeasured ones of each pair; and iperf3's speeds where it is installed."""
     pairs: list[Pair] = []
     iperf: dict[int, list[float]] = {size: [] for size in sizes}
     for size in sizes:
         group = [Pair(system, size) for system in ENDS]
         for pair in group:
             pair.start()
-            pair.run(False)
-            pair.seconds[False].clear()
-            pair.cpu[False].clear()
+            for fresh in (False, True):
+                pair.run(fresh)
+                pair.seconds[fresh].clear()
+                pair.cpu[fresh].clear()
         for _ in range(repetitions):
             for fresh in (False, True):
                 for pair in group:

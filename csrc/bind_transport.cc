@@ -82,7 +82,8 @@ void bind_session(py::module_& m) {
              if (!frame) return std::nullopt;
              std::string bytes(frame->header.begin(), frame->header.end());
              bytes += frame->inline_payload;
-             for (const Segment& part : frame->payload) bytes.append(reinterpret_cast<const char*>(part.data), part.bytes);
+             for (const Segment& part : frame->payload)
+               bytes.append(reinterpret_cast<const char*>(part.data), part.bytes);
              return py::bytes(bytes);
            },
            py::arg("now_ns") = 0)
@@ -102,7 +103,8 @@ void bind_data(py::module_& m) {
                                return count;
                              })
       .def_buffer([](Buffer& b) {
-        return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), static_cast<py::ssize_t>(b.size()));
+        auto size = static_cast<py::ssize_t>(b.size());
+        return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), size);
       });
 
   py::class_<Layout>(m, "Layout")
@@ -138,7 +140,9 @@ void bind_data(py::module_& m) {
       .def_property_readonly("round", [](const Event& e) { return e.key.round; })
       .def_property_readonly("block", [](const Event& e) { return e.key.block; })
       .def_property_readonly("message", [](const Event& e) { return py::bytes(e.text); })
-      .def_property_readonly("text", [](const Event& e) { return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace")); })
+      .def_property_readonly("text", [](const Event& e) {
+        return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace"));
+      })
       .def_readonly("at_ns", &Event::at_ns)
       .def_readonly("first_byte_ns", &Event::first_byte_ns);
 }
@@ -154,12 +158,14 @@ void bind_encoder(py::module_& m) {
   using Piece = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, uintptr_t, int64_t>;
   py::class_<Encoder>(m, "Encoder")
       .def(py::init<>())
-      .def("submit", [](Encoder& encoder, const std::vector<Piece>& pieces, int format, std::shared_ptr<Source> source) {
+      .def("submit", [](Encoder& encoder, const std::vector<Piece>& pieces, int format,
+                        std::shared_ptr<Source> source) {
         std::vector<EncodePiece> native;
         for (const auto& [now, now_dtype, ref, ref_dtype, residual_in, residual_out, numel] : pieces)
           native.push_back({reinterpret_cast<const void*>(now), static_cast<Dtype>(now_dtype),
                             reinterpret_cast<const void*>(ref), static_cast<Dtype>(ref_dtype),
-                            reinterpret_cast<const float*>(residual_in), reinterpret_cast<float*>(residual_out), numel});
+                            reinterpret_cast<const float*>(residual_in), reinterpret_cast<float*>(residual_out),
+                            numel});
         auto job = std::make_shared<EncodeJob>(std::move(native), static_cast<Format>(format), std::move(source));
         encoder.submit(job);
         return job;
@@ -202,13 +208,17 @@ void bind_links(py::module_& m) {
            py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
       .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
                          std::shared_ptr<Buffer> buffer,
-                         const Layout& layout) { t.receive(link, key_of(kind, round, block), std::move(buffer), layout); },
-           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"))
+                         const Layout& layout) {
+             t.receive(link, key_of(kind, round, block), std::move(buffer), layout);
+           },
+           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
+           py::arg("layout"))
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
       .def("trust", &Transport::trust)
       .def("close_link", &Transport::close_link)
-      .def("make_source", &Transport::make_source, py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
+      .def("make_source", &Transport::make_source,
+           py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
       .def("stats", &Transport::stats)
       .def("close", [](Transport& t, double flush) { t.close(nanoseconds(flush)); }, ReleaseGil());

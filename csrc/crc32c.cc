@@ -45,7 +45,7 @@ uint32_t update_portable(uint32_t crc, const uint8_t* data, size_t bytes) {
 #ifdef __x86_64__
 
 // Appending zero bytes is linear in the register, so a table lookup a byte moves a partial checksum over a stride.
-constexpr size_t kStride = 2048;
+constexpr size_t kStride = 1024;
 constexpr size_t kCacheLine = 64;
 
 struct Shift {
@@ -76,14 +76,14 @@ uint64_t load64(const uint8_t* data) {
 }
 
 // The instruction has a latency of three cycles and a throughput of one: three strides run side by side. Hardware
-// prefetchers do not follow them, so the next strides are asked for here: from memory that is more than three times as
-// fast.
+// prefetchers do not follow them, so the strides after the next are asked for here: from memory that is two to three
+// times as fast.
 __attribute__((target("sse4.2"))) uint32_t update_sse42(uint32_t crc, const uint8_t* data, size_t bytes) {
   static const Shift shift;
   while (bytes >= 3 * kStride) {
     uint64_t a = crc, b = 0, c = 0;
     for (size_t line = 0; line < kStride; line += kCacheLine) {
-      for (size_t ahead = 3; ahead < 6; ++ahead) __builtin_prefetch(data + ahead * kStride + line);
+      for (size_t ahead = 6; ahead < 9; ++ahead) __builtin_prefetch(data + ahead * kStride + line);
       for (size_t i = line; i < line + kCacheLine; i += 8) {
         a = _mm_crc32_u64(a, load64(data + i));
         b = _mm_crc32_u64(b, load64(data + kStride + i));

@@ -70,8 +70,8 @@ void Loop::wait(int64_t deadline_ns, std::vector<Ready>& ready) {
   }
 }
 
-// An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link. One that is set
-// too early stays: waking once for nothing is cheaper than a system call a turn.
+// An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link. One that is
+// set too early stays: waking once for nothing is cheaper than a system call a turn.
 void Loop::set_timer(int64_t at_ns) {
   if (timer_at_ns_ != 0 && timer_at_ns_ <= at_ns) return;
   itimerspec at{};

@@ -34,7 +34,9 @@ void Session::push_control(FrameHeader header, std::string payload) {
   control_.push_back(std::move(frame));
 }
 
-void Session::send_control(std::string message) { push_control({.type = FrameType::kControl, .key = {}}, std::move(message)); }
+void Session::send_control(std::string message) {
+  push_control({.type = FrameType::kControl, .key = {}}, std::move(message));
+}
 
 void Session::ping(int64_t now_ns) {
   ping_ns_ = now_ns;
@@ -117,14 +119,8 @@ void Session::remember(std::set<TransferKey>& keys, const TransferKey& key) {
 void Session::cancel_receive(const TransferKey& key) {
   auto sink = sinks_.find(key);
   if (sink == sinks_.end()) return;
-  // A chunk that is half read goes on into the buffer: the Sink is let go when the frame is complete.
-  bool being_filled = in_payload_ && destination_ == Destination::kSink && header_.key == key;
-  if (being_filled) {
-    destination_ = Destination::kDiscard;
-    size_t left = 0;
-    for (const Segment& part : payload_left_) left += part.bytes;
-    payload_left_ = {Segment{nullptr, left}};
-  }
+  // What is left of a chunk that is half read goes nowhere: the buffer is not ours any more.
+  if (in_payload_ && destination_ == Destination::kSink && header_.key == key) destination_ = Destination::kDiscard;
   remember(cancelled_, key);
   sinks_.erase(sink);
   push_control({.type = FrameType::kCancel, .key = key}, {});
@@ -158,7 +154,8 @@ void Session::arrived(size_t bytes, int64_t now_ns) {
     }
     Segment& part = payload_left_.front();
     size_t taken = std::min(bytes, part.bytes);
-    if (part.data != nullptr) part.data += taken;
+    if (destination_ == Destination::kSink) chunk_crc_ = crc32c(part.data, taken, chunk_crc_);  // while it is in cache
+    if (destination_ != Destination::kDiscard) part.data += taken;
     part.bytes -= taken;
     bytes -= taken;
     if (part.bytes == 0) payload_left_.erase(payload_left_.begin());
@@ -206,11 +203,13 @@ void Session::data_header(int64_t now_ns) {
   Sink& sink = found->second;
   uint64_t chunk = sink.received / sink.layout.chunk_bytes(0);
   if (header_.offset != sink.received || header_.length != sink.layout.chunk_bytes(chunk))
-    throw ProtocolError("transfer " + name(header_.key) + ": expected " + std::to_string(sink.layout.chunk_bytes(chunk)) +
-                        " bytes at " + std::to_string(sink.received) + ", got " + std::to_string(header_.length) +
+    throw ProtocolError("transfer " + name(header_.key) + ": expected " +
+                        std::to_string(sink.layout.chunk_bytes(chunk)) + " bytes at " +
+                        std::to_string(sink.received) + ", got " + std::to_string(header_.length) +
                         " at " + std::to_string(header_.offset));
   if (sink.received == 0) sink.first_byte_ns = now_ns;
   destination_ = Destination::kSink;
+  chunk_crc_ = 0;
   for (const Segment& part : sink.layout.segments(sink.buffer->data(), chunk))
     if (part.bytes > 0) payload_left_.push_back(part);
 }
@@ -241,10 +240,8 @@ void Session::payload_arrived(int64_t now_ns) {
 void Session::data_arrived(int64_t now_ns) {
   auto found = sinks_.find(header_.key);
   Sink& sink = found->second;
-  uint64_t chunk = sink.received / sink.layout.chunk_bytes(0);
-  uint32_t crc = 0;
-  for (const Segment& part : sink.layout.segments(sink.buffer->data(), chunk)) crc = crc32c(part.data, part.bytes, crc);
-  if (crc != header_.payload_crc) throw ProtocolError("a chunk of transfer " + name(header_.key) + " failed its checksum");
+  if (chunk_crc_ != header_.payload_crc)
+    throw ProtocolError("a chunk of transfer " + name(header_.key) + " failed its checksum");
   sink.received += header_.length;
   bool complete = sink.received == sink.layout.bytes();
   if (complete || sink.received - sink.acknowledged >= limits_.window_bytes / 4) acknowledge(header_.key, sink);
@@ -263,7 +260,8 @@ void Session::acknowledged(int64_t now_ns) {
   if (out == outgoing_.end()) {
     if (header_.offset > 0) throw ProtocolError("the peer acknowledges bytes that were never sent");
     early_credit_[header_.key] = limit;
-    if (early_credit_.size() > limits_.remembered_keys) throw ProtocolError("the peer asks for too many transfers at once");
+    if (early_credit_.size() > limits_.remembered_keys)
+      throw ProtocolError("the peer asks for too many transfers at once");
     return;
   }
   grant(*out, header_.offset, limit);

@@ -126,6 +126,7 @@ class Session {
   Destination destination_ = Destination::kText;
   std::string text_;
   std::vector<Segment> payload_left_;
+  uint32_t chunk_crc_ = 0;  // of what has arrived of the chunk
   std::vector<Segment> want_;
   std::vector<uint8_t> discard_;
 

@@ -26,8 +26,8 @@ class Shaper {
   // fired. Otherwise the frame starts now.
   int64_t transmit(size_t bytes, int64_t now_ns, bool waited) {
     int64_t start = waited ? free_at_ : std::max(free_at_, now_ns);
-    int64_t duration = bytes_per_second_ > 0 ? static_cast<int64_t>(1e9 * static_cast<double>(bytes) / bytes_per_second_) : 0;
-    free_at_ = start + duration;
+    double seconds = bytes_per_second_ > 0 ? static_cast<double>(bytes) / bytes_per_second_ : 0.0;
+    free_at_ = start + static_cast<int64_t>(1e9 * seconds);
     return free_at_ + delay_ns_;
   }
 

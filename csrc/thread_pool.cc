@@ -41,12 +41,13 @@ struct Job {
 class Pool {
  public:
   void run(Job& job) {
+    const int helpers = job.helpers_wanted;  // workers count it down as soon as they see the job
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      grow(job.helpers_wanted);
+      grow(helpers);
       queue_.push_back(&job);
     }
-    for (int i = job.helpers_wanted; i > 0; --i) wake_.notify_one();
+    for (int i = helpers; i > 0; --i) wake_.notify_one();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
     const auto place = std::find(queue_.begin(), queue_.end(), &job);

@@ -25,7 +25,8 @@ std::array<Segment, 2> Layout::segments(uint8_t* body, uint64_t chunk) const {
   uint64_t first = chunk * chunk_units;
   uint64_t count = units_in(chunk);
   uint8_t* codes = body + units * scale_bytes;
-  return {Segment{body + first * scale_bytes, count * scale_bytes}, Segment{codes + first * code_bytes, count * code_bytes}};
+  return {Segment{body + first * scale_bytes, count * scale_bytes},
+          Segment{codes + first * code_bytes, count * code_bytes}};
 }
 
 void Layout::check(size_t buffer_bytes) const {

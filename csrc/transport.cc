@@ -259,6 +259,11 @@ void Transport::drop(uint64_t id) {
   publish(std::move(closed));
 }
 
+void Transport::drop_all() {
+  while (!links_.empty()) drop(links_.begin()->first);
+  over_.clear();
+}
+
 // Whatever goes wrong here ends this link alone.
 void Transport::service_link(Link& link, bool readable, int64_t now_ns) {
   bool going_on = false;
@@ -301,9 +306,14 @@ void Transport::run() {
     for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
     loop_.wait(wake_at, ready);
     carry_out_commands();
-    service(monotonic_ns(), ready);
+    try {
+      service(monotonic_ns(), ready);
+    } catch (const std::exception& error) {  // beyond one link: this process or the kernel is out of memory
+      for (auto& [id, link] : links_) link->fail(error.what());
+      drop_all();
+    }
   }
-  while (!links_.empty()) drop(links_.begin()->first);
+  drop_all();
   listeners_.clear();
 }
 

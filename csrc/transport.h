@@ -1,8 +1,8 @@
 // The transport of a process: one thread that owns every socket. It never takes the GIL and never calls Python.
 //
 // Every public function may be called from any thread except the loop's own. Calls that change a link are queued and
-// carried out by the loop thread in the order in which they were made; what happens comes back as Events. A program that
-// leaves a link's events lying stops this link's reading, not the others'.
+// carried out by the loop thread in the order in which they were made; what happens comes back as Events. A program
+// that leaves a link's events lying stops this link's reading, not the others'.
 #pragma once
 
 #include <atomic>
@@ -49,7 +49,8 @@ class Transport {
 
   void send_control(uint64_t link, std::string message);
   void send(uint64_t link, TransferKey key, std::shared_ptr<Source> source);
-  void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout);  // throws invalid_argument
+  // Throws std::invalid_argument when the buffer is too small.
+  void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout);
   void cancel_receive(uint64_t link, TransferKey key);
   // The peer has proved who it is: larger control messages are read, and `run` must stand in every frame.
   void trust(uint64_t link, uint64_t run, size_t control_bytes);
@@ -83,6 +84,7 @@ class Transport {
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
   void service_link(Link& link, bool readable, int64_t now_ns);
   void drop(uint64_t link);
+  void drop_all();
   void publish(Link& link);
   void publish(Event event);
 

@@ -60,6 +60,7 @@ class Master:
     def __init__(self, blocks: list[FlatBlock], format: str, optimizer: ServerOptimizer) -> None:
         self.blocks = blocks
         self.format = format
+        self.fingerprints = [fingerprint(block) for block in blocks]  # of the reference, kept up to date by `land`
         self._optimizer = optimizer
         self._x: dict[int, Tensor] = {}
 
@@ -85,8 +86,10 @@ class Master:
     def land(self, block: int, encoding: Encoding) -> int:
         """Waits for the encoding, moves the reference by it and returns the reference's fingerprint."""
         encoding.wait()
+        self.blocks[block].check_homed()
         codec.apply_(self.blocks[block].flats, encoding.body, format=self.format)
-        return fingerprint(self.blocks[block])
+        self.fingerprints[block] = fingerprint(self.blocks[block])
+        return self.fingerprints[block]
 
 
 def fingerprint(block: FlatBlock | list[Tensor]) -> int:

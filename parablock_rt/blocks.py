@@ -118,6 +118,17 @@ class FlatBlock:
     flats: list[Tensor]
     params: list[nn.Parameter]
 
+    def check_homed(self) -> None:
+        """Raises PlanError when a parameter is not a view of the flat buffers any more."""
+        for segment, flat in zip(self.block.segments, self.flats, strict=True):
+            for i, slot in self.block.segment_slots(segment):
+                place = flat.data_ptr() + (slot.offset - segment.start) * flat.element_size()
+                if self.params[i].data_ptr() != place or self.params[i].dtype != flat.dtype:
+                    raise PlanError(
+                        f"parameter {slot.name!r} has left its block's flat buffer: the model was moved, cast or "
+                        "planned anew during the run; do that before, and give every join and serve a model of its own"
+                    )
+
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Views into another flat buffer of the whole block (such as fp32 masters), shaped and ordered like `params`.
 

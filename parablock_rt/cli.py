@@ -337,12 +337,12 @@ def main() -> NoReturn:
         app(prog_name="parablock")  # ends with SystemExit: 0, or 2 after a usage error
     except ConfigError as error:
         _fail(error, 2)
-    except ParaBlockError as error:
+    except (ParaBlockError, OSError) as error:
         _fail(error, 1)
     raise SystemExit(0)
 
 
-def _fail(error: ParaBlockError, code: int) -> NoReturn:
+def _fail(error: Exception, code: int) -> NoReturn:
     console.print(f"[red]error:[/red] {escape(str(error))}")
     raise SystemExit(code)
 

@@ -7,6 +7,7 @@ aggregates of the rounds up to `t − S` are applied, exactly those, waiting for
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -128,10 +129,11 @@ class Run:
 
         Raises ConfigError when the loader has none, ParaBlockError when a batch came back without a step.
         """
+        seen = 0
         while self._round is not None:
-            empty = True
+            before = seen
             for batch in loader:
-                empty = False
+                seen += 1
                 steps_before = self._steps_taken()
                 yield batch
                 steps_after = self._steps_taken()
@@ -141,10 +143,15 @@ class Run:
                     raise ParaBlockError(
                         "a batch of run.stream was used without run.train_step or run.step; call one for each"
                     )
-            if empty:
-                raise ConfigError("the loader has no batches; a client needs at least one")
+            if seen == before:
+                raise ConfigError(
+                    f"the loader gave no batch after {seen}: it is empty, or it can be iterated only once; pass "
+                    "something that starts again, such as a DataLoader, or an endless iterator"
+                )
 
-    def train_step(self, batch: Any, loss_fn: LossFunction | None = None, *, weight: float | None = None) -> StepReport:
+    def train_step(
+        self, batch: Any, loss_fn: LossFunction | None = None, *, weight: float | Tensor | None = None
+    ) -> StepReport:
         """Forward, backward, optimiser step and, after the last local step, the round boundary.
 
         `batch`: a mapping is passed to the model as keywords, anything else as one argument. `loss_fn(model, batch)`
@@ -156,14 +163,16 @@ class Run:
         loss.backward()  # type: ignore[no-untyped-call]
         return self.step(weight=_weight_of(batch) if weight is None else weight, loss=loss)
 
-    def step(self, *, weight: float = 1.0, loss: Tensor | float | None = None) -> StepReport:
+    def step(self, *, weight: float | Tensor = 1.0, loss: Tensor | float | None = None) -> StepReport:
         """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
 
-        `weight`: as in `train_step`. `loss` is only reported. Raises ConfigError for a weight that is not positive.
+        `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Raises ConfigError for a
+        weight that is not positive and finite.
         """
         round = self._require_round()
-        if not weight > 0:
-            raise ConfigError(f"weight must be positive; found {weight!r}")
+        weight = float(weight)
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"weight must be positive and finite; found {weight!r}")
         round.active.step()
         value = float("nan") if loss is None else float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         round.steps += 1
@@ -254,7 +263,8 @@ class Run:
             return
         block = self._block_of(index)
         flat = self._blocks[block]
-        self._replica.wait_encoded(block)
+        flat.check_homed()
+        self._wait_encoded(block)
         ref = self._replica.begin(block)
         active = ActiveBlock(flat, self._optimizer, self._take_master(flat))
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
@@ -348,6 +358,12 @@ class Run:
             self.timeline.add("exposed", what, start, time.monotonic_ns(), round=round)
         self.exposed_s += seconds
 
+    def _wait_encoded(self, block: int) -> None:
+        """Blocks until no encoding reads the block; part of what communication costs the training thread."""
+        start = time.monotonic_ns()
+        if self._replica.wait_encoded(block):
+            self.exposed_s += (time.monotonic_ns() - start) / 1e9
+
     def _take_verdicts(self) -> None:
         # A round that was closed at its deadline is refused before its upload is handed over.
         verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
@@ -406,6 +422,7 @@ def join(
         ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
     """
     transport = Transport(Shape(rate, delay))
+    run = None
     try:
         link = ServerLink(transport, address, patience=patience)
         welcome = link.introduce(token)
@@ -426,7 +443,9 @@ def join(
                 raise PlanMismatchError(f"expected a snapshot or the start of the run, found {message}")
             run.take_snapshot(message)
         run.begin(message)
-    except BaseException:
+    except BaseException as error:
+        if run is not None:
+            run.close(f"could not begin: {type(error).__name__}")
         transport.close(flush=1.0)
         raise
     return run

@@ -41,7 +41,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int = 0
     local_view: str = "own"
     fraction: float = 1.0  # of the clients that train in a round
-    quorum: int | None = None  # clients; None: more than half of the cohort
+    quorum: int | None = None  # clients; None: half of the cohort, rounded up
     deadline: float | None = None  # seconds for the oldest open round; None: adapts to the speed seen
     join_timeout: float = 600.0  # seconds to wait for all clients before the first round
     server_optimizer: str = "average"
@@ -124,8 +124,8 @@ def parse_delay(text: str) -> float:
     """Seconds from "40ms", "0.5s" or a plain number of seconds. Raises ConfigError when the text is none of these."""
     lowered = text.strip().lower()
     seconds = _number(lowered[:-2]) / 1e3 if lowered.endswith("ms") else _number(lowered.removesuffix("s"))
-    if not (0 <= seconds <= 60):
-        raise ConfigError(f"a delay looks like 40ms or 0.5s and is at most 60s; found {text!r}")
+    if not (0 <= seconds <= 5):
+        raise ConfigError(f"a delay looks like 40ms or 0.5s and is at most 5s; found {text!r}")
     return seconds
 
 

@@ -63,6 +63,7 @@ class Outcome:
     client_digests: dict[int, str] = field(default_factory=dict)
     goodbyes: dict[int, protocol.Goodbye] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)  # who went before the end, and why
+    unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting
 
 
 class Coordinator:
@@ -119,16 +120,22 @@ class Coordinator:
                 self._close_rounds()
                 self._post_uploads()
         except ParaBlockError as error:
-            for link in self._members:
-                self._transport.send_message(link, protocol.Failure(error=type(error).__name__, reason=str(error)))
+            self._tell_all(error)
+            raise
+        except Exception as error:
+            self._tell_all(ParaBlockError(f"the server failed with {type(error).__name__}; its own output says why"))
             raise
         finally:
             if self._started_at is not None:
                 self.outcome.wall_s = time.monotonic() - self._started_at
             self.outcome.digest = self._digest()
 
+    def _tell_all(self, error: ParaBlockError) -> None:
+        for link in self._members:
+            self._transport.send_message(link, protocol.Failure(error=type(error).__name__, reason=str(error)))
+
     def _digest(self) -> str:
-        return digest(self._plan, [fingerprint(block) for block in self._master.blocks])
+        return digest(self._plan, self._master.fingerprints)
 
     # ---- Events
 
@@ -172,7 +179,8 @@ class Coordinator:
         seat = next((seat for seat in range(self._config.clients) if seat not in taken), None)
         if seat is None:
             raise HandshakeError(
-                f"all {self._config.clients} seats of this run are taken; start the server with more clients"
+                f"all {self._config.clients} seats of this run are taken. The seat of a client whose network broke is "
+                "free a minute later: try again then; for one client more, start the server with more clients"
             )
         del self._candidates[candidate.link]
         self._members[candidate.link] = Member(seat, candidate.link, candidate.address)
@@ -187,7 +195,7 @@ class Coordinator:
                 member.ready = True
                 member.updates_from = self._oldest
                 member.applied = self._oldest - 1
-                here = [fingerprint(block) for block in self._master.blocks]
+                here = self._master.fingerprints
                 member.to_send = [b for b, value in enumerate(here) if value != message.fingerprints[b]]
                 self._send_snapshot(member)
             case protocol.Upload() if member.begun:
@@ -293,6 +301,7 @@ class Coordinator:
         member.first_round = first_round
         member.next_post = first_round
         member.begun = True
+        member.max_lag = _MAX_LAG + self._config.staleness + self._oldest - member.updates_from
         self._absent.discard(member.seat)
         self._transport.send_message(
             member.link, protocol.Begin(first_round=first_round, updates_from=member.updates_from)
@@ -304,7 +313,7 @@ class Coordinator:
             return False
         round = self._round(self._oldest)
         training = {m.seat for m in self._members.values() if m.begun and m.first_round <= round.index}
-        reachable = round.uploads.keys() | (round.cohort & training - round.refused)
+        reachable = round.uploads.keys() | (round.cohort & training - round.refused.keys())
         return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
 
     def _dismiss(self, link: int, error: ParaBlockError) -> None:
@@ -349,14 +358,15 @@ class Coordinator:
         """Closes the oldest open rounds, in order, as long as nothing more is expected for them."""
         while self._started_at is not None and self._oldest < self._config.rounds:
             round = self._round(self._oldest)
-            waited_for = self._expected(round) - round.uploads.keys() - round.refused
+            waited_for = self._expected(round) - round.uploads.keys() - round.refused.keys()
             overdue = time.monotonic() - self._oldest_since >= self._deadline.seconds
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
+                open_s = time.monotonic() - self._oldest_since
                 raise RoundError(
                     f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients "
-                    f"delivered within {self._deadline.seconds:g} s, at least {self._config.quorum_size} are needed "
+                    f"delivered in the {open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
                     f"({self._who_is_missing(round)}); restart them, or set a lower --quorum or a longer --deadline"
                 )
             present = {member.seat for member in self._members.values()}
@@ -364,8 +374,11 @@ class Coordinator:
             self._close(round)
 
     def _who_is_missing(self, round: Round) -> str:
-        missing = sorted(round.cohort - round.uploads.keys())
-        return f"missing: {missing}" + (f"; gone: {'; '.join(self.outcome.left)}" if self.outcome.left else "")
+        missing = sorted(round.cohort - round.uploads.keys() - round.refused.keys())
+        parts = [f"missing: {missing}"] if missing else []
+        parts += [f"rejected: client {seat} ({reason})" for seat, reason in sorted(round.refused.items())]
+        parts += [f"gone: {'; '.join(self.outcome.left)}"] if self.outcome.left else []
+        return "; ".join(parts)
 
     def _close(self, round: Round) -> None:
         config = self._config
@@ -402,7 +415,7 @@ class Coordinator:
             loss=sum(u.loss * u.weight for u in uploads) / sum(u.weight for u in uploads),
             contributions=len(uploads),
             weight=round.accumulator.total_weight,
-            bad_groups=round.accumulator.bad_groups,
+            bad_groups=round.accumulator.bad_groups + encoding.bad_groups,
             compute_s=sum(u.compute_s for u in uploads) / len(uploads),
             exposed_s=sum(u.exposed_s for u in uploads) / len(uploads),
             open_s=open_s,
@@ -478,9 +491,9 @@ class Coordinator:
         now = time.monotonic()
         for candidate in [c for c in self._candidates.values() if now - c.since > _HANDSHAKE_S]:
             self._dismiss(candidate.link, HandshakeError(f"the handshake took longer than {_HANDSHAKE_S:g} s"))
-        for member in [m for m in self._members.values() if m.ready and self._oldest - 1 - m.applied > _MAX_LAG]:
+        for member in [m for m in self._members.values() if m.begun and self._oldest - 1 - m.applied > m.max_lag]:
             self._dismiss(
-                member.link, RoundError(f"this client fell {_MAX_LAG} rounds behind; join again to get a snapshot")
+                member.link, RoundError(f"this client fell {member.max_lag} rounds behind; join again for a snapshot")
             )
         if self._started_at is None:
             if now - self._oldest_since > self._config.join_timeout:
@@ -496,4 +509,10 @@ class Coordinator:
         if self._oldest < self._config.rounds:
             return False
         waiting = [m for m in self._members.values() if m.begun and m.goodbye is None]
-        return not waiting or time.monotonic() - self._oldest_since > max(_GOODBYE_S, self._deadline.seconds)
+        limit = max(_GOODBYE_S, self._deadline.seconds)
+        if waiting and time.monotonic() - self._oldest_since <= limit:
+            return False
+        for member in waiting:
+            self.outcome.unfinished.append(member.seat)
+            self._dismiss(member.link, RoundError(f"the last aggregate was not applied within {limit:g} s"))
+        return True

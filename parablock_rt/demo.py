@@ -146,8 +146,13 @@ class _One:
                         raise ParaBlockError(f"client {index} failed with exit code {process.returncode}:\n{tail}")
 
             yield check
-            for process in processes:
-                process.wait(_CLIENT_EXIT_S)
+            for index, process in enumerate(processes):
+                try:
+                    process.wait(_CLIENT_EXIT_S)
+                except subprocess.TimeoutExpired as error:
+                    raise ParaBlockError(
+                        f"client {index} did not end within {_CLIENT_EXIT_S:g} s of the run"
+                    ) from error
             check()
         finally:
             for process in processes:
@@ -224,10 +229,6 @@ def _describe(demo: Demo, config: RunConfig, plan: BlockPlan, loss: float | None
         f"{config.clients} clients, {config.rounds} rounds of {config.local_steps} local steps, {config.format} on the "
         f"wire; link {rate} each way, {demo.delay * 1e3:g} ms one-way delay.{held_out}"
     )
-
-
-def _same_bits(summary: dict[str, Any]) -> str:
-    return "yes" if set(summary["digest"]["clients"]) == {summary["digest"]["server"]} else "NO"
 
 
 def _table(summaries: dict[str, Any]) -> Table:

@@ -42,7 +42,7 @@ def read_token(file: Path | None) -> str | None:
     Never taken from a command line, where every user of the machine could read it. Raises ConfigError.
     """
     if file is None:
-        text = os.environ.get(TOKEN_VARIABLE)
+        text = os.environ.get(TOKEN_VARIABLE, "").strip() or None
         source = f"the environment variable {TOKEN_VARIABLE}"
     else:
         try:

@@ -99,6 +99,7 @@ class Member:
     first_round: int = 0
     updates_from: int = 0
     applied: int = -1
+    max_lag: int = 0  # rounds it may be behind
     next_post: int = 0  # the first round for which no upload was posted yet
     posted: dict[int, Posted] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)

@@ -104,10 +104,12 @@ class Replica:
                 return handover
         return None
 
-    def wait_encoded(self, block: int) -> None:
-        """Returns when no encoding reads the block's tensors any more."""
-        for handover in self._states[block].pending:
-            handover.encoding.wait()
+    def wait_encoded(self, block: int) -> bool:
+        """Returns when no encoding reads the block's tensors any more, and whether that took waiting."""
+        running = [h.encoding for h in self._states[block].pending if not h.encoding.done]
+        for encoding in running:
+            encoding.wait()
+        return bool(running)
 
     def apply(self, round: int, block: int, body: Tensor, expected: int) -> None:
         """Moves x̂ by a round's aggregate and puts the client's later progress, if any, back on top.

@@ -24,7 +24,7 @@ class Round:
     cohort: frozenset[int]
     accumulator: Accumulator
     uploads: dict[int, Upload] = field(default_factory=dict)
-    refused: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)  # why, by client
     folded_at: list[float] = field(default_factory=list)  # seconds, of any one clock
 
     def fold(self, client: int, upload: Upload | None, body: Tensor, format: str, now: float) -> str:
@@ -36,7 +36,7 @@ class Round:
         if not reason:
             self.folded_at.append(now)
         elif client not in self.uploads:
-            self.refused.add(client)
+            self.refused[client] = reason
         return reason
 
     def _fold(self, client: int, upload: Upload | None, body: Tensor, format: str) -> str:

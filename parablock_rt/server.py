@@ -57,6 +57,8 @@ class Server:
 
         Raises what ended the run early (RoundError, say), and TimeoutError when it goes on after `timeout`.
         """
+        if threading.current_thread() is self._thread:
+            raise ParaBlockError("the server's own thread cannot wait for itself; call wait() outside of on_round")
         if not self._ended.wait(timeout):
             raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
         if self._crash is not None:
@@ -72,9 +74,13 @@ class Server:
         return self._model.state_dict()
 
     def close(self, reason: str = "closed by its owner") -> None:
-        """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent."""
+        """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent.
+
+        Called from `on_round`, on the server's own thread, it cannot wait: the run ends when the callback returns.
+        """
         self._coordinator.stop(reason)
-        self._ended.wait()
+        if threading.current_thread() is not self._thread:
+            self._ended.wait()
 
     def __enter__(self) -> Server:
         return self

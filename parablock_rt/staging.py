@@ -31,20 +31,25 @@ class Piece:
     residual_out: Tensor | None = None
 
 
+@dataclass(eq=False)
+class _Running:
+    """A job and the tensors that the native thread reads until it is done."""
+
+    pieces: list[Piece]
+    job: _C.EncodeJob | None = None
+
+
 class Encoding:
     """A body in the making. Its source may be sent at once: the watermark rises as the chunks get ready.
 
-    The pieces' tensors must stay unchanged until `wait` has returned; this object keeps them alive.
+    The pieces' tensors must stay unchanged until `wait` has returned; the stager keeps them alive.
     """
 
-    def __init__(
-        self, job: _C.EncodeJob, source: _C.Source, buffer: _C.Buffer, nbytes: int, pieces: list[Piece]
-    ) -> None:
+    def __init__(self, job: _C.EncodeJob, source: _C.Source, buffer: _C.Buffer, nbytes: int) -> None:
         self.nbytes = nbytes
         self._source: _C.Source | None = source
         self._buffer = buffer
         self._job = job
-        self._pieces: list[Piece] | None = pieces
 
     @property
     def source(self) -> _C.Source:
@@ -54,17 +59,15 @@ class Encoding:
 
     def wait(self) -> None:
         """Returns when the whole body is encoded."""
-        if self._pieces is not None:
-            if not self._job.wait(_ENCODE_DEADLINE_S):
-                raise ParaBlockError(
-                    f"encoding a block took longer than {_ENCODE_DEADLINE_S:g} s; is the machine suspended?"
-                )
-            self._pieces = None
+        if not self._job.wait(_ENCODE_DEADLINE_S):
+            raise ParaBlockError(
+                f"encoding a block took longer than {_ENCODE_DEADLINE_S:g} s; is the machine suspended?"
+            )
 
     @property
     def done(self) -> bool:
         """Whether the whole body is encoded."""
-        return self._pieces is None or self._job.wait(0.0)
+        return self._job.wait(0.0)
 
     @property
     def body(self) -> Tensor:
@@ -88,6 +91,12 @@ class Stager:
     def __init__(self) -> None:
         self.buffers = BufferPool()
         self._encoder = _C.Encoder()
+        self._running: list[_Running] = []
+
+    def __del__(self) -> None:
+        for entry in self._running:
+            if entry.job is not None:
+                entry.job.wait(_ENCODE_DEADLINE_S)
 
     def encode(self, pieces: list[Piece], format: str, chunk: int, transport: Transport) -> Encoding:
         """Begins to encode the pieces, which follow each other in the flat block, into one body. Does not wait.
@@ -99,8 +108,11 @@ class Stager:
         buffer = self.buffers.take(nbytes)
         source = transport.native.make_source(buffer, body_layout(format, numel, chunk), False)
         native = [_native(piece) for piece in pieces]
-        job = self._encoder.submit(native, codec.FORMATS.index(format), source)
-        return Encoding(job, source, buffer, nbytes, pieces)
+        self._running = [entry for entry in self._running if entry.job is None or not entry.job.wait(0.0)]
+        entry = _Running(pieces)
+        self._running.append(entry)  # before the native thread may read: whatever is raised from here on, they live
+        entry.job = self._encoder.submit(native, codec.FORMATS.index(format), source)
+        return Encoding(entry.job, source, buffer, nbytes)
 
     def release(self, encoding: Encoding) -> None:
         """Takes a finished encoding's buffer back; it is used again once the transport has let go of it, too."""
@@ -113,6 +125,8 @@ def _native(piece: Piece) -> tuple[int, int, int, int, int, int, int]:
     for tensor in (piece.now, piece.ref, piece.residual, piece.residual_out):
         if tensor is None:
             continue
+        if tensor.device.type != "cpu" or tensor.dtype not in _DTYPE_CODES:
+            raise CodecError(f"expected fp32, bf16 or fp16 in host memory; found {tensor.dtype} on {tensor.device}")
         if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != piece.now.numel():
             raise CodecError(
                 f"the tensors of a piece must be 1-D, contiguous and of one length; found shape {tuple(tensor.shape)}"

@@ -37,7 +37,7 @@ def summarise(
     bytes_up = rounds[-1].bytes_up if rounds else 0
     bytes_down = rounds[-1].bytes_down if rounds else 0
     return {
-        "complete": len(rounds) == config.rounds and len(finished) > 0,
+        "complete": len(rounds) == config.rounds and len(finished) > 0 and not outcome.unfinished,
         "staleness": config.staleness,
         "format": config.format,
         "schedule": config.schedule,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from parablock_rt.errors import ConfigError
+
+MAX_SPANS = 200_000
+"""A timeline keeps the last ones, so that a long run does not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Timeline:
 
     def __init__(self, process: str) -> None:
         self.process = process
-        self.spans: list[Span] = []
+        self.spans: deque[Span] = deque(maxlen=MAX_SPANS)
 
     def add(self, track: str, name: str, start_ns: int, end_ns: int, **args: Any) -> None:
         """Notes a span that was measured elsewhere (native code, say)."""

@@ -5,6 +5,7 @@ Every function may be called from any thread; each object is used by one thread 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import time
 from collections.abc import Iterator
@@ -54,9 +55,11 @@ class BufferPool:
 
     def take(self, nbytes: int) -> _C.Buffer:
         """A buffer of at least `nbytes` bytes; its contents are arbitrary."""
-        for index, buffer in enumerate(self._free):
-            if buffer.nbytes >= nbytes and buffer.owners == 1:
-                return self._free.pop(index)
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes and buffer.owners == 1]
+        if fitting:
+            smallest = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free.remove(smallest)
+            return smallest
         self.allocated_bytes += nbytes
         return _C.Buffer(nbytes)
 
@@ -150,7 +153,10 @@ class Transport:
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _why(error: OSError) -> str:

@@ -152,9 +152,7 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
     assert str(failure.value) == f"a rate looks like 50mbit, 1gbit or 800kbit; found {text!r}"
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("40ms", 0.04), ("0.5s", 0.5), ("2", 2.0), (" 0MS ", 0.0), ("60s", 60.0)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("40ms", 0.04), ("0.5s", 0.5), ("2", 2.0), (" 0MS ", 0.0), ("5s", 5.0)])
 def test_delays(text: str, seconds: float) -> None:
     assert parse_delay(text) == seconds
 
@@ -163,7 +161,7 @@ def test_delays(text: str, seconds: float) -> None:
 def test_what_is_no_delay_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as failure:
         parse_delay(text)
-    assert str(failure.value) == f"a delay looks like 40ms or 0.5s and is at most 60s; found {text!r}"
+    assert str(failure.value) == f"a delay looks like 40ms or 0.5s and is at most 5s; found {text!r}"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_when_the_quorum_is_lost_the_run_fails_and_everybody_hears_the_same_reas
         with pytest.raises(RoundError) as failure:
             running.wait(WAIT_S)
     assert (kind, reason) == ("RoundError", str(failure.value))
-    assert "round 2 cannot be closed: 1 of 2 clients delivered within 1 s, at least 2 are needed" in reason
+    assert re.search(
+        r"round 2 cannot be closed: 1 of 2 clients delivered in the [0-9.]+ s it was open, at least 2", reason
+    )
     assert re.search(rf"missing: \[[01]\]; gone: client [01]: {GONE}", reason)
     assert "restart them, or set a lower --quorum or a longer --deadline" in reason
 
@@ -126,7 +128,7 @@ def test_a_run_without_clients_ends_with_an_error(start: Start) -> None:
         victim = start(client, running.address, stop_before=[1])
         victim.expect("stopped")
         victim.kill()
-        with pytest.raises(RoundError, match=r"0 of 1 clients delivered within 0\.5 s|no client is left"):
+        with pytest.raises(RoundError, match=r"0 of 1 clients delivered in the|no client is left"):
             running.wait(WAIT_S)
 
 
@@ -178,7 +180,10 @@ def test_a_client_too_many_is_told_so_and_the_others_finish(start: Start) -> Non
         members = [start(client, running.address, stop_before=[1]) for _ in range(2)]
         for member in members:
             member.expect("stopped")
-        with pytest.raises(HandshakeError, match=r"all 2 seats of this run are taken; start the server with more"):
+        with pytest.raises(
+            HandshakeError,
+            match=r"all 2 seats of this run are taken\. The seat of a client whose network broke is free",
+        ):
             pb.join(running.address, make_model(), torch.optim.SGD)
         for member in members:
             member.let_go()

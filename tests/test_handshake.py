@@ -84,7 +84,7 @@ def test_a_token_that_is_missing_or_short_is_an_error(tmp_path: Path, monkeypatc
     file.write_text("fifteen chars..\n")
     with pytest.raises(ConfigError, match=f"the token file {file} must hold at least 16 characters"):
         handshake.read_token(file)
-    monkeypatch.setenv(handshake.TOKEN_VARIABLE, "")
+    monkeypatch.setenv(handshake.TOKEN_VARIABLE, "short")
     with pytest.raises(ConfigError, match=f"the environment variable {handshake.TOKEN_VARIABLE} must hold at least 16"):
         handshake.read_token(None)
 

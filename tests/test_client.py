@@ -1,0 +1,185 @@
+"""What a training loop meets at the edges of `Run` and `Server`: odd arguments, exceptions, models that were moved."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parablock_rt as pb
+from parablock_rt.coordinator import ClosedRound
+from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
+
+WIDTH = 32
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(width, width, dtype=dtype) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def serve(model: nn.Module | None = None, **settings: object) -> pb.Server:
+    return pb.serve(model or Net(), **({"rounds": 6, "clients": 1, "local_steps": 1, "staleness": 1} | settings))
+
+
+def one_step(run: pb.Run, **options: object) -> pb.StepReport:
+    loss = run.model(torch.ones(2, WIDTH, dtype=next(run.model.parameters()).dtype)).square().sum()
+    loss.backward()
+    return run.step(loss=loss, **options)
+
+
+def to_the_end(run: pb.Run) -> None:
+    while not run.finished:
+        one_step(run)
+
+
+def stream_all(run: pb.Run, loader: Iterable[Tensor], *, step: bool) -> None:
+    for batch in run.stream(loader):
+        if step:
+            run.train_step(batch, lambda model, b: model(b).square().sum())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(5), torch.tensor([2.5]), 3])
+def test_a_weight_may_be_a_number_or_a_tensor_of_one(weight: Tensor | int) -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        while not run.finished:
+            one_step(run, weight=weight)
+        assert {closed.weight for closed in server.wait(20).rounds} == {float(weight)}
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), torch.tensor(0)])
+def test_a_weight_that_nothing_can_be_multiplied_by_is_refused_before_the_step(weight: Tensor | float) -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        before = [parameter.detach().clone() for parameter in run.block_parameters()]
+        with pytest.raises(ConfigError, match="weight must be positive and finite; found"):
+            one_step(run, weight=weight)
+        assert all(torch.equal(now, old) for now, old in zip(run.block_parameters(), before, strict=True))
+
+
+def test_an_iterator_that_ends_before_the_run_is_named_as_such() -> None:
+    def once() -> Iterator[Tensor]:
+        yield from torch.ones(2, 2, WIDTH)
+
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        generator = once()
+        with pytest.raises(ConfigError, match="no batch after 2: it is empty, or it can be iterated only once"):
+            stream_all(run, generator, step=True)
+
+
+def test_a_batch_without_a_step_is_an_error_instead_of_an_endless_loop() -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        loader = [torch.ones(2, WIDTH)]
+        with pytest.raises(ParaBlockError, match=r"without run\.train_step or run\.step"):
+            stream_all(run, loader, step=False)
+
+
+def test_a_model_that_is_cast_during_the_run_is_noticed_at_the_next_round() -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        run.model.to(torch.bfloat16)
+        with pytest.raises(PlanError, match="has left its block's flat buffer"):
+            to_the_end(run)
+
+
+def test_a_join_that_fails_gives_the_model_back_trainable() -> None:
+    def broken(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        raise ValueError("no optimiser today")
+
+    model = Net()
+    with serve() as server, pytest.raises(ValueError, match="no optimiser today"):
+        pb.join(server.address, model, broken)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_run_that_is_dropped_at_a_hand_over_leaves_the_encode_thread_its_memory() -> None:
+    """The masters of a large 16-bit block go out of scope while the native thread still reads them."""
+    width = 2048
+
+    def explode(report: pb.RoundReport) -> None:
+        raise RuntimeError("in the callback")
+
+    for _ in range(3):
+        with serve(Net(torch.bfloat16, width), rounds=2) as server:
+            run = pb.join(server.address, Net(torch.bfloat16, width), sgd, on_round=explode)
+            run.model(torch.ones(1, width, dtype=torch.bfloat16)).sum().backward()
+            with pytest.raises(RuntimeError, match="in the callback"):
+                run.step()
+            del run
+            gc.collect()
+
+
+@pytest.mark.parametrize("staleness", [33, 40])
+def test_a_client_may_run_further_ahead_than_a_stranger_may_fall_behind(staleness: int) -> None:
+    with serve(staleness=staleness, rounds=staleness + 4) as server, pb.join(server.address, Net(), sgd) as run:
+        to_the_end(run)
+        outcome = server.wait(20)
+    assert len(outcome.rounds) == staleness + 4
+    assert outcome.client_digests == {0: outcome.digest}
+
+
+def test_a_server_may_be_closed_from_its_own_callback() -> None:
+    servers: list[pb.Server] = []
+    waited: list[str] = []
+
+    def enough(closed: ClosedRound) -> None:
+        if closed.round == 2:
+            with pytest.raises(ParaBlockError, match="cannot wait for itself") as failure:
+                servers[0].wait()
+            waited.append(str(failure.value))
+            servers[0].close("three rounds are enough")
+
+    servers.append(serve(on_round=enough, rounds=50))
+    with servers[0], pb.join(servers[0].address, Net(), sgd) as run:
+        with pytest.raises(ParaBlockError, match="three rounds are enough"):
+            to_the_end(run)
+        with pytest.raises(ParaBlockError, match="three rounds are enough"):
+            servers[0].wait(20)
+    assert waited
+
+
+def test_clients_hear_that_the_server_failed_when_its_callback_does() -> None:
+    def full(closed: ClosedRound) -> None:
+        raise OSError(28, "No space left on device")
+
+    with serve(on_round=full) as server, pb.join(server.address, Net(), sgd) as run:
+        with pytest.raises(ParaBlockError, match="the server failed with OSError"):
+            to_the_end(run)
+        with pytest.raises(OSError, match="No space left"):
+            server.wait(20)
+
+
+def test_one_process_can_hold_a_server_and_its_clients() -> None:
+    digests: list[str | None] = []
+
+    def take_part(address: str) -> None:
+        with pb.join(address, Net(), sgd) as run:
+            to_the_end(run)
+        digests.append(run.digest)
+
+    with serve(clients=2) as server:
+        threads = [threading.Thread(target=take_part, args=(server.address,), daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        outcome = server.wait(30)
+        for thread in threads:
+            thread.join(30)
+    assert digests == [outcome.digest] * 2

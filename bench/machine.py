@@ -40,5 +40,5 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "revision": revision.stdout.strip() or "unknown",
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }

@@ -1,6 +1,6 @@
 """Speed, memory and CPU time of one link on loopback, next to what else could carry the same bytes.
 
-`python bench/transport.py --json FILE` prints a table and writes all of it as JSON, `pytest bench/transport.py
+`python -m bench.transport --json FILE` prints a table and writes all of it as JSON, `pytest bench/transport.py
 --benchmark-only` runs the same transfers under pytest-benchmark. Sender and receiver are two fresh processes each;
 the repetitions of all systems are interleaved, so that a noisy neighbour hits them alike. A run takes from the call
 that sends to the moment at which the receiving program has every byte. "fresh": into memory that was never touched
@@ -16,18 +16,15 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -357,34 +354,16 @@ def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str
     return rows
 
 
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = names[0] if names else model
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    revision = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "iperf3": "measured" if shutil.which("iperf3") else "not installed, so not measured",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": revision.stdout.strip() or "unknown",
-        "command": "python " + " ".join(sys.argv),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, nargs="+", default=[s // MIB for s in SIZES], help="payload sizes")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write machine, settings and all rows to this file")
     options = parser.parse_args()
-    about = machine()
+    from bench.machine import machine  # not above: the measured processes must not load torch
+
+    iperf3 = "measured" if shutil.which("iperf3") else "not installed, so not measured"
+    about = machine() | {"iperf3": iperf3}
     rows = summarise(*measure([mib * MIB for mib in options.mib], options.repetitions))
     print(f"{about['cpu']}, {about['cores']} cores; iperf3 {about['iperf3']}")
     print(

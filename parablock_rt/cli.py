@@ -18,9 +18,9 @@ from rich.markup import escape
 from parablock_rt import config, demo, doctor, finetune, handshake, planner
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.client import RoundReport, Run
-from parablock_rt.coordinator import ClosedRound
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.finetune import Workload
+from parablock_rt.outcome import ClosedRound
 from parablock_rt.server import serve as start_server
 from parablock_rt.summary import summarise
 from parablock_rt.timeline import RunFolder, to_json

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from parablock_rt import _C, codec, protocol
 from parablock_rt.aggregate import Master, digest, fingerprint
@@ -17,6 +16,7 @@ from parablock_rt.blocks import BlockPlan
 from parablock_rt.codec import Accumulator
 from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.members import Candidate, Identity, Member, Posted
+from parablock_rt.outcome import ClosedRound, Outcome
 from parablock_rt.protocol import Kind
 from parablock_rt.rounds import Deadline, Round
 from parablock_rt.schedule import block_of, cohort_of
@@ -32,38 +32,6 @@ _NOBODY_LEFT_S = 30.0
 _GOODBYE_S = 60.0
 _MAX_LAG = 32  # rounds whose aggregates are kept for a client that has not taken them
 UPLOAD_BUDGET = 256 * 2**20  # bytes of unfinished uploads, one upload apart
-
-
-@dataclass(frozen=True)
-class ClosedRound:
-    """What is known of a round once it is closed. Times in seconds, means over the clients that were folded."""
-
-    round: int
-    block: int
-    loss: float
-    contributions: int
-    weight: float
-    bad_groups: int
-    compute_s: float
-    exposed_s: float
-    open_s: float
-    skew_s: float  # between the first and the last upload that was folded
-    bytes_up: int
-    bytes_down: int
-    fingerprint: int
-
-
-@dataclass
-class Outcome:
-    """The result of a run, also of one that was cut short."""
-
-    rounds: list[ClosedRound] = field(default_factory=list)
-    wall_s: float = 0.0
-    digest: str = ""
-    client_digests: dict[int, str] = field(default_factory=dict)
-    goodbyes: dict[int, protocol.Goodbye] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)  # who went before the end, and why
-    unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting
 
 
 class Coordinator:

@@ -25,9 +25,9 @@ from rich.table import Table
 from parablock_rt import finetune, handshake
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.coordinator import ClosedRound
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.finetune import Workload
+from parablock_rt.outcome import ClosedRound
 from parablock_rt.server import Server, serve
 from parablock_rt.summary import summarise
 from parablock_rt.timeline import RunFolder, join_traces

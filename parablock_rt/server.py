@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from parablock_rt.aggregate import Master, ServerOptimizer
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.coordinator import ClosedRound, Coordinator, Outcome
+from parablock_rt.coordinator import Coordinator
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.members import Identity
+from parablock_rt.outcome import ClosedRound, Outcome
 from parablock_rt.timeline import Timeline
 from parablock_rt.transport import Shape, Transport
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from parablock_rt.codec import body_bytes
 from parablock_rt.config import RunConfig
-from parablock_rt.coordinator import Outcome
+from parablock_rt.outcome import Outcome
 
 
 def overlap_efficiency(exposed_s: float, serial_s: float | None) -> float | None:

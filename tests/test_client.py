@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import parablock_rt as pb
-from parablock_rt.coordinator import ClosedRound
 from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
+from parablock_rt.outcome import ClosedRound
 
 WIDTH = 32
 

@@ -14,8 +14,8 @@ import torch
 from processes import WAIT_S, Process, client, make_model, server, start_server, starter
 
 import parablock_rt as pb
-from parablock_rt.coordinator import ClosedRound
 from parablock_rt.errors import ConnectError, HandshakeError, RoundError, TransportError
+from parablock_rt.outcome import ClosedRound
 from parablock_rt.summary import summarise
 from parablock_rt.timeline import to_json
 from parablock_rt.transport import Transport

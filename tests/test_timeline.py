@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parablock_rt.config import RunConfig
-from parablock_rt.coordinator import ClosedRound, Outcome
 from parablock_rt.errors import ConfigError
+from parablock_rt.outcome import ClosedRound, Outcome
 from parablock_rt.protocol import Goodbye
 from parablock_rt.summary import overlap_efficiency, summarise
 from parablock_rt.timeline import RunFolder, Timeline, join_traces, to_json, trace_events

@@ -23,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -51,24 +52,24 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-class End:
+class End(ABC):
     """One end of one system. `prepare` makes the payload's memory, `move` transfers it once."""
 
     def __init__(self, sends: bool, nbytes: int) -> None:
         self.sends = sends
         self.nbytes = nbytes
 
+    @abstractmethod
     def open(self, pipe: Connection) -> None:
         """Connects to the other end; the receiver puts what the sender must know into the pipe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, run: int, fresh: bool) -> None:
         """Everything that is not timed. The sender's payload is made once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, run: int) -> None:
         """Returns when the sender may forget the payload, or the receiver has it."""
-        raise NotImplementedError
 
 
 class ParaBlockEnd(End):

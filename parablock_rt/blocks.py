@@ -21,18 +21,13 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from parablock_rt.codec import ALIGNMENT, body_bytes
 from parablock_rt.errors import ConfigError, PlanError, PlanMismatchError
 from parablock_rt.partition import by_count, by_layers, by_patterns
-
-ALIGNMENT = 128
-"""Elements. Parameters and segments start at multiples of it, so a codec group never crosses a parameter."""
 
 # The order is part of the layout: a block's segments stand in it.
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-# Wire format -> bytes of 128 packed elements: the codes, and for int8 and int4 a 2-byte scale per 128 and per 64.
-_BYTES_PER_128 = {"fp32": 512, "bf16": 256, "int8": 130, "int4": 68}
 
 
 class ParameterSpec(msgspec.Struct, frozen=True):
@@ -101,9 +96,7 @@ class Block:
 
     def wire_bytes(self, format: str) -> int:
         """Bytes of the block's packed body in a wire format. Raises ConfigError for an unknown format."""
-        if format not in _BYTES_PER_128:
-            raise ConfigError(f"format must be one of {', '.join(_BYTES_PER_128)}; found {format!r}")
-        return self.flat_numel // 128 * _BYTES_PER_128[format]
+        return body_bytes(self.flat_numel, format)
 
     def segment_slots(self, segment: Segment) -> Iterator[tuple[int, Slot]]:
         """The slots of one segment with their positions in `slots`, by rising offset."""

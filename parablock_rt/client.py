@@ -336,14 +336,10 @@ class Run:
 
     def _finish(self) -> None:
         self._apply_through(self.config.rounds - 1)
-        self._wait_for_verdicts()
+        self._link.poll()  # every round is closed, so every verdict came before the update that was just applied
+        self._take_verdicts()
         self.digest = aggregate.digest(self.plan, self._replica.fingerprints())
         self._link.send(self._goodbye(self.digest, ""))
-
-    def _wait_for_verdicts(self) -> None:
-        # Every round is closed, so every verdict has been sent before the update that was just applied.
-        self._link.poll()
-        self._take_verdicts()
 
     def _wait(self, holds: Callable[[], bool], what: str, round: int) -> None:
         """Blocks the training thread on communication until `holds()`, and counts the time as exposed."""

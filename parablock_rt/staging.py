@@ -14,7 +14,6 @@ from parablock_rt import _C, codec
 from parablock_rt.errors import CodecError, ParaBlockError
 from parablock_rt.transport import BufferPool, Transport, as_tensor, body_layout
 
-_DTYPE_CODES = codec.DTYPE_CODES
 _ENCODE_DEADLINE_S = 600.0
 
 
@@ -125,7 +124,7 @@ def _native(piece: Piece) -> tuple[int, int, int, int, int, int, int]:
     for tensor in (piece.now, piece.ref, piece.residual, piece.residual_out):
         if tensor is None:
             continue
-        if tensor.device.type != "cpu" or tensor.dtype not in _DTYPE_CODES:
+        if tensor.device.type != "cpu" or tensor.dtype not in codec.DTYPE_CODES:
             raise CodecError(f"expected fp32, bf16 or fp16 in host memory; found {tensor.dtype} on {tensor.device}")
         if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != piece.now.numel():
             raise CodecError(
@@ -133,9 +132,9 @@ def _native(piece: Piece) -> tuple[int, int, int, int, int, int, int]:
             )
     return (
         piece.now.data_ptr(),
-        _DTYPE_CODES[piece.now.dtype],
+        codec.DTYPE_CODES[piece.now.dtype],
         piece.ref.data_ptr(),
-        _DTYPE_CODES[piece.ref.dtype],
+        codec.DTYPE_CODES[piece.ref.dtype],
         0 if piece.residual is None else piece.residual.data_ptr(),
         0 if piece.residual_out is None else piece.residual_out.data_ptr(),
         piece.now.numel(),

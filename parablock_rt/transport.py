@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from parablock_rt import _C, protocol
+from parablock_rt.codec import FORMATS
 from parablock_rt.config import parse_address
 from parablock_rt.errors import ConfigError, ConnectError, TransportError
 
-_FORMAT_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _RAW_UNIT = 256  # bytes; every flat block is a multiple: 128 elements of at least 2 bytes
 
 # Ctrl-C reaches a thread that waits in native code only when it comes back to Python.
@@ -27,7 +27,7 @@ _LONGEST_WAIT_S = 0.1
 
 def body_layout(format: str, numel: int, chunk: int) -> _C.Layout:
     """How the packed body of `numel` elements is cut into chunks of `chunk` elements (both multiples of 128)."""
-    return _C.body_layout(_FORMAT_CODES[format], numel, chunk)
+    return _C.body_layout(FORMATS.index(format), numel, chunk)
 
 
 def raw_layout(nbytes: int, chunk: int) -> _C.Layout:

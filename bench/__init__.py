@@ -1,1 +1,5 @@
-"""Benchmarks. Each is a script (`python -m bench.codec --json FILE`) and a pytest-benchmark module."""
+"""Benchmarks: `parablock bench NAME`, `python -m bench.NAME` in a checkout, `pytest bench --benchmark-only`.
+
+Installed as `parablock_rt.bench`. Each measures and says nothing of whether what it measures is right: that is the
+business of the tests. `result.py` says what a benchmark's module offers.
+"""

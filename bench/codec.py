@@ -1,32 +1,32 @@
 """Speed of the CPU codec next to a plain memory copy and to torch eager doing the same arithmetic.
 
-`python -m bench.codec --json FILE` prints a table and writes all of it as JSON, `pytest bench/codec.py
---benchmark-only` runs the same cases under pytest-benchmark. The repetitions of all cases and of the copies are
-interleaved, so that a noisy neighbour hits them alike. GB/s counts every byte that a case must read and write once
-(`bytes_per_param`), not what caches fetch besides; the copy is the faster of torch's and NumPy's. Checks speed only:
-that the bytes are right is the business of the tests.
+The repetitions of all cases and of the copies are interleaved, so that a noisy neighbour hits them alike. GB/s counts
+every byte that a case must read and write once (`bytes_per_param`), not what caches fetch besides; the copy is the
+faster of torch's and NumPy's. Checks speed only: that the bytes are right, torch's too, is the business of the tests.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from rich.table import Table
 
-from bench.machine import machine
 from parablock_rt import _C, codec
 
+from . import eager
+from .result import Result, columns, shown
+
 DEFAULT_PARAMS = 64 << 20
+TOGETHER = 8  # uploads that are folded in one pass
 COPIES = ("copy torch", "copy numpy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,40 +39,6 @@ class Case:
     bytes_per_param: float
     run: Callable[[], object]
     eager: str | None = None  # the case in which torch eager does the same
-
-
-def eager_encode(now: torch.Tensor, ref: torch.Tensor, residual: torch.Tensor, format: str) -> torch.Tensor:
-    """Scale, round and keep the rest, written as one would in torch: int8 codes, the residual updated in place."""
-    group = codec.group_size(format)
-    assert group is not None
-    x = (now.float() - ref.float() + residual).view(-1, group)
-    if format == "int8":
-        scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min_(2.0**-107)
-        low, high = -127, 127
-    else:
-        top, bottom = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-        scale = torch.where(top >= -bottom, top, bottom) / -8
-        low, high = -8, 7
-    scale = scale.bfloat16().float()
-    code = (x * (1 / scale)).round_().clamp_(low, high)
-    residual.view(-1, group).copy_(x - code * scale)
-    packed = code.to(torch.int8)
-    if format == "int4":
-        return (packed[:, 0::2] & 15) | (packed[:, 1::2] << 4)
-    return packed
-
-
-def eager_apply(target: torch.Tensor, body: torch.Tensor, format: str) -> torch.Tensor:
-    """Decode and add, written as one would in torch."""
-    group = codec.group_size(format)
-    assert group is not None
-    split = codec.scale_bytes(target.numel(), format)
-    scale = body[:split].view(torch.bfloat16).float().unsqueeze(1)
-    code = body[split:].view(torch.int8)
-    if format == "int4":
-        code = torch.stack(((code << 4) >> 4, code >> 4), dim=1).view(-1)
-    decoded = code.view(-1, group).float() * scale
-    return target.copy_(target.float() + decoded.view(-1))
 
 
 def make_cases(params: int, threads: int) -> list[Case]:
@@ -99,11 +65,11 @@ def make_cases(params: int, threads: int) -> list[Case]:
         accumulator.reset()
         accumulator.add(bodies[format], 1.0, format)
 
-    def fold(format: str) -> None:
+    def fold(format: str, uploads: int = 1) -> None:
         start = bodies[format].data_ptr()
         codes = start + codec.scale_bytes(params, format)
         kind = codec.FORMATS.index(format)
-        _C.accumulate(hi.data_ptr(), lo.data_ptr(), start, codes, params, kind, 1.0, threads)
+        _C.accumulate(hi.data_ptr(), lo.data_ptr(), [(start, codes, kind, 1.0)] * uploads, params, False, threads)
 
     workers = ThreadPoolExecutor(threads)
     spare_np, now_np = spare.numpy(), now32.numpy()
@@ -123,10 +89,10 @@ def make_cases(params: int, threads: int) -> list[Case]:
                 return codec.apply_(target[dtype], bodies[f], format=f, threads=threads)
 
             def slow_encode(now: torch.Tensor = now, ref: torch.Tensor = ref, f: str = f) -> object:
-                return eager_encode(now, ref, residual, f)
+                return eager.encode(now, ref, residual, f, bodies[f])
 
             def slow_apply(dtype: str = dtype, f: str = f) -> object:
-                return eager_apply(target[dtype], bodies[f], f)
+                return eager.apply_(target[dtype], bodies[f], f)
 
             cases += [
                 Case(f"encode {name}", 2 * size + 8 + packed, encode, f"eager encode {name}"),
@@ -137,7 +103,9 @@ def make_cases(params: int, threads: int) -> list[Case]:
     cases += [
         Case(f"fold {f}", 32 + codec.body_bytes(params, f) / params, lambda f=f: fold(f)) for f in ("int8", "int4")
     ]
-    cases.append(Case("accumulated mean", 20, accumulator.mean))
+    several = 32 + TOGETHER * codec.body_bytes(params, "int8") / params
+    cases.append(Case(f"fold int8, {TOGETHER} uploads together", several, lambda: fold("int8", TOGETHER)))
+    cases.append(Case("accumulated mean", 20, lambda: accumulator.mean(spare)))
     cases.append(Case("fingerprint fp32", 4, lambda: codec.fingerprint(now32)))
     return cases
 
@@ -177,46 +145,55 @@ def summarise(cases: list[Case], seconds: dict[str, list[float]], params: int) -
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The block, the threads, the repetitions."""
     parser.add_argument("--params", type=int, default=DEFAULT_PARAMS, help="elements of the block (a multiple of 2048)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write machine, settings and all rows to this file")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Every case, `repetitions` times."""
     torch.set_num_threads(options.threads)
-    about = machine()
     cases = make_cases(options.params, options.threads)
     rows = summarise(cases, measure(cases, options.repetitions), options.params)
-    print(f"{about['cpu']}, {about['cores']} cores, {about['instruction_set']}, {options.threads} threads")
-    print(f"{'case':<24}{'B/param':>9}{'Mparams/s':>11}{'GB/s':>8}{'/ copy':>8}{'x eager':>9}")
-    for row in rows:
-        eager = "" if row["times_torch_eager"] is None else f"{row['times_torch_eager']:.1f}"
-        print(
-            f"{row['case']:<24}{row['bytes_per_param']:>9.4f}{row['mparams_per_s']:>11.0f}{row['gb_per_s']:>8.2f}"
-            f"{row['ratio_to_copy']:>8.2f}{eager:>9}"
+    settings = {name: getattr(options, name) for name in ("params", "threads", "repetitions")}
+    return {"settings": settings, "rows": rows}
+
+
+def tables(result: Result) -> list[Table]:
+    """One row a case."""
+    title = f"codec ({result['settings']['threads']} threads)"
+    table = columns(title, "case", "B/param", "Mparams/s", "GB/s", "/ copy", "x eager")
+    for row in result["rows"]:
+        figures = (("bytes_per_param", ".4f"), ("mparams_per_s", ".0f"), ("gb_per_s", ".2f"), ("ratio_to_copy", ".2f"))
+        table.add_row(
+            row["case"], *(shown(row[name], form) for name, form in figures), shown(row["times_torch_eager"], ".1f")
         )
-    if options.json:
-        settings = {"params": options.params, "threads": options.threads, "repetitions": options.repetitions}
-        options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=2) + "\n")
+    return [table]
 
 
-@pytest.fixture(scope="module")
-def cases() -> dict[str, Case]:
-    """The cases over a block whose size PARABLOCK_BENCH_PARAMS may set."""
-    params = int(os.environ.get("PARABLOCK_BENCH_PARAMS", DEFAULT_PARAMS))
-    return {case.name: case for case in make_cases(params, torch.get_num_threads())}
+def metrics(result: Result) -> dict[str, float]:
+    """Parameters a second, by case; torch's own cases are left out."""
+    return {row["case"]: row["mparams_per_s"] for row in result["rows"] if not row["case"].startswith("eager")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*COPIES]
-    + [f"{what} {dtype} {f}" for what in ("encode", "apply") for dtype in DTYPES for f in ("int8", "int4")]
-    + ["fold int8", "fold int4", "accumulated mean", "fingerprint fp32"],
-)
-def test_speed(name: str, cases: dict[str, Case], benchmark: Callable[..., object]) -> None:
-    benchmark(cases[name].run)
+def plot(result: Result, figure: Any) -> None:
+    """Bandwidth by case beside that of a copy."""
+    rows = [row for row in result["rows"] if not row["case"].startswith(("eager", "copy"))]
+    axis = figure.subplots()
+    axis.barh([row["case"] for row in rows], [row["gb_per_s"] for row in rows])
+    copy = max(row["gb_per_s"] for row in result["rows"] if row["case"] in COPIES)
+    axis.axvline(copy, color="grey", linestyle="--", label="memory copy")
+    axis.invert_yaxis()
+    axis.set_xlabel("GB/s, counting every byte read and written once")
+    axis.legend()
+    figure.suptitle("codec on the CPU")
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from .cli import main
+
+    sys.exit(main(["codec", *sys.argv[1:]], "python -m bench"))

@@ -26,13 +26,15 @@ if not torch.cuda.is_available():
 
 import triton
 
-from bench.codec import eager_encode
-from bench.machine import machine
 from parablock_rt import codec, kernels
+
+from . import eager
+from .machine import machine
 
 # Multiples of 1024, so that bodies are aligned for torch.compile too, which copies inputs that are not.
 SIZES = tuple(-(-size // 1024) * 1024 for size in (15_000_000, 100_000_000, 218_000_000, 1_000_000_000))
 TINY = 128 * 40
+COMPARED = (SIZES[1], TINY)  # where torch, eager and compiled, is measured, too: every compilation takes seconds
 FORMATS = ("int8", "int4")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GPU = torch.cuda.is_available()
@@ -51,31 +53,6 @@ class Case:
     run: Callable[[int], object]
 
 
-def eager_decode(body: torch.Tensor, numel: int, format: str) -> torch.Tensor:
-    """Decode, written as one would in torch."""
-    group = codec.group_size(format)
-    assert group is not None
-    split = codec.scale_bytes(numel, format)
-    scale = body[:split].view(torch.bfloat16).float().unsqueeze(1)
-    code = body[split:].view(torch.int8)
-    if format == "int4":
-        code = torch.stack(((code << 4) >> 4, code >> 4), dim=1).view(-1)
-    return (code.view(-1, group).float() * scale).view(-1)
-
-
-def eager_apply(target: torch.Tensor, body: torch.Tensor, format: str) -> torch.Tensor:
-    """Decode and add, written as one would in torch."""
-    return target.copy_(target.float() + eager_decode(body, target.numel(), format))
-
-
-def eager_accumulate(hi: torch.Tensor, lo: torch.Tensor, body: torch.Tensor, weight: float, format: str) -> None:
-    """The fold into two limbs, written as one would in torch."""
-    value = eager_decode(body, hi.numel(), format).double() * weight
-    coarse = (value * 2.0**20).round()
-    hi += coarse.long()
-    lo += ((value - coarse * 2.0**-20) * 2.0**72).round().long()
-
-
 def sets_for(bytes_per_set: float) -> int:
     """Sets of buffers that together are four times the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
@@ -84,14 +61,17 @@ def sets_for(bytes_per_set: float) -> int:
 
 def versions(
     name: str,
+    params: int,
     bytes_per_param: float,
     sets: int,
     kernel: Callable[[int], object],
     eager: Callable[..., object],
     arguments: Callable[[int], tuple[object, ...]],
 ) -> Iterator[Case]:
-    """The kernel, and the same in torch, eager and (on a GPU) compiled once for all sets of buffers."""
+    """The kernel, and at one size the same in torch, eager and (on a GPU) compiled once for all sets of buffers."""
     yield Case(name, "kernel", bytes_per_param, sets, kernel)
+    if params not in COMPARED:
+        return
     yield Case(name, "eager", bytes_per_param, sets, lambda i: eager(*arguments(i)))
     if GPU:
         torch.compiler.reset()
@@ -112,9 +92,9 @@ def encode_cases(params: int, dtype: str, format: str) -> Iterator[Case]:
         return kernels.encode(now[i], ref[i], residual[i], format=format, out=body[i])
 
     def arguments(i: int) -> tuple[object, ...]:
-        return now[i], ref[i], residual[i], format
+        return now[i], ref[i], residual[i], format, body[i]
 
-    yield from versions(f"encode {dtype} {format}", size, sets, kernel, eager_encode, arguments)
+    yield from versions(f"encode {dtype} {format}", params, size, sets, kernel, eager.encode, arguments)
 
 
 def bodies(params: int, format: str, sets: int) -> list[torch.Tensor]:
@@ -134,7 +114,7 @@ def apply_cases(params: int, dtype: str, format: str) -> Iterator[Case]:
     def arguments(i: int) -> tuple[object, ...]:
         return target[i], body[i], format
 
-    yield from versions(f"apply {dtype} {format}", size, sets, kernel, eager_apply, arguments)
+    yield from versions(f"apply {dtype} {format}", params, size, sets, kernel, eager.apply_, arguments)
 
 
 def decode_cases(params: int, format: str) -> Iterator[Case]:
@@ -148,7 +128,7 @@ def decode_cases(params: int, format: str) -> Iterator[Case]:
     def arguments(i: int) -> tuple[object, ...]:
         return body[i], params, format
 
-    yield from versions(f"decode {format}", size, sets, kernel, eager_decode, arguments)
+    yield from versions(f"decode {format}", params, size, sets, kernel, eager.decode, arguments)
 
 
 def accumulate_cases(params: int, format: str) -> Iterator[Case]:
@@ -164,7 +144,7 @@ def accumulate_cases(params: int, format: str) -> Iterator[Case]:
     def arguments(i: int) -> tuple[object, ...]:
         return hi[i], lo[i], body[i], 0.1, format
 
-    yield from versions(f"accumulate {format}", size, sets, kernel, eager_accumulate, arguments)
+    yield from versions(f"accumulate {format}", params, size, sets, kernel, eager.accumulate, arguments)
 
 
 def other_cases(params: int) -> Iterator[Case]:

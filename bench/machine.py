@@ -7,38 +7,63 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from parablock_rt import _C
+from parablock_rt.version import __version__
+
+PACKAGES = ("torch", "triton", "numpy", "transformers")
 
 
 def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The machine, the versions, the revision of the code and the command. Names no host and no folder: of an absolute
+    path in the command the last part is left."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    program = "bench" if "bench" in sys.argv[:2] else module or f"bench.{Path(sys.argv[0]).stem}"
+    command = ["parablock", *sys.argv[1:]] if program == "bench" else ["python", "-m", program, *sys.argv[1:]]
     return {
-        "cpu": model,
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "kernel": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg(),
         "instruction_set": _C.instruction_set(),
-        "torch": torch.__version__,
+        "release": __version__,
+        **{name: found for name in PACKAGES if (found := _version(name)) is not None},
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": revision.stdout.strip() or "unknown",
-        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "revision": _revision(),
+        "command": " ".join(Path(word).name if Path(word).is_absolute() else word for word in command),
     }
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str:
+    """The revision of the checkout that this file belongs to; "unknown" for an installed package, also where it is
+    installed below somebody else's checkout."""
+    file = Path(__file__)
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return "unknown"
+    return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None when it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,219 +1,296 @@
-"""How much of the communication is hidden: a sweep of link rates, and what transfers cost the training.
+"""How much of the communication is hidden: a sweep over link rates, local steps, formats, staleness and blocks.
 
-`python -m bench.overlap --json FILE` prints two tables.
+A server and two client processes fine-tune the model for each cell of the sweep. For each link, format and partition a
+run without overlap (staleness 0) says what an exchange takes when nothing hides it. A cell has
 
-Sweep: a server and two client processes fine-tune the model as the demonstration does, without overlap (S=0) and with
-it (S=1), at rates below, at and above the one at which communication takes as long as computation. The break-even is
-computed from the compute time of a first run on a fast link. `round / ideal` is the measured round time over
-max(compute, communication), summed over the rounds in steady state: the first two and the last have nothing to hide
-behind or nothing left to hide.
+  ideal    max(compute, communication), with this cell's compute and that exchange, mean over rounds
+  round    the measured length of a round, and over the ideal
+  exposed  what the training thread waited for, and the hidden share 1 - exposed / communication
 
-Interference: steps a second of a training thread on one core while the transport moves bodies to and from another
-process at full rate on the other core, against the same without transfers, in alternating windows.
+over the rounds in steady state: the first two have nothing to hide behind. Both directions of a link work at once, so
+where communication is the longer part a round can be shorter than the ideal. A rate such as 2x is a multiple of the
+break-even rate: that at which an exchange takes as long as a round's compute with the first number of local steps.
+
+Beside the sweep: what transfers cost the training (interference), and what other ways to train take on the same link
+(baselines).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
+import itertools
 import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
+from rich.table import Table
 
-from bench.machine import machine
-from parablock_rt import _C, demo, finetune
-from parablock_rt.active import ActiveBlock, freeze
 from parablock_rt.blocks import BlockPlan
+from parablock_rt.config import parse_delay, parse_rate
+from parablock_rt.errors import ConfigError
 from parablock_rt.finetune import Workload
-from parablock_rt.timeline import RunFolder
-from parablock_rt.transport import Shape, Transport, body_layout
+from parablock_rt.report import figures
+from parablock_rt.report.folder import Recorded
 
-FACTORS = {"below": 0.5, "at": 1.0, "above": 2.0}  # of the break-even rate
+from . import baselines
+from .federation import Federation, Link, federation
+from .interference import interference
+from .result import Result, columns, shown
+
+FAST = 125e6  # bytes a second, for the run that says what a round computes
 WARM_UP_ROUNDS = 2
-UPLOAD = 1
+STAGES = (*figures.TRAINING, *figures.EXCHANGE)
+LEAST_HIDDEN = 0.95  # what the runtime is held to where a round computes for as long as an exchange takes
+LONGEST_ROUND = 1.03  # likewise everywhere, over the ideal
 
 
-def one_cell(workload: Workload, rate: float, delay: float, settings: dict[str, Any], quiet: Console) -> dict[str, Any]:
-    """Both runs at one rate (bytes a second): the measured round, its ideal, the hidden share."""
-    with tempfile.TemporaryDirectory() as folder:
-        summaries = demo.run(demo.Demo(workload, rate, delay, RunFolder(Path(folder)), settings=settings), quiet)
-        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    sequential, parallel = ([r for r in records if r["run"] == name] for name in (demo.SEQUENTIAL, demo.PARALLEL))
-    # Round 0 waits for nothing; every later one of the sequential run waits for a whole exchange.
-    communication = statistics.median(r["exposed_s"] for r in sequential[1:])
-    steady = parallel[WARM_UP_ROUNDS:]
-    ideal = sum(max(r["compute_s"], communication) for r in steady)
-    return {
-        "rate_mbit": rate * 8 / 1e6,
-        "compute_s": statistics.mean(r["compute_s"] for r in steady),
-        "communication_s": communication,
-        "round_s": statistics.mean(r["open_s"] for r in steady),
-        "round_over_ideal": sum(r["open_s"] for r in steady) / ideal,
-        "overlap_efficiency_steady": 1 - sum(r["exposed_s"] for r in steady) / (communication * len(steady)),
-        "overlap_efficiency_run": summaries[demo.PARALLEL]["overlap_efficiency"],
-        "speedup": summaries["speedup"],
-    }
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sweep's axes; each takes several values."""
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or the folder of a checkpoint")
+    parser.add_argument("--rounds", type=int, default=10, help="of each run, at least 4")
+    parser.add_argument("--rates", nargs="+", default=["0.5x", "1x", "2x"], help="50mbit, or 2x: of break-even")
+    parser.add_argument("--local-steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--formats", nargs="+", default=["int8"])
+    parser.add_argument("--staleness", type=int, nargs="+", default=[1], help="1 or more; 0 is always measured")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0], help="0: one a layer")
+    parser.add_argument("--delay", default="20ms", help="one way")
+    parser.add_argument("--no-interference", action="store_true", help="leave out what transfers cost the training")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the other ways to train")
 
 
-def sweep(workload: Workload, settings: dict[str, Any], delay: float) -> list[dict[str, Any]]:
-    """One cell a rate, preceded by a run on a fast link from which the break-even is computed."""
-    quiet = Console(quiet=True)
-    model, _, _ = finetune.load(workload)
-    body = max(block.wire_bytes(settings["format"]) for block in BlockPlan.from_model(model).blocks)
-    fast = one_cell(workload, 125e6, delay, settings, quiet)
-    break_even = body / (fast["compute_s"] / 2 - delay)
-    cells = [{"cell": "fast", **fast}]
-    for name, factor in FACTORS.items():
-        cells.append({"cell": f"{name} break-even", **one_cell(workload, factor * break_even, delay, settings, quiet)})
-    return cells
-
-
-def _echo(port_out: Any, core: int, nbytes: int) -> None:
-    """The other process: takes bodies from and sends bodies to whoever connects; it is killed in the end."""
-    os.sched_setaffinity(0, {core})
-    with Transport() as transport:
-        port_out.send(transport.listen("127.0.0.1:0", protected=True))
-        while True:
-            event = transport.next_event(60.0)
-            if event is not None and event.type == _C.Event.Type.CONNECTED:
-                _exchange(transport, event.link, nbytes, lambda: False)
-
-
-def _exchange(transport: Transport, link: int, nbytes: int, stopped: Callable[[], bool]) -> int:
-    """Sends and receives bodies of `nbytes` one after another until `stopped()`; returns the bytes moved."""
-    layout = body_layout("int8", nbytes // 130 * 128, 2**18)
-    out, into = _C.Buffer(layout.nbytes), _C.Buffer(layout.nbytes)
-    source = transport.native.make_source(out, layout, True)
-    moved = sent = received = 0
-    transport.native.receive(link, UPLOAD, 0, 0, into, layout)
-    transport.native.send(link, UPLOAD, 0, 0, source)
-    while not stopped():
-        event = transport.next_event(0.2)
-        if event is None:
-            continue
-        if event.type == _C.Event.Type.CLOSED:
-            break
-        moved += layout.nbytes
-        if event.type == _C.Event.Type.RECEIVED:
-            received += 1
-            transport.native.receive(link, UPLOAD, received, 0, into, layout)
-        elif event.type == _C.Event.Type.SENT:
-            sent += 1
-            transport.native.send(link, UPLOAD, sent, 0, source)
-    return moved
-
-
-def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> dict[str, Any]:
-    """Median steps a second with and without transfers at full rate. Two cores: one trains, one moves bytes."""
-    training_core, transport_core = 0, 1
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    peer = context.Process(target=_echo, args=(sender, transport_core, nbytes), daemon=True)
-    peer.start()
-    address = receiver.recv()
-    os.sched_setaffinity(0, {training_core})
-    model, _, task = finetune.load(workload)
-    plan = BlockPlan.from_model(model)
-    freeze(model.parameters())
-    flat = plan.materialise(model)[len(plan.blocks) // 2]
-    master = torch.empty(flat.block.flat_numel) if ActiveBlock.needs_master(flat) else None
-    active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-6), master)
-    batch = task.train.take(range(workload.batch_size))
-
-    def steps_per_second() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            model(**batch).loss.backward()
-            active.step()
-        return steps / (time.perf_counter() - start)
-
-    steps_per_second()
-    rates: dict[str, list[float]] = {"without": [], "with": []}
-    throughput = []
-    for _ in range(windows):
-        rates["without"].append(steps_per_second())
-        with _Traffic(address, transport_core, nbytes) as traffic:
-            rates["with"].append(steps_per_second())
-        throughput.append(traffic.bytes_per_second / 2**20)
-    peer.kill()
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    without, with_transfers = statistics.median(rates["without"]), statistics.median(rates["with"])
-    return {
-        "steps_per_s_without": without,
-        "steps_per_s_with": with_transfers,
-        "ratio": with_transfers / without,
-        "transfer_mib_per_s": statistics.median(throughput),
-        "windows": rates,
-    }
-
-
-class _Traffic:
-    """Transfers at full rate for as long as the `with` body runs, by threads on `core`."""
-
-    def __init__(self, address: str, core: int, nbytes: int) -> None:
-        self._stop = threading.Event()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(address, core, nbytes), daemon=True)
-        self.bytes_per_second = 0.0
-
-    def __enter__(self) -> _Traffic:
-        self._thread.start()
-        if not self._ready.wait(60.0):
-            raise RuntimeError("no transfers within 60 s; see the error of their thread above")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self, address: str, core: int, nbytes: int) -> None:
-        os.sched_setaffinity(0, {core})  # of this thread; the transport's thread inherits it
-        with Transport(Shape()) as transport:
-            link = transport.connect(address)
-            self._ready.set()
-            start = time.perf_counter()
-            moved = _exchange(transport, link, nbytes, self._stop.is_set)
-            self.bytes_per_second = moved / (time.perf_counter() - start)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--local-steps", type=int, default=4)
-    parser.add_argument("--format", default="int8")
-    parser.add_argument("--delay", type=float, default=0.02, help="one way, seconds")
-    parser.add_argument("--windows", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write machine, settings and both tables to this file")
-    options = parser.parse_args()
-    about = machine()
+def run(options: argparse.Namespace) -> Result:
+    """The sweep, preceded by interference and followed by the baselines on the same link."""
+    if options.rounds < WARM_UP_ROUNDS + 2:
+        raise ConfigError(f"rounds must be at least {WARM_UP_ROUNDS + 2}; found {options.rounds}")
+    delay = parse_delay(options.delay)
     workload = Workload.for_model(options.model, eval_examples=0)
-    settings = {"rounds": options.rounds, "clients": 2, "local_steps": options.local_steps, "format": options.format}
-    beside = interference(workload, options.windows, 10, 32 * 2**20)
-    print(
-        f"training with transfers at {beside['transfer_mib_per_s']:.0f} MiB/s: {beside['ratio']:.3f} of the speed "
-        f"without ({beside['steps_per_s_with']:.2f} against {beside['steps_per_s_without']:.2f} steps/s)"
-    )
-    cells = sweep(workload, settings, options.delay)
-    columns = ("rate_mbit", "compute_s", "communication_s", "round_s", "round_over_ideal")
-    columns += ("overlap_efficiency_steady", "overlap_efficiency_run", "speedup")
-    print(" ".join(f"{name:>16}" for name in ("cell", *(c.replace("overlap_efficiency", "hidden") for c in columns))))
-    for cell in cells:
-        print(f"{cell['cell']:>16} " + " ".join(f"{cell[name]:16.3f}" for name in columns))
-    if options.json:
-        content = {"machine": about, "settings": {**settings, "model": options.model, "delay_s": options.delay}}
-        content |= {"interference": beside, "sweep": cells}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    result: Result = {"settings": {**vars(options), "clients": 2, "delay_s": delay}}
+    for key in ("out", "compare", "threshold", "benchmark", "delay"):
+        result["settings"].pop(key, None)
+    if not options.no_interference:
+        result["interference"] = interference(workload, windows=7, steps=10, nbytes=32 * 2**20)
+    with federation(workload) as clients, tempfile.TemporaryDirectory() as scratch:
+        sweep = _Sweep(clients, options, delay, Path(scratch))
+        result["rows"] = sweep.rows()
+        link = Link(sweep.rate_of("1x", options.formats[0], options.blocks[0]), delay)
+    if not options.no_baselines:
+        settings = {"rounds": options.rounds, "local_steps": options.local_steps[0], "format": options.formats[0]}
+        result["baselines"] = baselines.run(workload, link, settings)
+    return result
+
+
+@dataclass
+class _Sweep:
+    """All cells of one sweep."""
+
+    clients: Federation
+    options: argparse.Namespace
+    delay: float
+    scratch: Path
+    runs: int = 0
+    computed: dict[int, float] = field(default_factory=dict)  # seconds a round, by number of blocks
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        options = self.options
+        for format, blocks, rate_text in itertools.product(options.formats, options.blocks, options.rates):
+            rate = self.rate_of(rate_text, format, blocks)
+            common = {"format": format, "blocks": self.plan(blocks), "rate_mbit": rate * 8 / 1e6}
+            where = {"rate": rate, "format": format, "blocks": blocks}
+            alone = self.one(local_steps=options.local_steps[0], staleness=0, **where)
+            # Round 0 waits for nothing; every later one waits for a whole exchange.
+            communication = statistics.median(entry["exposed_s"] for entry in alone.rounds[1:])
+            rows.append(_row(alone, communication, **common, local_steps=options.local_steps[0], staleness=0))
+            for steps, staleness in itertools.product(options.local_steps, sorted(set(options.staleness) - {0})):
+                measured = self.one(local_steps=steps, staleness=staleness, **where)
+                rows.append(_row(measured, communication, **common, local_steps=steps, staleness=staleness))
+        for row in rows:
+            step_s = row["compute_s"] / row["local_steps"]
+            room = row["local_steps"] * step_s / 2 - self.delay
+            body = self.body(row["format"], row["blocks"])
+            row["break_even_mbit"] = body * 8 / 1e6 / room if room > 0 else None
+        return rows
+
+    def one(self, *, rate: float, blocks: int, **settings: Any) -> Recorded:
+        self.runs += 1
+        path = self.scratch / f"run-{self.runs}"
+        link = Link(rate, self.delay)
+        return self.clients.run(path, link, blocks or None, rounds=self.options.rounds, **settings)
+
+    def rate_of(self, text: str, format: str, blocks: int) -> float:
+        """Bytes a second of "50mbit", or of "2x" times the break-even rate."""
+        if not text.endswith("x"):
+            return parse_rate(text)
+        try:
+            factor = float(text[:-1])
+        except ValueError:
+            raise ConfigError(f"a rate looks like 50mbit or 0.5x; found {text!r}") from None
+        room = self.compute_s(blocks) / 2 - self.delay
+        if not (factor > 0 and room > 0):
+            raise ConfigError(
+                f"no rate hides an exchange with a delay of {self.delay:g} s behind {self.compute_s(blocks):.3f} s of "
+                f"computing (asked for {text!r}): take more local steps, a shorter --delay, or rates such as 50mbit"
+            )
+        return factor * self.body(format, self.plan(blocks)) / room
+
+    def compute_s(self, blocks: int) -> float:
+        """Seconds that a round computes on a fast link, with the first number of local steps; measured once."""
+        if blocks not in self.computed:
+            settings = {"format": self.options.formats[0], "local_steps": self.options.local_steps[0], "staleness": 1}
+            steady = self.one(rate=FAST, blocks=blocks, **settings).rounds[WARM_UP_ROUNDS:]
+            self.computed[blocks] = statistics.mean(entry["compute_s"] for entry in steady)
+        return self.computed[blocks]
+
+    def plan(self, blocks: int) -> int:
+        return len(BlockPlan.from_model(self.clients.model, blocks or None).blocks)
+
+    def body(self, format: str, blocks: int) -> int:
+        """Bytes of the largest block's packed body, where the model is cut into so many."""
+        layers = BlockPlan.from_model(self.clients.model)
+        plan = layers if len(layers.blocks) == blocks else BlockPlan.from_model(self.clients.model, blocks)
+        return max(block.wire_bytes(format) for block in plan.blocks)
+
+
+def _row(run: Recorded, communication: float, **cell: Any) -> dict[str, Any]:
+    """One cell's figures, means over the rounds in steady state."""
+    steady = run.rounds[WARM_UP_ROUNDS:]
+    ideal = sum(max(entry["compute_s"], communication) for entry in steady)
+    exposed = statistics.mean(entry["exposed_s"] for entry in steady)
+    by_stage = [entry["stages"] for entry in figures.rounds(run)[WARM_UP_ROUNDS:]]
+    stages = {name: [entry[name] for entry in by_stage if name in entry] for name in STAGES}
+    return {
+        **cell,
+        "compute_s": statistics.mean(entry["compute_s"] for entry in steady),
+        "communication_s": communication,
+        "ideal_s": ideal / len(steady),
+        "round_s": statistics.mean(entry["open_s"] for entry in steady),
+        "round_over_ideal": sum(entry["open_s"] for entry in steady) / ideal,
+        "exposed_s": exposed,
+        "overlap_efficiency": 1 - exposed / communication if cell["staleness"] > 0 else 0.0,
+        "stages": {name: statistics.mean(values) for name, values in stages.items() if values},
+    }
+
+
+def tables(result: Result) -> list[Table]:
+    """The sweep, its stages, and what was measured beside it."""
+    cells = ("link", "steps", "format", "S", "blocks")
+    names = ("compute", "comm.", "ideal", "round", "/ ideal", "exposed", "hidden", "break-even")
+    sweep = columns("overlap (seconds a round)", *cells, *names)
+    stages = columns("stages (seconds a round, mean over clients)", *cells, *STAGES)
+    for row in result["rows"]:
+        cell = [f"{row['rate_mbit']:.4g} Mbit/s"]
+        cell += [str(row[name]) for name in ("local_steps", "format", "staleness", "blocks")]
+        seconds = ("compute_s", "communication_s", "ideal_s", "round_s", "round_over_ideal", "exposed_s")
+        even = row.get("break_even_mbit")
+        hidden = shown(row["overlap_efficiency"], ".1%")
+        sweep.add_row(*cell, *(shown(row.get(name)) for name in seconds), hidden, shown(even, ".4g"))
+        if "stages" in row:
+            stages.add_row(*cell, *(shown(row["stages"].get(name)) for name in STAGES))
+    found = [sweep, _statements(result["rows"]), stages]
+    if "interference" in result:
+        found.append(_interference_table(result["interference"]))
+    if "baselines" in result:
+        found.append(baselines.table(result["baselines"]))
+    return found
+
+
+def _statements(rows: list[dict[str, Any]]) -> Table:
+    """Whether the sweep holds what the runtime is held to, and its worst cells."""
+    table = columns("over the sweep, staleness 1 or more", "statement", "holds", "worst cell")
+    overlapped = [row for row in rows if row["staleness"] > 0]
+    hidden = [row["overlap_efficiency"] for row in overlapped if row["compute_s"] >= row["communication_s"]]
+    if hidden:
+        holds = "yes" if min(hidden) >= LEAST_HIDDEN else "no"
+        table.add_row(f"{LEAST_HIDDEN:.0%} hidden where compute ≥ communication", holds, f"{min(hidden):.1%}")
+    if overlapped:
+        longest = max(row["round_over_ideal"] for row in overlapped)
+        holds = "yes" if longest <= LONGEST_ROUND else "no"
+        table.add_row(f"round ≤ {LONGEST_ROUND:g} × max(compute, communication)", holds, f"{longest:.3f}")
+    return table
+
+
+def _interference_table(beside: dict[str, Any]) -> Table:
+    table = columns("training beside transfers at full rate on the other core", "", "steps/s", "MiB/s")
+    table.add_row("without transfers", f"{beside['steps_per_s_without']:.2f}", "–")
+    table.add_row("with transfers", f"{beside['steps_per_s_with']:.2f}", f"{beside['transfer_mib_per_s']:.0f}")
+    table.add_row("ratio", f"{beside['ratio']:.3f}", "")
+    return table
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """The hidden share and ideal over round, by cell. Cells are told apart by their settings and their place in the
+    sweep of rates, for a break-even rate is never the same twice."""
+    found: dict[str, float] = {}
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    for row in result["rows"]:
+        cell = tuple(row[name] for name in ("local_steps", "format", "staleness", "blocks"))
+        place = rates.setdefault(cell, [])
+        place.append(row["rate_mbit"])
+        steps, format, staleness, blocks = cell
+        name = f"rate {len(place)}, {steps} steps, {format}, S={staleness}, {blocks} blocks"
+        found[f"ideal over round, {name}"] = 1 / row["round_over_ideal"]
+        if staleness > 0:
+            # Below 0, when all of it and more was waited for, there are no degrees that could be compared.
+            found[f"hidden, {name}"] = max(0.0, row["overlap_efficiency"])
+    if "interference" in result:
+        found["training speed beside transfers"] = result["interference"]["ratio"]
+    return found
+
+
+def plot(result: Result, figure: Any) -> None:
+    """A heat map of the hidden share, link rate by local steps, with the break-even line."""
+    rows = [row for row in result["rows"] if row["staleness"] > 0]
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["format"], row["staleness"], row["blocks"]), []).append(row)
+    axes = figure.subplots(1, max(1, len(cells)), squeeze=False)[0]
+    for axis, ((format, staleness, blocks), own) in zip(axes, cells.items(), strict=False):
+        rates = sorted({row["rate_mbit"] for row in own})
+        steps = sorted({row["local_steps"] for row in own})
+        values = {(row["rate_mbit"], row["local_steps"]): row["overlap_efficiency"] for row in own}
+        grid = [[values.get((rate, k), float("nan")) for rate in rates] for k in steps]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
+        for (rate, k), value in values.items():
+            at = (rates.index(rate), steps.index(k))
+            color = "black" if value > 0.6 else "white"
+            axis.text(*at, f"{100 * value:.0f} %", ha="center", va="center", color=color)
+        line = _break_even_line(own, rates, steps)
+        if line:
+            axis.plot(*zip(*line, strict=True), color="#d55e00", linestyle="--", marker="o", label="break-even")
+            axis.legend(loc="upper left")
+        axis.set_xticks(range(len(rates)), [f"{rate:.3g}" for rate in rates])
+        axis.set_yticks(range(len(steps)), [str(k) for k in steps])
+        axis.set_xlabel("link, Mbit/s")
+        axis.set_ylabel("local steps")
+        axis.set_title(f"{format}, S={staleness}, {blocks} blocks")
+    figure.suptitle("share of the communication that is hidden")
+    if rows:
+        figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def _break_even_line(rows: list[dict[str, Any]], rates: list[float], steps: list[int]) -> list[tuple[float, float]]:
+    """Where the break-even rate of each number of steps lies between the columns of the heat map."""
+    line = []
+    for k in steps:
+        known = [row["break_even_mbit"] for row in rows if row["local_steps"] == k and row.get("break_even_mbit")]
+        if not known:
+            continue
+        rate = statistics.mean(known)
+        above = [i for i, other in enumerate(rates) if other >= rate]
+        if not above or rate < rates[0]:
+            continue
+        right = above[0]
+        left = max(0, right - 1)
+        share = (rate - rates[left]) / (rates[right] - rates[left]) if right > left else 0.0
+        line.append((left + share, float(steps.index(k))))
+    return line
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from .cli import main
+
+    sys.exit(main(["overlap", *sys.argv[1:]], "python -m bench"))

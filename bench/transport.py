@@ -1,10 +1,9 @@
 """Speed, memory and CPU time of one link on loopback, next to what else could carry the same bytes.
 
-`python -m bench.transport --json FILE` prints a table and writes all of it as JSON, `pytest bench/transport.py
---benchmark-only` runs the same transfers under pytest-benchmark. Sender and receiver are two fresh processes each;
-the repetitions of all systems are interleaved, so that a noisy neighbour hits them alike. A run takes from the call
-that sends to the moment at which the receiving program has every byte. "fresh": into memory that was never touched
-before, so page faults count; "reused": into the buffer of the run before, which is what a run in steady state does.
+Sender and receiver are two fresh processes each; the repetitions of all systems are interleaved, so that a noisy
+neighbour hits them alike. A run takes from the call that sends to the moment at which the receiving program has every
+byte. "fresh": into memory that was never touched before, so page faults count; "reused": into the buffer of the run
+before, which is what a run in steady state does.
 ParaBlock checks a CRC-32C on both sides, the others check nothing beyond TCP. That the bytes are right is the business
 of the tests.
 """
@@ -16,40 +15,26 @@ import gc
 import json
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import socket
 import statistics
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
+from rich.table import Table
 
-MIB = 2**20
-GIB = 2**30
+from .process import DEADLINE_S, GIB, MIB, cpu_seconds, memory_bytes
+from .result import Result, columns, shown
+
 SIZES = (256 * MIB, GIB)
 FORMAT, CHUNK_ELEMENTS = "int8", 2**18  # the defaults of a run
-DEADLINE_S = 120.0
-
-
-def memory_bytes(field_name: str) -> int:
-    """VmRSS (now) or VmHWM (peak so far) of this process."""
-    found = re.search(rf"^{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found.group(1)) * 1024
-
-
-def cpu_seconds() -> float:
-    """User and system time of all threads of this process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 class End(ABC):
@@ -78,7 +63,7 @@ class ParaBlockEnd(End):
     def open(self, pipe: Connection) -> None:
         from parablock_rt import _C, transport
 
-        self._module, self._transport = _C, transport.Transport()
+        self._module, self._transport = _C, transport.Transport(tls=self._tls(pipe))
         unit = transport.body_layout(FORMAT, 128 * CHUNK_ELEMENTS, CHUNK_ELEMENTS).nbytes / (128 * CHUNK_ELEMENTS)
         numel = int(self.nbytes / unit) // 128 * 128
         self._layout = transport.body_layout(FORMAT, numel, CHUNK_ELEMENTS)
@@ -88,6 +73,10 @@ class ParaBlockEnd(End):
         else:
             pipe.send(self._transport.listen("127.0.0.1:0", protected=False))
             self._link = self._wait(_C.Event.Type.CONNECTED).link
+
+    def _tls(self, pipe: Connection) -> Any:
+        """The TLS settings of this end; None: in the clear."""
+        return None
 
     def prepare(self, run: int, fresh: bool) -> None:
         if self._buffer is None or (fresh and not self.sends):
@@ -112,6 +101,20 @@ class ParaBlockEnd(End):
         if event is None or event.type != kind:
             raise RuntimeError(f"expected {kind}, found {event and (event.type, event.text)}")
         return event
+
+
+class ParaBlockTlsEnd(ParaBlockEnd):
+    """The same in TLS 1.3, with the certificates that `parablock certs` makes."""
+
+    def _tls(self, pipe: Connection) -> Any:
+        from parablock_rt import certs, tls
+
+        if self.sends:
+            return tls.Tls(fingerprint=pipe.recv()).for_client()
+        with tempfile.TemporaryDirectory() as folder:
+            server = certs.create(Path(folder), ["127.0.0.1"]).server
+            pipe.send(server.fingerprint)
+            return tls.Tls(server.certificate_file, server.key_file).for_server()
 
 
 class SocketEnd(End):
@@ -184,7 +187,12 @@ class GlooEnd(End):
             dist.recv(self._tensor, 1)
 
 
-ENDS: dict[str, type[End]] = {"parablock": ParaBlockEnd, "python socket": SocketEnd, "gloo": GlooEnd}
+ENDS: dict[str, type[End]] = {
+    "parablock": ParaBlockEnd,
+    "parablock, TLS": ParaBlockTlsEnd,
+    "python socket": SocketEnd,
+    "gloo": GlooEnd,
+}
 
 
 def fill(memory: Any) -> None:
@@ -270,8 +278,10 @@ class Pair:
         return replies
 
 
-def iperf_mib_per_s(nbytes: int) -> float:
-    """One iperf3 stream of `nbytes`, as its receiver saw it. It reads into one small buffer, again and again."""
+def iperf(nbytes: int) -> tuple[float, float]:
+    """One iperf3 stream of `nbytes`: MiB/s, as its receiver saw it, and the CPU seconds of both ends. It sends one
+    small buffer and reads into another, again and again."""
+    cpu = cpu_seconds(resource.RUSAGE_CHILDREN)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     server = subprocess.Popen(["iperf3", "-s", "-1", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True)
@@ -282,13 +292,14 @@ def iperf_mib_per_s(nbytes: int) -> float:
     command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-n", str(nbytes), "-J"]
     client = subprocess.run(command, capture_output=True, text=True, check=True)
     server.wait(DEADLINE_S)
-    return float(json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / MIB
+    rate = float(json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / MIB
+    return rate, cpu_seconds(resource.RUSAGE_CHILDREN) - cpu
 
 
-def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[float]]]:
-    """All runs, interleaved, after unmeasured ones of each pair; and iperf3's speeds where it is installed."""
+def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[tuple[float, float]]]]:
+    """All runs, interleaved, after unmeasured ones of each pair; and iperf3's where it is installed."""
     pairs: list[Pair] = []
-    iperf: dict[int, list[float]] = {size: [] for size in sizes}
+    others: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for size in sizes:
         group = [Pair(system, size) for system in ENDS]
         for pair in group:
@@ -302,14 +313,14 @@ def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, l
                 for pair in group:
                     pair.run(fresh)
             if shutil.which("iperf3"):
-                iperf[size].append(iperf_mib_per_s(size))
+                others[size].append(iperf(size))
         for pair in group:
             pair.stop()
         pairs += group
-    return pairs, iperf
+    return pairs, others
 
 
-def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str, object]]:
+def summarise(pairs: list[Pair], others: dict[int, list[tuple[float, float]]]) -> list[dict[str, object]]:
     """One row for each system, size and kind of memory."""
     rows: list[dict[str, object]] = []
     plain = {
@@ -331,6 +342,7 @@ def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str
                     "mib_per_s_min": pair.nbytes / MIB / max(pair.seconds[fresh]),
                     "mib_per_s_max": pair.nbytes / MIB / min(pair.seconds[fresh]),
                     "ratio_to_python_socket": plain[pair.nbytes, fresh] / seconds,
+                    "cpu_s_per_gib": statistics.median(sum(c) for c in pair.cpu[fresh]) * GIB / pair.nbytes,
                     "sender_cpu_s_per_gib": statistics.median(c[0] for c in pair.cpu[fresh]) * GIB / pair.nbytes,
                     "receiver_cpu_s_per_gib": statistics.median(c[1] for c in pair.cpu[fresh]) * GIB / pair.nbytes,
                     "sender_peak_beyond_payload_mib": pair.memory[0] / MIB,
@@ -338,10 +350,10 @@ def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str
                     "seconds": pair.seconds[fresh],
                 }
             )
-    for size, speeds in iperf.items():
-        if speeds:
+    for size, runs in others.items():
+        if runs:
+            speeds = [speed for speed, _ in runs]
             speed = statistics.median(speeds)
-            ratio = speed / (size / MIB / plain[size, False])
             rows.append(
                 {
                     "system": "iperf3",
@@ -349,54 +361,75 @@ def summarise(pairs: list[Pair], iperf: dict[int, list[float]]) -> list[dict[str
                     "memory": "reused",
                     "mib_per_s": speed,
                     "mib_per_s_min": min(speeds),
+                    "mib_per_s_max": max(speeds),
+                    "ratio_to_python_socket": speed / (size / MIB / plain[size, False]),
+                    "cpu_s_per_gib": statistics.median(cpu for _, cpu in runs) * GIB / size,
                 }
-                | {"mib_per_s_max": max(speeds), "ratio_to_python_socket": ratio}
             )
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much is sent, how often."""
     parser.add_argument("--mib", type=int, nargs="+", default=[s // MIB for s in SIZES], help="payload sizes")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write machine, settings and all rows to this file")
-    options = parser.parse_args()
-    from bench.machine import machine  # not above: the measured processes must not load torch
 
-    iperf3 = "measured" if shutil.which("iperf3") else "not installed, so not measured"
-    about = machine() | {"iperf3": iperf3}
+
+def run(options: argparse.Namespace) -> Result:
+    """Every system with every size."""
     rows = summarise(*measure([mib * MIB for mib in options.mib], options.repetitions))
-    print(f"{about['cpu']}, {about['cores']} cores; iperf3 {about['iperf3']}")
-    print(
-        f"{'system':<15}{'MiB':>6} {'memory':<8}{'MiB/s':>7}{'/socket':>9}{'CPU s/GiB':>14}{'peak - payload MiB':>20}"
-    )
-    for row in rows:
-        line = f"{row['system']:<15}{row['bytes'] // MIB:>6} {row['memory']:<8}"  # type: ignore[operator]
-        line += f"{row['mib_per_s']:>7.0f}{row['ratio_to_python_socket']:>9.2f}"
-        if "seconds" in row:
-            line += f"{row['sender_cpu_s_per_gib']:>7.2f}{row['receiver_cpu_s_per_gib']:>7.2f}"
-            line += f"{row['sender_peak_beyond_payload_mib']:>10.0f}{row['receiver_peak_beyond_payload_mib']:>10.0f}"
-        print(line)
-    if options.json:
-        settings = {"sizes": options.mib, "repetitions": options.repetitions, "format": FORMAT}
-        settings |= {"chunk_elements": CHUNK_ELEMENTS}
-        options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=2) + "\n")
+    iperf3 = "measured" if shutil.which("iperf3") else "not installed, so not measured"
+    settings = {"sizes": options.mib, "repetitions": options.repetitions, "format": FORMAT, "iperf3": iperf3}
+    return {"settings": settings | {"chunk_elements": CHUNK_ELEMENTS}, "rows": rows}
 
 
-@pytest.fixture(params=[f"{system}, {size // MIB} MiB" for size in SIZES for system in ENDS])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """A connected pair of processes that did one run already."""
-    system, size = request.param.split(", ")
-    connected = Pair(system, int(size.split()[0]) * MIB)
-    connected.start()
-    connected.run(False)
-    yield connected
-    connected.stop()
+def tables(result: Result) -> list[Table]:
+    """One row for each system, size and kind of memory, next to iperf3 with as many bytes where that was measured."""
+    names = ("system", "MiB", "memory", "MiB/s", "/ iperf3", "CPU s/GiB, both ends", "/ iperf3")
+    table = columns("one link on loopback", *names, "peak - payload MiB, sender", "receiver")
+    iperf3 = {row["bytes"]: row for row in result["rows"] if row["system"] == "iperf3"}
+    peaks = ("sender_peak_beyond_payload_mib", "receiver_peak_beyond_payload_mib")
+    for row in result["rows"]:
+        figures = []
+        for name, form in (("mib_per_s", ".0f"), ("cpu_s_per_gib", ".2f")):
+            reference = iperf3.get(row["bytes"])
+            ratio = row[name] / reference[name] if reference is not None else None
+            figures += [shown(row[name], form), shown(ratio, ".2f")]
+        peak = [shown(row.get(name), ".0f") for name in peaks]
+        table.add_row(row["system"], str(row["bytes"] // MIB), row["memory"], *figures, *peak)
+    return [table]
 
 
-def test_speed(pair: Pair, benchmark: Callable[..., object]) -> None:
-    benchmark.pedantic(pair.run, args=(False,), rounds=5)  # type: ignore[attr-defined]
+def metrics(result: Result) -> dict[str, float]:
+    """ParaBlock's speed, and its ratio to a plain socket in the same run."""
+    found = {}
+    for row in result["rows"]:
+        if row["system"] == "parablock":
+            name = f"{row['bytes'] // MIB} MiB, {row['memory']} memory"
+            found[f"MiB/s, {name}"] = row["mib_per_s"]
+            found[f"over a plain socket, {name}"] = row["ratio_to_python_socket"]
+    return found
+
+
+def plot(result: Result, figure: Any) -> None:
+    """Speed by system; a group for each size and kind of memory."""
+    groups = list(dict.fromkeys((row["bytes"], row["memory"]) for row in result["rows"]))
+    systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
+    axis = figure.subplots()
+    width = 0.8 / len(systems)
+    for i, system in enumerate(systems):
+        own = {(row["bytes"], row["memory"]): row["mib_per_s"] for row in result["rows"] if row["system"] == system}
+        places = [g + (i - (len(systems) - 1) / 2) * width for g, group in enumerate(groups) if group in own]
+        axis.bar(places, [own[group] for group in groups if group in own], width, label=system)
+    axis.set_xticks(range(len(groups)), [f"{nbytes // MIB} MiB, {memory}" for nbytes, memory in groups])
+    axis.set_ylabel("MiB/s")
+    axis.legend()
+    figure.suptitle("one link on loopback")
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from .cli import main
+
+    sys.exit(main(["transport", *sys.argv[1:]], "python -m bench"))

@@ -1,10 +1,12 @@
 // The codec as functions over raw addresses. The caller (parablock_rt/codec.py) owns every buffer, keeps it alive for
 // the call and has checked its length; nothing here looks at a Python object, so the GIL is released throughout.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "codec.h"
 
@@ -72,13 +74,16 @@ void bind_codec(py::module_& m) {
       py::arg("threads"), Unlocked());
   m.def(
       "accumulate",
-      [](uintptr_t hi, uintptr_t lo, uintptr_t scales, uintptr_t codes, int64_t numel, int format, double weight,
-         int threads) {
-        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), planes(scales, codes), length(numel), format_of(format),
-                   weight, threads);
+      [](uintptr_t hi, uintptr_t lo, const std::vector<std::tuple<uintptr_t, uintptr_t, int, double>>& contributions,
+         int64_t numel, bool empty, int threads) {
+        std::vector<Contribution> in;
+        for (const auto& [scales, codes, format, weight] : contributions) {
+          in.push_back({planes(scales, codes), format_of(format), weight});
+        }
+        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), in, length(numel), empty, threads);
       },
-      py::arg("hi"), py::arg("lo"), py::arg("scales"), py::arg("codes"), py::arg("numel"), py::arg("format"),
-      py::arg("weight"), py::arg("threads"), Unlocked());
+      py::arg("hi"), py::arg("lo"), py::arg("contributions"), py::arg("numel"), py::arg("empty"), py::arg("threads"),
+      Unlocked());
   m.def(
       "accumulated_mean",
       [](uintptr_t hi, uintptr_t lo, double total_weight, int64_t numel, uintptr_t out, int threads) {

@@ -24,6 +24,15 @@ int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(sec
 
 TransferKey key_of(uint8_t kind, uint32_t round, uint32_t block) { return {kind, round, block}; }
 
+// (kind, round, block, bytes that are there)
+using ResumePoint = std::tuple<uint8_t, uint32_t, uint32_t, uint64_t>;
+
+std::vector<ResumePoint> resume_points(const std::vector<std::pair<TransferKey, uint64_t>>& unfinished) {
+  std::vector<ResumePoint> points;
+  for (const auto& [key, received] : unfinished) points.emplace_back(key.kind, key.round, key.block, received);
+  return points;
+}
+
 // std::system_error becomes OSError with its errno, so that Python sees ConnectionRefusedError and its kin.
 void translate(std::exception_ptr pending) {
   try {
@@ -35,50 +44,64 @@ void translate(std::exception_ptr pending) {
   }
 }
 
-uint32_t checksum(const py::buffer& data, uint32_t (*function)(const void*, size_t, uint32_t)) {
+void check_lane(size_t lane) {
+  if (lane >= kMaxLanes) throw std::invalid_argument("a link has at most " + std::to_string(kMaxLanes) + " lanes");
+}
+
+// Calls `function(address, bytes)` on a Python buffer.
+template <typename Function>
+auto over(const py::buffer& data, Function function) {
   Py_buffer view;
   if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  uint32_t crc = function(view.buf, static_cast<size_t>(view.len), 0);
+  auto result = function(view.buf, static_cast<size_t>(view.len));
   PyBuffer_Release(&view);
-  return crc;
+  return result;
 }
 
 void bind_session(py::module_& m) {
   // The protocol without a socket, for tests and fuzzers: bytes in, bytes out.
   py::class_<Session>(m, "Session")
-      .def(py::init([](size_t control_bytes, uint64_t window_bytes) {
-             return Session({.control_bytes = control_bytes, .window_bytes = window_bytes});
+      .def(py::init([](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes) {
+             return std::make_unique<Session>(SessionLimits{
+                 .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes});
            }),
-           py::arg("control_bytes") = 4096, py::arg("window_bytes") = 64 << 20)
+           py::arg("control_bytes") = 4096, py::arg("window_bytes") = 256 << 20, py::arg("queue_bytes") = 64 << 10)
       .def("set_run", &Session::set_run)
       .def("send_control", [](Session& s, const py::bytes& message) { s.send_control(message); })
       .def("send", [](Session& s, uint8_t kind, uint32_t round, uint32_t block,
                       std::shared_ptr<Source> source) { s.send(key_of(kind, round, block), std::move(source)); },
            py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
       .def("receive", [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-                         const Layout& layout) { s.receive(key_of(kind, round, block), std::move(buffer), layout); },
-           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"))
+                         const Layout& layout,
+                         uint64_t start) { s.receive(key_of(kind, round, block), std::move(buffer), layout, start); },
+           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"),
+           py::arg("start") = 0)
       .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
+      .def("cancel_send", [](Session& s, uint8_t kind, uint32_t round,
+                             uint32_t block) { s.cancel_send(key_of(kind, round, block)); })
       .def("ping", &Session::ping)
+      .def("report_stalled", &Session::report_stalled)
       .def("feed",
-           [](Session& s, const py::bytes& bytes, int64_t now_ns) {
+           [](Session& s, const py::bytes& bytes, int64_t now_ns, size_t lane) {
+             check_lane(lane);
              std::string_view left = bytes;
              while (!left.empty()) {
                size_t taken = 0;
-               for (const Segment& region : s.want()) {
+               for (const Segment& region : s.want(lane)) {
                  size_t count = std::min(region.bytes, left.size() - taken);
                  std::copy_n(left.data() + taken, count, region.data);
                  taken += count;
                }
-               s.arrived(taken, now_ns);
+               s.arrived(taken, now_ns, lane);
                left.remove_prefix(taken);
              }
            },
-           py::arg("bytes"), py::arg("now_ns") = 0)
+           py::arg("bytes"), py::arg("now_ns") = 0, py::arg("lane") = 0)
       .def("next_frame",
-           [](Session& s, int64_t now_ns) -> std::optional<py::bytes> {
-             std::optional<OutFrame> frame = s.next_frame(now_ns);
+           [](Session& s, int64_t now_ns, size_t lane) -> std::optional<py::bytes> {
+             check_lane(lane);
+             std::optional<OutFrame> frame = s.next_frame(now_ns, lane);
              if (!frame) return std::nullopt;
              std::string bytes(frame->header.begin(), frame->header.end());
              bytes += frame->inline_payload;
@@ -86,8 +109,23 @@ void bind_session(py::module_& m) {
                bytes.append(reinterpret_cast<const char*>(part.data), part.bytes);
              return py::bytes(bytes);
            },
-           py::arg("now_ns") = 0)
+           py::arg("now_ns") = 0, py::arg("lane") = 0)
+      .def("wanted_bytes",
+           [](Session& s, size_t lane) {
+             check_lane(lane);
+             size_t bytes = 0;
+             for (const Segment& region : s.want(lane)) bytes += region.bytes;
+             return bytes;
+           },
+           py::arg("lane") = 0)
       .def("take_events", &Session::take_events)
+      .def("take_attach_key",
+           [](Session& s) -> std::optional<py::bytes> {
+             std::optional<std::string> key = s.take_attach_key();
+             return key ? std::optional<py::bytes>(*key) : std::nullopt;
+           })
+      .def_property_readonly("corrupt_chunks", &Session::corrupt_chunks)
+      .def("unfinished", [](const Session& s) { return resume_points(s.unfinished()); })
       .def_property_readonly("round_trip_ns", &Session::round_trip_ns);
 }
 
@@ -112,11 +150,15 @@ void bind_data(py::module_& m) {
              return Layout{.units = units, .scale_bytes = scale, .code_bytes = code, .chunk_units = chunk_units};
            }),
            py::arg("units"), py::arg("scale_bytes"), py::arg("code_bytes"), py::arg("chunk_units"))
+      .def_property_readonly("units", [](const Layout& l) { return l.units; })
       .def_property_readonly("nbytes", &Layout::bytes)
       .def_property_readonly("chunks", &Layout::chunks);
   m.def("body_layout", [](int format, int64_t numel, int64_t chunk_elements) {
     return body_layout(static_cast<Format>(format), numel, chunk_elements);
   });
+
+  py::class_<Watermark, std::shared_ptr<Watermark>>(m, "Watermark")
+      .def_property_readonly("received", &Watermark::received);
 
   py::class_<Source, std::shared_ptr<Source>>(m, "Source")
       .def(py::init([](std::shared_ptr<Buffer> buffer, const Layout& layout, bool complete) {
@@ -133,7 +175,9 @@ void bind_data(py::module_& m) {
       .value("CONTROL", Event::Type::kControl)
       .value("RECEIVED", Event::Type::kReceived)
       .value("SENT", Event::Type::kSent)
-      .value("REFUSED", Event::Type::kRefused);
+      .value("REFUSED", Event::Type::kRefused)
+      .value("WITHDRAWN", Event::Type::kWithdrawn)
+      .value("STALLED", Event::Type::kStalled);
   event.def_readonly("type", &Event::type)
       .def_readonly("link", &Event::link)
       .def_property_readonly("kind", [](const Event& e) { return e.key.kind; })
@@ -143,6 +187,8 @@ void bind_data(py::module_& m) {
       .def_property_readonly("text", [](const Event& e) {
         return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace"));
       })
+      .def_property_readonly("unfinished", [](const Event& e) { return resume_points(e.unfinished); })
+      .def_readonly("misfit", &Event::misfit)
       .def_readonly("at_ns", &Event::at_ns)
       .def_readonly("first_byte_ns", &Event::first_byte_ns);
 }
@@ -157,19 +203,45 @@ void bind_encoder(py::module_& m) {
   // (now address, now dtype, ref address, ref dtype, residual in, residual out, numel)
   using Piece = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, uintptr_t, int64_t>;
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init<>())
-      .def("submit", [](Encoder& encoder, const std::vector<Piece>& pieces, int format,
-                        std::shared_ptr<Source> source) {
+      .def(py::init<std::shared_ptr<Ring>>(), py::arg("ring") = nullptr)
+      .def("submit", [](Encoder& encoder, const std::vector<Piece>& pieces, int format, std::shared_ptr<Source> source,
+                        uint8_t kind, uint32_t round, uint32_t block) {
         std::vector<EncodePiece> native;
         for (const auto& [now, now_dtype, ref, ref_dtype, residual_in, residual_out, numel] : pieces)
           native.push_back({reinterpret_cast<const void*>(now), static_cast<Dtype>(now_dtype),
                             reinterpret_cast<const void*>(ref), static_cast<Dtype>(ref_dtype),
                             reinterpret_cast<const float*>(residual_in), reinterpret_cast<float*>(residual_out),
                             numel});
-        auto job = std::make_shared<EncodeJob>(std::move(native), static_cast<Format>(format), std::move(source));
+        auto job = std::make_shared<EncodeJob>(std::move(native), static_cast<Format>(format), std::move(source),
+                                               key_of(kind, round, block));
         encoder.submit(job);
         return job;
-      });
+      }, py::arg("pieces"), py::arg("format"), py::arg("source"), py::arg("kind") = 0, py::arg("round") = 0,
+           py::arg("block") = 0);
+}
+
+void bind_tls(py::module_& m) {
+  py::register_exception<TlsError>(m, "TlsError");
+  m.attr("TLS_LIBRARY") = tls_library();
+  py::class_<TlsContext, std::shared_ptr<TlsContext>>(m, "TlsContext")
+      .def(py::init([](const std::string& certificate, const std::string& key, const std::string& ca,
+                       const py::bytes& fingerprint, bool peer_may_be_anonymous) {
+             return std::const_pointer_cast<TlsContext>(make_tls({.certificate_file = certificate,
+                                                                  .key_file = key,
+                                                                  .ca_file = ca,
+                                                                  .fingerprint = fingerprint,
+                                                                  .peer_may_be_anonymous = peer_may_be_anonymous}));
+           }),
+           py::arg("certificate") = "", py::arg("key") = "", py::arg("ca") = "", py::arg("fingerprint") = py::bytes(),
+           py::arg("peer_may_be_anonymous") = false);
+  py::class_<TlsInfo, std::shared_ptr<TlsInfo>>(m, "TlsInfo")
+      .def_readonly("version", &TlsInfo::version)
+      .def_readonly("cipher", &TlsInfo::cipher)
+      .def_property_readonly("binding", [](const TlsInfo& info) { return py::bytes(info.binding); })
+      .def_readonly("subject", &TlsInfo::subject)
+      .def_readonly("issuer", &TlsInfo::issuer)
+      .def_readonly("fingerprint", &TlsInfo::fingerprint)
+      .def_readonly("not_after", &TlsInfo::not_after);
 }
 
 void bind_links(py::module_& m) {
@@ -184,21 +256,44 @@ void bind_links(py::module_& m) {
       .def_property_readonly("free_at", &Shaper::free_at)
       .def("transmit", &Shaper::transmit, py::arg("bytes"), py::arg("now_ns"), py::arg("waited"));
 
+  py::class_<LaneStats>(m, "LaneStats")
+      .def_readonly("rtt_us", &LaneStats::rtt_us)
+      .def_readonly("rttvar_us", &LaneStats::rttvar_us)
+      .def_readonly("retransmits", &LaneStats::retransmits)
+      .def_readonly("delivery_rate", &LaneStats::delivery_rate)
+      .def_readonly("cwnd", &LaneStats::cwnd)
+      .def_readonly("bytes_in", &LaneStats::bytes_in)
+      .def_readonly("bytes_out", &LaneStats::bytes_out)
+      .def_readonly("unsent_bytes", &LaneStats::unsent_bytes);
+
   py::class_<LinkStats>(m, "LinkStats")
       .def_readonly("bytes_in", &LinkStats::bytes_in)
       .def_readonly("bytes_out", &LinkStats::bytes_out)
-      .def_readonly("round_trip_ns", &LinkStats::round_trip_ns);
+      .def_readonly("round_trip_ns", &LinkStats::round_trip_ns)
+      .def_readonly("moved_bytes", &LinkStats::moved_bytes)
+      .def_readonly("corrupt_chunks", &LinkStats::corrupt_chunks)
+      .def_readonly("lanes", &LinkStats::lanes);
 
   py::class_<Transport>(m, "Transport")
-      .def(py::init([](double bytes_per_second, double delay, double idle_timeout, size_t max_links, uint64_t window) {
+      .def(py::init([](double bytes_per_second, double delay, double idle_timeout, double opening_timeout,
+                       size_t max_links, size_t max_strangers, size_t max_strangers_per_network, uint64_t window,
+                       std::shared_ptr<TlsContext> tls) {
+             AdmissionLimits admission{.links = max_links,
+                                       .strangers = max_strangers,
+                                       .strangers_per_network = max_strangers_per_network};
              return std::make_unique<Transport>(TransportOptions{.bytes_per_second = bytes_per_second,
                                                                  .delay_ns = nanoseconds(delay),
                                                                  .idle_timeout_ns = nanoseconds(idle_timeout),
-                                                                 .max_links = max_links,
-                                                                 .window_bytes = window});
+                                                                 .opening_timeout_ns = nanoseconds(opening_timeout),
+                                                                 .admission = admission,
+                                                                 .window_bytes = window,
+                                                                 .tls = std::move(tls)});
            }),
            py::arg("bytes_per_second") = 0.0, py::arg("delay") = 0.0, py::arg("idle_timeout") = 60.0,
-           py::arg("max_links") = 1024, py::arg("window_bytes") = uint64_t{64} << 20)
+           py::arg("opening_timeout") = 10.0, py::arg("max_links") = AdmissionLimits{}.links,
+           py::arg("max_strangers") = AdmissionLimits{}.strangers,
+           py::arg("max_strangers_per_network") = AdmissionLimits{}.strangers_per_network,
+           py::arg("window_bytes") = uint64_t{256} << 20, py::arg("tls") = nullptr)
       .def("listen", &Transport::listen, ReleaseGil())
       .def("connect", [](Transport& t, const std::string& host, uint16_t port,
                          double timeout) { return t.connect(host, port, nanoseconds(timeout)); }, ReleaseGil())
@@ -207,20 +302,39 @@ void bind_links(py::module_& m) {
                       std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
            py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
       .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                         std::shared_ptr<Buffer> buffer,
-                         const Layout& layout) {
-             t.receive(link, key_of(kind, round, block), std::move(buffer), layout);
+                         std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
+                         std::shared_ptr<Watermark> watermark) {
+             t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
            },
            py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
-           py::arg("layout"))
+           py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
+      .def("cancel_send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
+                             uint32_t block) { t.cancel_send(link, key_of(kind, round, block)); })
       .def("trust", &Transport::trust)
-      .def("close_link", &Transport::close_link)
+      .def("offer_lanes",
+           [](Transport& t, uint64_t link, size_t count, double within) {
+             return py::bytes(t.offer_lanes(link, count, nanoseconds(within)));
+           },
+           py::arg("link"), py::arg("count"), py::arg("within") = 60.0)
+      .def("attach_lanes",
+           [](Transport& t, uint64_t link, const std::string& key, size_t count, double timeout) {
+             t.attach_lanes(link, key, count, nanoseconds(timeout));
+           },
+           py::arg("link"), py::arg("key"), py::arg("count"), py::arg("timeout"), ReleaseGil())
+      .def("close_link",
+           [](Transport& t, uint64_t link, std::string reason, double flush) {
+             t.close_link(link, std::move(reason), nanoseconds(flush));
+           },
+           py::arg("link"), py::arg("reason"), py::arg("flush") = 5.0)
       .def("make_source", &Transport::make_source,
            py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
       .def("stats", &Transport::stats)
+      .def("record", &Transport::record)
+      .def("tls_info", [](const Transport& t,
+                          uint64_t link) { return std::const_pointer_cast<TlsInfo>(t.tls_info(link)); })
       .def("close", [](Transport& t, double flush) { t.close(nanoseconds(flush)); }, ReleaseGil());
 }
 
@@ -230,12 +344,16 @@ void bind_transport(py::module_& m) {
   py::register_exception<ProtocolError>(m, "ProtocolError");
   py::register_exception_translator(&translate);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
-  m.def("crc32c", [](const py::buffer& data) { return checksum(data, &crc32c); });
-  m.def("crc32c_portable", [](const py::buffer& data) { return checksum(data, &crc32c_portable); });
+  m.attr("MAX_LANES") = kMaxLanes;
+  m.def("crc32c", [](const py::buffer& data) {
+    return over(data, [](const void* at, size_t bytes) { return crc32c(at, bytes); });
+  });
+  m.def("crc32c_every_way", [](const py::buffer& data) { return over(data, &crc32c_every_way); });
   m.def("monotonic_ns", &monotonic_ns);
   bind_data(m);
   bind_session(m);
   bind_encoder(m);
+  bind_tls(m);
   bind_links(m);
 }
 

@@ -2,10 +2,12 @@
 #include "codec.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "codec_table.h"
 #include "thread_pool.h"
@@ -106,11 +108,17 @@ void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format form
   });
 }
 
-void accumulate(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, Format format, double weight, int threads) {
-  const auto kernel = kernels().accumulate[index(format)];
-  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
-    kernel(hi + begin, lo + begin, at(in, format, begin), end - begin, weight);
-  });
+void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads) {
+  std::array<std::vector<Contribution>, 4> by_format;
+  for (const Contribution& one : in) by_format[index(one.format)].push_back(one);
+  for (const std::vector<Contribution>& alike : by_format) {
+    if (alike.empty()) continue;
+    const auto kernel = kernels().accumulate[index(alike.front().format)];
+    parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+      kernel(hi, lo, alike.data(), static_cast<int64_t>(alike.size()), begin, end, empty);
+    });
+    empty = false;
+  }
 }
 
 void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,

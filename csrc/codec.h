@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace parablock {
 
@@ -65,9 +66,16 @@ constexpr double kLoUnit = 0x1p-72;
 constexpr double kLargestContribution = 0x1p31;
 constexpr int kMaxContributions = 4095;
 
-// v = weight * decode(in), in double; hi += rint(v / kHiUnit); lo += rint((v - that) / kLoUnit)
-void accumulate(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, Format format, double weight,
-                int threads);
+struct Contribution {
+  ConstPlanes planes;
+  Format format;
+  double weight;
+};
+
+// For each: v = weight * decode(planes), in double; hi += rint(v / kHiUnit); lo += rint((v - that) / kLoUnit). All are
+// added in one pass over hi and lo, which are 16 bytes an element where an int8 contribution is one. `empty`: the sum
+// begins at zero, whatever hi and lo hold.
+void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads);
 
 // out = float((hi * kHiUnit + lo * kLoUnit) / total_weight), one rounding a step, in double until the last
 void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,

@@ -17,6 +17,8 @@ struct Avx2 {
   using F = __m256;
   using I = __m256i;
   using D = __m256d;
+  using L = __m256i;
+  static constexpr int kSumVectors = 2;
 
   static PARABLOCK_INLINE F set(float value) { return _mm256_set1_ps(value); }
   static PARABLOCK_INLINE I set_i(int32_t value) { return _mm256_set1_epi32(value); }
@@ -120,13 +122,11 @@ struct Avx2 {
 
   static PARABLOCK_INLINE D lower(F a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a)); }
   static PARABLOCK_INLINE D upper(F a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)); }
-  static PARABLOCK_INLINE I difference_of_bits(D a, D b) {
-    return _mm256_sub_epi64(_mm256_castpd_si256(a), _mm256_castpd_si256(b));
-  }
-  static PARABLOCK_INLINE void add_to(int64_t* p, I amounts) {
-    __m256i* place = reinterpret_cast<__m256i*>(p);
-    _mm256_storeu_si256(place, _mm256_add_epi64(_mm256_loadu_si256(place), amounts));
-  }
+  static PARABLOCK_INLINE L set_l(uint64_t value) { return _mm256_set1_epi64x(static_cast<int64_t>(value)); }
+  static PARABLOCK_INLINE L load_l(const int64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const L*>(p)); }
+  static PARABLOCK_INLINE void store_l(int64_t* p, L a) { _mm256_storeu_si256(reinterpret_cast<L*>(p), a); }
+  static PARABLOCK_INLINE L add_l(L a, L b) { return _mm256_add_epi64(a, b); }
+  static PARABLOCK_INLINE L add_bits(L a, D b) { return add_l(a, _mm256_castpd_si256(b)); }
 };
 
 }  // namespace

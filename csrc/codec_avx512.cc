@@ -6,13 +6,17 @@
 
 #include "codec_table.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
+#ifdef __clang__
+#define PARABLOCK_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,f16c"
+#else
+// Only GCC has to be told to use whole registers, and only GCC understands it.
+#define PARABLOCK_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512"
 // GCC 12 takes the deliberately undefined operand inside its own intrinsics for a mistake of ours.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-PARABLOCK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
+PARABLOCK_TARGET_BEGIN(PARABLOCK_AVX512)
 #include "codec_kernels.h"
 
 namespace parablock::internal {
@@ -23,6 +27,8 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   using D = __m512d;
+  using L = __m512i;
+  static constexpr int kSumVectors = 4;
 
   static PARABLOCK_INLINE F set(float value) { return _mm512_set1_ps(value); }
   static PARABLOCK_INLINE I set_i(int32_t value) { return _mm512_set1_epi32(value); }
@@ -116,12 +122,11 @@ struct Avx512 {
 
   static PARABLOCK_INLINE D lower(F a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }
   static PARABLOCK_INLINE D upper(F a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
-  static PARABLOCK_INLINE I difference_of_bits(D a, D b) {
-    return _mm512_sub_epi64(_mm512_castpd_si512(a), _mm512_castpd_si512(b));
-  }
-  static PARABLOCK_INLINE void add_to(int64_t* p, I amounts) {
-    _mm512_storeu_si512(p, _mm512_add_epi64(_mm512_loadu_si512(p), amounts));
-  }
+  static PARABLOCK_INLINE L set_l(uint64_t value) { return _mm512_set1_epi64(static_cast<int64_t>(value)); }
+  static PARABLOCK_INLINE L load_l(const int64_t* p) { return _mm512_loadu_si512(p); }
+  static PARABLOCK_INLINE void store_l(int64_t* p, L a) { _mm512_storeu_si512(p, a); }
+  static PARABLOCK_INLINE L add_l(L a, L b) { return _mm512_add_epi64(a, b); }
+  static PARABLOCK_INLINE L add_bits(L a, D b) { return add_l(a, _mm512_castpd_si512(b)); }
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ constexpr int32_t kInfinity = 0x7F800000;
 constexpr int32_t kZeroGroup = (127 - 100) << 23;    // bits of 2^-100
 constexpr int32_t kBf16Overflow = 0x7F7F8000;        // the least magnitude that rounds to a bf16 infinity
 constexpr uint16_t kBadGroup = 0x7FC0;
-constexpr double kRounder = 0x1.8p52;                // adding it leaves rint(t) in the low bits, for |t| <= 2^51
+constexpr double kRounder = 0x1.8p52;                // units; see fold, for values of at most 2^51 of them
 
 PARABLOCK_INLINE float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
 PARABLOCK_INLINE int32_t bits_of(float value) { return __builtin_bit_cast(int32_t, value); }
@@ -228,29 +228,49 @@ void apply_range(void* target, ConstPlanes in, int64_t numel) {
   }
 }
 
+// Adding 1.5 * 2^52 units to a value leaves its count of units, nearest even, in the low bits of the result. All of the
+// bits are added: accumulate_range takes off beforehand what the rounders' own come to.
 template <class V>
-PARABLOCK_INLINE void fold(int64_t* hi, int64_t* lo, typename V::D value) {
+PARABLOCK_INLINE void fold(typename V::L& hi, typename V::L& lo, typename V::D value) {
   using D = typename V::D;
-  const D rounder = V::set_d(kRounder);
-  const D coarse = V::add_d(V::mul_d(value, V::set_d(1.0 / kHiUnit)), rounder);
-  const D taken = V::mul_d(V::sub_d(coarse, rounder), V::set_d(kHiUnit));
-  const D fine = V::add_d(V::mul_d(V::sub_d(value, taken), V::set_d(1.0 / kLoUnit)), rounder);
-  V::add_to(hi, V::difference_of_bits(coarse, rounder));
-  V::add_to(lo, V::difference_of_bits(fine, rounder));
+  const D hi_rounder = V::set_d(kRounder * kHiUnit);
+  const D coarse = V::add_d(value, hi_rounder);
+  const D rest = V::sub_d(value, V::sub_d(coarse, hi_rounder));
+  hi = V::add_bits(hi, coarse);
+  lo = V::add_bits(lo, V::add_d(rest, V::set_d(kRounder * kLoUnit)));
 }
 
+// A few vectors of the sum stay in registers while all contributions, which are of one format, are added to them.
 template <class V, Format kFormat>
-void accumulate_range(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, double weight) {
-  const typename V::D factor = V::set_d(weight);
-  for (int64_t at = 0; at < numel; at += group_size(kFormat)) {
-    const Group<V, kFormat> group(in.scales, at);
-    for (int i = 0; i < static_cast<int>(group_size(kFormat)); i += V::kLanes) {
-      const int64_t lane = at + i;
-      prefetch_after(hi, static_cast<size_t>(lane) * 8);
-      prefetch_after(lo, static_cast<size_t>(lane) * 8);
-      const typename V::F value = group.decoded(in.codes, lane);
-      fold<V>(hi + lane, lo + lane, V::mul_d(V::lower(value), factor));
-      fold<V>(hi + lane + V::kLanes / 2, lo + lane + V::kLanes / 2, V::mul_d(V::upper(value), factor));
+void accumulate_range(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                      bool empty) {
+  constexpr int kHalf = V::kLanes / 2;
+  constexpr int kSums = 2 * V::kSumVectors;
+  using L = typename V::L;
+  const uint64_t additions = static_cast<uint64_t>(count);  // modulo 2^64, like all sums of bits
+  const L hi_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kHiUnit));
+  const L lo_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kLoUnit));
+  for (int64_t at = begin; at < end; at += V::kSumVectors * V::kLanes) {
+    L high[kSums];
+    L low[kSums];
+    for (int i = 0; i < kSums; ++i) {
+      prefetch_after(hi + at + i * kHalf, 0);
+      prefetch_after(lo + at + i * kHalf, 0);
+      high[i] = empty ? hi_start : V::add_l(hi_start, V::load_l(hi + at + i * kHalf));
+      low[i] = empty ? lo_start : V::add_l(lo_start, V::load_l(lo + at + i * kHalf));
+    }
+    for (const Contribution* one = in; one != in + count; ++one) {
+      const Group<V, kFormat> group(one->planes.scales, at);
+      const typename V::D weight = V::set_d(one->weight);
+      for (int i = 0; i < V::kSumVectors; ++i) {
+        const typename V::F value = group.decoded(one->planes.codes, at + i * V::kLanes);
+        fold<V>(high[2 * i], low[2 * i], V::mul_d(V::lower(value), weight));
+        fold<V>(high[2 * i + 1], low[2 * i + 1], V::mul_d(V::upper(value), weight));
+      }
+    }
+    for (int i = 0; i < kSums; ++i) {
+      V::store_l(hi + at + i * kHalf, high[i]);
+      V::store_l(lo + at + i * kHalf, low[i]);
     }
   }
 }

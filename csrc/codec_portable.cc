@@ -56,7 +56,8 @@ struct Portable {
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef double D __attribute__((vector_size(16)));
-  typedef int64_t L __attribute__((vector_size(16)));
+  typedef uint64_t L __attribute__((vector_size(16)));  // adding wraps
+  static constexpr int kSumVectors = 1;
 
   static PARABLOCK_INLINE F set(float value) { return F{value, value, value, value}; }
   static PARABLOCK_INLINE I set_i(int32_t value) { return I{value, value, value, value}; }
@@ -153,13 +154,11 @@ struct Portable {
 
   static PARABLOCK_INLINE D lower(F a) { return D{a[0], a[1]}; }
   static PARABLOCK_INLINE D upper(F a) { return D{a[2], a[3]}; }
-  static PARABLOCK_INLINE L difference_of_bits(D a, D b) {
-    return __builtin_bit_cast(L, a) - __builtin_bit_cast(L, b);
-  }
-  static PARABLOCK_INLINE void add_to(int64_t* p, L amounts) {
-    const L sum = load_any<L>(p) + amounts;
-    __builtin_memcpy(p, &sum, sizeof(sum));
-  }
+  static PARABLOCK_INLINE L set_l(uint64_t value) { return L{value, value}; }
+  static PARABLOCK_INLINE L load_l(const int64_t* p) { return load_any<L>(p); }
+  static PARABLOCK_INLINE void store_l(int64_t* p, L a) { __builtin_memcpy(p, &a, sizeof(a)); }
+  static PARABLOCK_INLINE L add_l(L a, L b) { return a + b; }
+  static PARABLOCK_INLINE L add_bits(L a, D b) { return a + __builtin_bit_cast(L, b); }
 };
 
 }  // namespace

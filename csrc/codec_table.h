@@ -15,7 +15,8 @@ struct Kernels {
                              int64_t numel, Planes out);
   void (*decode[4])(ConstPlanes in, int64_t numel, float* out);
   void (*apply[4][3])(void* target, ConstPlanes in, int64_t numel);
-  void (*accumulate[4])(int64_t* hi, int64_t* lo, ConstPlanes in, int64_t numel, double weight);
+  void (*accumulate[4])(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                        bool empty);
   void (*accumulated_mean)(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out);
   Inspection (*inspect[4])(ConstPlanes in, int64_t numel);
   uint64_t (*fingerprint)(const uint32_t* words, int64_t first_index, int64_t count);

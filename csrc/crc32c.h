@@ -3,13 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace parablock {
 
 // Continues `crc` (0 to start) over `bytes` bytes: crc32c(b, n, crc32c(a, m)) is the checksum of a then b.
 uint32_t crc32c(const void* data, size_t bytes, uint32_t crc = 0);
 
-// The same by table lookup alone: what machines without the instruction run, and what tests hold the fast path against.
-uint32_t crc32c_portable(const void* data, size_t bytes, uint32_t crc = 0);
+// With each implementation that this machine can run, table lookups alone first; for tests.
+std::vector<uint32_t> crc32c_every_way(const void* data, size_t bytes);
 
 }  // namespace parablock

@@ -20,8 +20,8 @@ Layout body_layout(Format format, int64_t numel, int64_t chunk_elements) {
           .chunk_units = static_cast<uint32_t>(chunk_elements / group)};
 }
 
-EncodeJob::EncodeJob(std::vector<EncodePiece> pieces, Format format, std::shared_ptr<Source> source)
-    : pieces_(std::move(pieces)), format_(format), source_(std::move(source)) {
+EncodeJob::EncodeJob(std::vector<EncodePiece> pieces, Format format, std::shared_ptr<Source> source, TransferKey key)
+    : pieces_(std::move(pieces)), format_(format), source_(std::move(source)), key_(key) {
   int64_t numel = 0;
   for (const EncodePiece& piece : pieces_) {
     if (piece.numel <= 0 || piece.numel % kAlignment != 0)
@@ -58,7 +58,16 @@ int64_t EncodeJob::encode_range(int64_t begin, int64_t end, Planes body) const {
   return bad;
 }
 
-void EncodeJob::run() {
+// A chunk that was just encoded; takes its checksum, which `raise` would take otherwise.
+void EncodeJob::note_chunk(const Recorder& recorder, uint64_t chunk, int64_t started_ns) {
+  uint32_t bytes = source_->layout().chunk_bytes(chunk);
+  int64_t encoded_ns = monotonic_ns();
+  recorder.note(Stage::kEncode, key_, chunk, bytes, started_ns, encoded_ns);
+  source_->chunk_crc(chunk);
+  recorder.note(Stage::kChecksum, key_, chunk, bytes, encoded_ns, monotonic_ns());
+}
+
+void EncodeJob::run(const Recorder& recorder) {
   started_ns_ = monotonic_ns();
   const Layout& layout = source_->layout();
   int64_t group = group_size(format_);
@@ -67,8 +76,11 @@ void EncodeJob::run() {
   Planes body{source_->body(), source_->body() + layout.units * layout.scale_bytes};
   int64_t bad = 0;
   for (int64_t at = 0; at < numel; at += step) {
+    uint64_t chunk = static_cast<uint64_t>(at / step);
+    int64_t chunk_started_ns = recorder ? monotonic_ns() : 0;
     bad += encode_range(at, std::min(at + step, numel), body);
-    source_->raise(static_cast<uint64_t>(at / step) + 1);
+    if (recorder) note_chunk(recorder, chunk, chunk_started_ns);
+    source_->raise(chunk + 1);
   }
   {
     std::lock_guard lock(mutex_);
@@ -79,7 +91,7 @@ void EncodeJob::run() {
   finished_.notify_all();
 }
 
-Encoder::Encoder() {
+Encoder::Encoder(std::shared_ptr<Ring> ring) : ring_(std::move(ring)) {
   thread_ = std::thread([this] { run(); });
   pthread_setname_np(thread_.native_handle(), "pb-encode");
 }
@@ -111,7 +123,7 @@ void Encoder::run() {
       job = std::move(jobs_.front());
       jobs_.pop_front();
     }
-    job->run();
+    job->run(Recorder{.ring = ring_.get()});
   }
 }
 

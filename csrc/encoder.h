@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "ring.h"
 #include "transfer.h"
 
 namespace parablock {
@@ -30,7 +31,8 @@ struct EncodePiece {
 
 class EncodeJob {
  public:
-  EncodeJob(std::vector<EncodePiece> pieces, Format format, std::shared_ptr<Source> source);
+  // `key` names the transfer in the records.
+  EncodeJob(std::vector<EncodePiece> pieces, Format format, std::shared_ptr<Source> source, TransferKey key);
 
   bool wait(int64_t timeout_ns);  // true once done
   // Valid once done:
@@ -40,12 +42,14 @@ class EncodeJob {
 
  private:
   friend class Encoder;
-  void run();
+  void run(const Recorder& recorder);
+  void note_chunk(const Recorder& recorder, uint64_t chunk, int64_t started_ns);
   int64_t encode_range(int64_t begin, int64_t end, Planes body) const;
 
   std::vector<EncodePiece> pieces_;
   Format format_;
   std::shared_ptr<Source> source_;
+  TransferKey key_;
   std::mutex mutex_;
   std::condition_variable finished_;
   bool done_ = false;
@@ -56,7 +60,7 @@ class EncodeJob {
 
 class Encoder {
  public:
-  Encoder();
+  explicit Encoder(std::shared_ptr<Ring> ring);  // where the thread notes each chunk; may be null
   ~Encoder();  // finishes every submitted job
 
   void submit(std::shared_ptr<EncodeJob> job);
@@ -64,6 +68,7 @@ class Encoder {
  private:
   void run();
 
+  std::shared_ptr<Ring> ring_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<EncodeJob>> jobs_;

@@ -44,8 +44,16 @@ HeaderBytes write_header(const FrameHeader& header) {
   return bytes;
 }
 
+void check_magic(const HeaderBytes& bytes) {
+  if (get<uint32_t>(bytes, 0) == kMagic) return;
+  // A TLS record: an alert or a handshake, of version 3.x. Our header tells the peer what it has reached.
+  if ((bytes[0] == 0x15 || bytes[0] == 0x16) && bytes[1] == 3)
+    throw VersionError("expected a ParaBlock peer without TLS, found one that uses TLS: give both sides TLS options, or neither");
+  throw ProtocolError("the peer does not speak the ParaBlock protocol");
+}
+
 FrameHeader read_header(const HeaderBytes& bytes) {
-  if (get<uint32_t>(bytes, 0) != kMagic) throw ProtocolError("the peer does not speak the ParaBlock protocol");
+  check_magic(bytes);
   // Before the checksum: another version may well have another header.
   if (auto version = get<uint8_t>(bytes, 4); version != kProtocolVersion)
     throw VersionError("the peer speaks protocol version " + std::to_string(version) + ", this side version " +
@@ -53,7 +61,7 @@ FrameHeader read_header(const HeaderBytes& bytes) {
   if (get<uint32_t>(bytes, kHeaderCrcAt) != crc32c(bytes.data(), kHeaderCrcAt))
     throw ProtocolError("a frame header failed its checksum");
   auto type = get<uint8_t>(bytes, 5);
-  if (type < static_cast<uint8_t>(FrameType::kControl) || type > static_cast<uint8_t>(FrameType::kPong))
+  if (type < static_cast<uint8_t>(FrameType::kControl) || type > static_cast<uint8_t>(FrameType::kWithdraw))
     throw ProtocolError("unknown frame type " + std::to_string(type));
   if (get<uint8_t>(bytes, 7) != 0) throw ProtocolError("a frame has flags that this version does not know");
   FrameHeader header;

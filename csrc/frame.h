@@ -12,8 +12,10 @@
 
 namespace parablock {
 
-constexpr uint8_t kProtocolVersion = 1;
+constexpr uint8_t kProtocolVersion = 2;
 constexpr size_t kHeaderBytes = 44;
+constexpr size_t kMagicBytes = 4;
+constexpr size_t kLaneKeyBytes = 32;
 
 // The peer broke the protocol, or somebody who does not speak it is connected. The link cannot go on.
 struct ProtocolError : std::runtime_error {
@@ -32,6 +34,9 @@ enum class FrameType : uint8_t {
   kCancel = 4,   // the receiver does not want this transfer (any more)
   kPing = 5,     // `offset`: any number, returned by
   kPong = 6,
+  kAttach = 7,    // first of a connection; payload: the key of the link that it becomes a lane of
+  kResend = 8,    // the chunk at `offset` failed its checksum: once more
+  kWithdraw = 9,  // the sender gives this transfer up
 };
 
 // Names a transfer on its link. The direction follows from who posts it.
@@ -54,6 +59,7 @@ struct FrameHeader {
 using HeaderBytes = std::array<uint8_t, kHeaderBytes>;
 
 HeaderBytes write_header(const FrameHeader& header);
+void check_magic(const HeaderBytes& bytes);             // of the first kMagicBytes; throws ProtocolError, as
 FrameHeader read_header(const HeaderBytes& bytes);  // throws ProtocolError
 
 }  // namespace parablock

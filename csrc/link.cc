@@ -1,41 +1,43 @@
 #include "link.h"
 
-#include <sys/socket.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
 
 namespace parablock {
 namespace {
 
-constexpr int kReadsPerTurn = 16;      // then other links get theirs
-constexpr int kWritesPerTurn = 16;     // likewise
-constexpr size_t kFramesAhead = 4;     // pulled before the socket takes them: control never queues behind more
-constexpr size_t kFramesOnLine = 4096;  // likewise with an artificial delay
-constexpr size_t kSegmentsPerFrame = 4;
+constexpr int kTurns = 16;                    // of writing, then other links get theirs
+constexpr size_t kBytesAhead = 128 << 10;     // after which a lane pulls no further frame before its socket takes them
+constexpr size_t kBytesOnLine = 256 << 20;    // likewise with an artificial delay
 constexpr int64_t kPingEveryNs = 5'000'000'000;
+constexpr int64_t kMeasureEveryNs = 500'000'000;  // the round trip, while data is expected: the window depends on it
+constexpr int64_t kStallCheckNs = 500'000'000;
 constexpr int64_t kLingerNs = 1'000'000'000;  // for the peer's end after the last byte left
-
-std::string seconds(int64_t ns) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%g s", static_cast<double>(ns) / 1e9);
-  return text;
-}
 
 }  // namespace
 
-Link::Link(uint64_t id, Fd fd, SessionLimits limits, int64_t idle_timeout_ns)
+Link::Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, int64_t idle_timeout_ns,
+           int64_t opening_timeout_ns)
     : id_(id),
-      fd_(std::move(fd)),
+      host_(std::move(host)),
       session_(limits),
       idle_timeout_ns_(idle_timeout_ns),
+      opening_timeout_ns_(opening_timeout_ns),
       ping_every_ns_(std::min(kPingEveryNs, idle_timeout_ns / 3)),  // so that a peer with the same limit hears enough
-      last_heard_ns_(monotonic_ns()),
-      last_ping_ns_(last_heard_ns_) {
-  set_link_options(fd_.get());
+      last_ping_ns_(monotonic_ns()) {
+  add_lane(std::move(channel));
+}
+
+Lane& Link::add_lane(Channel channel) {
+  set_user_timeout(channel.fd(), idle_timeout_ns_);
+  lanes_.push_back(std::make_unique<Lane>(std::move(channel), lanes_.size()));
+  lanes_.back()->record(recorder_);
+  return *lanes_.back();
+}
+
+void Link::record(Ring* ring) {
+  recorder_ = {.ring = ring, .peer = static_cast<uint32_t>(id_)};
+  session_.record(recorder_);
+  for (auto& lane : lanes_) lane->record(recorder_);
 }
 
 bool Link::fail(std::string reason) {
@@ -43,170 +45,172 @@ bool Link::fail(std::string reason) {
   return false;
 }
 
-// Only waiting for the peer to close: nothing it says matters any more.
-bool Link::read_and_forget() {
-  uint8_t scratch[16 << 10];
-  for (int turn = 0; turn < kReadsPerTurn; ++turn) {
-    ssize_t count = ::read(fd_.get(), scratch, sizeof scratch);
-    if (count == 0) return fail("closed");
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) return errno == EAGAIN || errno == EWOULDBLOCK ? true : fail("closed");
+LinkStats Link::stats() const {
+  LinkStats stats;
+  stats.round_trip_ns = round_trip_ns_.load(std::memory_order_relaxed);
+  stats.moved_bytes = moved_bytes_.load(std::memory_order_relaxed);
+  stats.corrupt_chunks = corrupt_chunks_.load(std::memory_order_relaxed);
+  for (const auto& lane : lanes_) {
+    stats.lanes.push_back(lane->stats());
+    stats.bytes_in += stats.lanes.back().bytes_in;
+    stats.bytes_out += stats.lanes.back().bytes_out;
   }
+  return stats;
+}
+
+// ---- In
+
+bool Link::all_lanes_ended() const {
+  return std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->ended(); });
+}
+
+bool Link::read(Lane& lane, int64_t now_ns) {
+  if (closing_) {
+    lane.read_and_forget();
+    return !all_lanes_ended() || fail("closed");
+  }
+  uint64_t before = lane.bytes_in();
+  try {
+    if (Lane::End end = lane.read(session_, now_ns)) return fail(*end);
+  } catch (const VersionError& error) {
+    // Our own header carries our version: it is the only thing such a peer can read.
+    session_.ping(now_ns);
+    misfit_ = true;
+    close_after_flush(now_ns + kLingerNs, error.what());
+    return true;
+  } catch (const ChannelError& error) {
+    misfit_ = error.misfit;
+    close_after_flush(now_ns + kLingerNs, error.what());  // the peer should learn why: an alert is on its way
+    return true;
+  }
+  if (lane.bytes_in() != before) lane.heard(now_ns);
+  round_trip_ns_.store(session_.round_trip_ns(), std::memory_order_relaxed);
+  moved_bytes_.store(session_.moved_bytes(), std::memory_order_relaxed);
+  corrupt_chunks_.store(session_.corrupt_chunks(), std::memory_order_relaxed);
+  if (!lane.ended()) return true;
+  // The other lanes may still have what was sent before.
+  if (first_end_ns_ == 0) first_end_ns_ = now_ns;
+  return !all_lanes_ended() || fail("the peer closed the connection");
+}
+
+// ---- Out
+
+// Puts the next frame on a lane; false when there is none or no room.
+bool Link::pull_frame(Lane& lane, int64_t now_ns) {
+  if (lane.index() > 0 && lane.opening()) return false;  // lane 0 can take it
+  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : kBytesAhead)) return false;
+  if (shaper_.active() && shaper_.free_at() > now_ns) {
+    line_was_busy_ = true;
+    return false;
+  }
+  std::optional<OutFrame> frame = session_.next_frame(now_ns, lane.index());
+  if (!frame) {
+    if (lane.index() == 0) line_was_busy_ = false;
+    return false;
+  }
+  int64_t ready_at = shaper_.active() ? shaper_.transmit(frame->bytes(), now_ns, line_was_busy_) : now_ns;
+  lane.put(std::move(*frame), ready_at);
   return true;
 }
 
-bool Link::read(int64_t now_ns) {
-  if (closing_) return read_and_forget();
-  for (int turn = 0; turn < kReadsPerTurn; ++turn) {
-    iovec vectors[kSegmentsPerFrame];
-    int used = 0;
-    size_t offered = 0;
-    for (const Segment& region : session_.want()) {
-      vectors[used++] = {region.data, region.bytes};
-      offered += region.bytes;
-    }
-    ssize_t count = readv(fd_.get(), vectors, used);
-    if (count == 0) return fail("the peer closed the connection");
-    if (count < 0) {
-      if (errno == EINTR) continue;
-      if (errno == EAGAIN || errno == EWOULDBLOCK) return true;
-      return fail(std::string("reading failed: ") + std::strerror(errno));
-    }
-    last_heard_ns_ = now_ns;
-    counters_.bytes_in.fetch_add(static_cast<uint64_t>(count), std::memory_order_relaxed);
-    try {
-      session_.arrived(static_cast<size_t>(count), now_ns);
-    } catch (const VersionError& error) {
-      // Our own header carries our version: it is the only thing such a peer can read.
-      session_.ping(now_ns);
-      close_after_flush(now_ns + kLingerNs, error.what());
-      return true;
-    }
-    counters_.round_trip_ns.store(session_.round_trip_ns(), std::memory_order_relaxed);
-    if (static_cast<size_t>(count) < offered) return true;  // the socket is empty: spare the read that would say so
-  }
-  return true;
-}
-
-bool Link::pull_frames(int64_t now_ns) {
-  bool pulled = false;
-  while (true) {
-    if (departing_.size() >= (shaper_.active() ? kFramesOnLine : kFramesAhead)) return pulled;
-    if (shaper_.active() && shaper_.free_at() > now_ns) {
-      line_was_busy_ = true;
-      return pulled;
-    }
-    std::optional<OutFrame> frame = session_.next_frame(now_ns);
-    if (!frame) {
-      line_was_busy_ = false;
-      return pulled;
-    }
-    int64_t ready_at = shaper_.active() ? shaper_.transmit(frame->bytes(), now_ns, line_was_busy_) : now_ns;
-    departing_.push_back({std::move(*frame), ready_at});
-    pulled = true;
-  }
-}
-
-// The segments of frames that may leave, in order: how many, and how many bytes.
-std::pair<size_t, size_t> Link::gather(Vectors& out, int64_t now_ns) const {
-  size_t skip = front_written_;
-  size_t count = 0;
-  size_t total = 0;
-  auto add = [&](const void* data, size_t bytes) {
-    if (skip >= bytes) {
-      skip -= bytes;
-      return;
-    }
-    out[count++] = {const_cast<uint8_t*>(static_cast<const uint8_t*>(data)) + skip, bytes - skip};
-    total += bytes - skip;
-    skip = 0;
-  };
-  for (const Departing& departing : departing_) {
-    if (departing.ready_at_ns > now_ns || count + kSegmentsPerFrame > out.size()) break;
-    const OutFrame& frame = departing.frame;
-    add(frame.header.data(), frame.header.size());
-    add(frame.inline_payload.data(), frame.inline_payload.size());
-    for (const Segment& part : frame.payload) add(part.data, part.bytes);
-  }
-  return {count, total};
-}
-
-void Link::consumed(size_t bytes) {
-  counters_.bytes_out.fetch_add(bytes, std::memory_order_relaxed);
-  front_written_ += bytes;
-  while (!departing_.empty() && front_written_ >= departing_.front().frame.bytes()) {
-    front_written_ -= departing_.front().frame.bytes();
-    departing_.pop_front();
-  }
-}
-
-bool Link::write_ready(int64_t now_ns) {
-  while (true) {
-    Vectors vectors;
-    auto [used, total] = gather(vectors, now_ns);
-    if (total == 0) return true;
-    msghdr message{};
-    message.msg_iov = vectors.data();
-    message.msg_iovlen = used;
-    ssize_t count = sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
-    if (count < 0) {
-      if (errno == EINTR) continue;
-      if (errno == EAGAIN || errno == EWOULDBLOCK) {
-        wants_write_ = true;
-        return true;
+// The peer is gone, but what it sent before may be here still, and need not travel again when it comes back.
+bool Link::fail_writing(std::string reason, int64_t now_ns) {
+  for (auto& lane : lanes_) {
+    for (int turn = 0; turn < kTurns && !reads_paused_ && !lane->ended(); ++turn) {
+      uint64_t before = lane->bytes_in();
+      try {
+        if (lane->read(session_, now_ns) || lane->bytes_in() == before) break;
+      } catch (const ChannelError&) {
+        break;
       }
-      return fail(std::string("writing failed: ") + std::strerror(errno));
-    }
-    consumed(static_cast<size_t>(count));
-    if (static_cast<size_t>(count) < total) {
-      wants_write_ = true;
-      return true;
     }
   }
+  return fail(std::move(reason));
+}
+
+// Lanes take their turns, each as much as it has room for; another one begins each time.
+bool Link::flush(int64_t now_ns) {
+  for (auto& lane : lanes_) lane->set_blocked(false);
+  bool moved = true;
+  for (int turn = 0; moved; ++turn) {
+    moved = false;
+    ++first_lane_;
+    for (size_t i = 0; i < lanes_.size(); ++i) {
+      Lane* lane = lanes_[(first_lane_ + i) % lanes_.size()].get();
+      if (lane->blocked()) continue;
+      if (Lane::End end = lane->write(now_ns)) return fail_writing(*end, now_ns);
+      if (turn == kTurns) lane->set_blocked(true);
+      if (lane->blocked()) line_was_busy_ = false;  // it is the socket that frames wait for
+      while (pull_frame(*lane, now_ns)) moved = true;
+    }
+  }
+  return true;
 }
 
 bool Link::write(int64_t now_ns) {
   if (!on_time(now_ns)) return false;
   if (write_shut_) return true;
-  wants_write_ = false;
-  int turn = 0;
-  do {
-    if (!write_ready(now_ns)) return false;
-    if (++turn == kWritesPerTurn) wants_write_ = true;
-    if (wants_write_) {
-      line_was_busy_ = false;  // it is the socket that frames wait for
-      return true;
-    }
-  } while (pull_frames(now_ns));
-  if (closing_ && departing_.empty()) {
-    // Half-close and wait for the peer's end: closing with unread input would reset the connection and could destroy
-    // what was just written.
-    shutdown(fd_.get(), SHUT_WR);
-    write_shut_ = true;
-    close_deadline_ns_ = std::min(close_deadline_ns_, now_ns + kLingerNs);
-  }
+  if (!flush(now_ns)) return false;
+  bool empty = std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->empty(); });
+  if (closing_ && empty) shut_write(now_ns);
   return true;
+}
+
+// Half-close and wait for the peer's end: closing with unread input would reset the connection and could destroy what
+// was just written.
+void Link::shut_write(int64_t now_ns) {
+  for (auto& lane : lanes_) {
+    if (lane->channel().shut_write()) continue;
+    lane->set_blocked(true);
+    return;
+  }
+  write_shut_ = true;
+  close_deadline_ns_ = std::min(close_deadline_ns_, now_ns + kLingerNs);
 }
 
 bool Link::on_time(int64_t now_ns) {
   if (closing_ && now_ns >= close_deadline_ns_) return fail("closed");
   if (closing_) return true;
-  if (reads_paused_) last_heard_ns_ = now_ns;
-  if (now_ns - last_heard_ns_ > idle_timeout_ns_)
-    return fail("nothing was heard from the peer for " + seconds(idle_timeout_ns_));
-  if (now_ns - last_ping_ns_ >= ping_every_ns_) {
+  auto is_late = [&](const auto& lane) { return lane->opening() && now_ns - lane->since_ns() >= opening_timeout_ns_; };
+  if (std::any_of(lanes_.begin(), lanes_.end(), is_late))
+    return fail("the TLS handshake was not over after " + seconds(opening_timeout_ns_));
+  for (auto& lane : lanes_) {
+    if (reads_paused_) lane->heard(now_ns);
+    if (now_ns - lane->heard_ns() > idle_timeout_ns_)
+      return fail("nothing was heard from the peer for " + seconds(idle_timeout_ns_) +
+                  (lane->index() > 0 ? " on one of the link's lanes" : ""));
+  }
+  if (first_end_ns_ != 0 && now_ns - first_end_ns_ >= kLingerNs) return fail("the peer closed one of the link's lanes");
+  bool measure = session_.expects_data() && !session_.ping_under_way() &&
+                 now_ns - last_measurement_ns_ >= kMeasureEveryNs;
+  if (measure) last_measurement_ns_ = now_ns;
+  if (measure || now_ns - last_ping_ns_ >= ping_every_ns_) {
     last_ping_ns_ = now_ns;
     session_.ping(now_ns);
+  }
+  if (now_ns >= stall_check_ns_) {
+    stall_check_ns_ = now_ns + kStallCheckNs;
+    session_.report_stalled(now_ns);
   }
   return true;
 }
 
 int64_t Link::wake_at() const {
-  int64_t silence_ns = std::min(last_ping_ns_ + ping_every_ns_, last_heard_ns_ + idle_timeout_ns_ + 1);
-  int64_t at = closing_ ? close_deadline_ns_ : silence_ns;
-  if (write_shut_ || wants_write_) return at;
-  if (!departing_.empty()) at = std::min(at, departing_.front().ready_at_ns);
-  if (line_was_busy_ && shaper_.active()) at = std::min(at, shaper_.free_at());
+  int64_t at = last_ping_ns_ + ping_every_ns_;
+  for (const auto& lane : lanes_) at = std::min(at, lane->heard_ns() + idle_timeout_ns_ + 1);
+  if (first_end_ns_ != 0) at = std::min(at, first_end_ns_ + kLingerNs);
+  if (closing_) at = close_deadline_ns_;
+  for (const auto& lane : lanes_) {
+    if (unread(*lane)) return 0;
+    if (lane->opening()) at = std::min(at, lane->since_ns() + opening_timeout_ns_);
+  }
+  if (write_shut_) return at;
+  bool blocked = false;
+  for (const auto& lane : lanes_) {
+    blocked = blocked || lane->blocked();
+    if (!lane->blocked() && !lane->empty()) at = std::min(at, lane->next_ready_ns());
+  }
+  if (line_was_busy_ && shaper_.active() && !blocked) at = std::min(at, shaper_.free_at());
   return at;
 }
 

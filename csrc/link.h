@@ -1,91 +1,103 @@
-// One peer: a socket, its Session and its Shaper. All of it belongs to the loop thread; only the counters may be read
-// elsewhere.
+// One peer: a Session, the lanes that carry it, and a Shaper. All of it belongs to the loop thread, but for `stats`.
 #pragma once
 
-#include <sys/uio.h>
-
-#include <array>
 #include <atomic>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <string>
+#include <vector>
 
-#include "loop.h"
+#include "lane.h"
 #include "session.h"
 #include "shaper.h"
-#include "socket.h"
 
 namespace parablock {
 
-struct LinkCounters {
-  std::atomic<uint64_t> bytes_in{0};
-  std::atomic<uint64_t> bytes_out{0};
-  std::atomic<int64_t> round_trip_ns{0};
+struct LinkStats {
+  uint64_t bytes_in = 0;  // of all lanes
+  uint64_t bytes_out = 0;
+  int64_t round_trip_ns = 0;
+  uint64_t moved_bytes = 0;  // of payload: come, or said by the peer to have come
+  uint64_t corrupt_chunks = 0;  // that failed their checksum here and were asked for again
+  std::vector<LaneStats> lanes;
 };
 
 class Link {
  public:
-  Link(uint64_t id, Fd fd, SessionLimits limits, int64_t idle_timeout_ns);
+  // `host`: what this side connected to; empty: the peer did. `opening_timeout_ns`: for each lane's TLS handshake.
+  Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, int64_t idle_timeout_ns,
+       int64_t opening_timeout_ns);
 
   uint64_t id() const { return id_; }
-  int fd() const { return fd_.get(); }
+  const std::string& host() const { return host_; }
   Session& session() { return session_; }
   Shaper& shaper() { return shaper_; }
-  const LinkCounters& counters() const { return counters_; }
+
+  size_t lanes() const { return lanes_.size(); }
+  Lane& lane(size_t index) { return *lanes_[index]; }
+  // One connection more, until there are kMaxLanes. Nobody may call `stats` meanwhile.
+  Lane& add_lane(Channel channel);
+  LinkStats stats() const;  // any thread
+  void record(Ring* ring);  // from now on notes what happens to each chunk; null: no more
 
   // Each returns false when the link is over, `reason` then says why. Throw ProtocolError and what memory throws.
-  bool read(int64_t now_ns);   // reads what has come
+  bool read(Lane& lane, int64_t now_ns);  // reads what has come
   bool write(int64_t now_ns);  // keep-alive and deadlines, then writes what may leave
   bool fail(std::string reason);  // returns false; the first reason stays
 
   // Nothing is read, and the peer's silence not counted, while the program is behind with this link's events.
   void pause_reads(bool paused) { reads_paused_ = paused; }
 
-  // What the loop should watch for, and what it was last told, which the transport keeps up to date.
-  Interest interest() const { return {.reads = closing_ || !reads_paused_, .writes = wants_write_}; }
-  Interest watched;
+  // What the loop should watch for.
+  Interest interest(const Lane& lane) const {
+    return {.reads = !lane.ended() && (closing_ || !reads_paused_), .writes = lane.wants_socket()};
+  }
 
-  // When `write` should be called next, whatever the socket does.
+  // The lane has something to read of which its socket does not tell.
+  bool unread(const Lane& lane) const { return lane.channel().unread() && interest(lane).reads; }
+
+  // When `write` should be called next, whatever the sockets do.
   int64_t wake_at() const;
 
   // Let what is queued leave, then close; at `deadline_ns` at the latest.
   void close_after_flush(int64_t deadline_ns, std::string reason);
   const std::string& reason() const { return reason_; }
+  bool misfit() const { return misfit_; }  // another connection between the same two would end alike
 
  private:
-  using Vectors = std::array<iovec, 16>;
-
-  bool read_and_forget();
   bool on_time(int64_t now_ns);
-  bool pull_frames(int64_t now_ns);
-  bool write_ready(int64_t now_ns);
-  std::pair<size_t, size_t> gather(Vectors& out, int64_t now_ns) const;
-  void consumed(size_t bytes);
+  bool fail_writing(std::string reason, int64_t now_ns);
+  bool flush(int64_t now_ns);
+  bool pull_frame(Lane& lane, int64_t now_ns);
+  void shut_write(int64_t now_ns);
+  bool all_lanes_ended() const;
 
   uint64_t id_;
-  Fd fd_;
+  std::string host_;
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  size_t first_lane_ = 0;  // in whose turn it is to begin
   Session session_;
   Shaper shaper_;
-  LinkCounters counters_;
   int64_t idle_timeout_ns_;
+  int64_t opening_timeout_ns_;
   int64_t ping_every_ns_;
+  std::atomic<int64_t> round_trip_ns_{0};
+  std::atomic<uint64_t> moved_bytes_{0};
+  std::atomic<uint64_t> corrupt_chunks_{0};
 
-  struct Departing {
-    OutFrame frame;
-    int64_t ready_at_ns;  // not handed to the socket before: the shaper's word
-  };
-  std::deque<Departing> departing_;
-  size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
-  bool wants_write_ = false;  // the socket was full, or it was other links' turn
+  Recorder recorder_;
   bool line_was_busy_ = false;
   bool reads_paused_ = false;
 
-  int64_t last_heard_ns_;
   int64_t last_ping_ns_;
+  int64_t last_measurement_ns_ = 0;  // of the round trip, while data is expected
+  int64_t stall_check_ns_ = 0;
+  int64_t first_end_ns_ = 0;  // when the peer ended one lane of several
   bool closing_ = false;
   bool write_shut_ = false;
   int64_t close_deadline_ns_ = 0;
   std::string reason_;
+  bool misfit_ = false;
 };
 
 }  // namespace parablock

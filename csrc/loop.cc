@@ -50,6 +50,8 @@ void Loop::change(int fd, uint64_t token, Interest interest) {
   checked(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event), "epoll_ctl");
 }
 
+void Loop::remove(int fd) { checked(epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr), "epoll_ctl"); }
+
 void Loop::wait(int64_t deadline_ns, std::vector<Ready>& ready) {
   ready.clear();
   set_timer(std::max<int64_t>(deadline_ns, 1));

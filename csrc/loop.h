@@ -30,6 +30,7 @@ class Loop {
   // Any thread. `token` comes back in Ready; the two highest are taken. A closed descriptor is forgotten by itself.
   void add(int fd, uint64_t token, Interest interest = {});
   void change(int fd, uint64_t token, Interest interest);
+  void remove(int fd);
 
   // Waits for sockets, for `wake` or until `deadline_ns`. Loop thread only.
   void wait(int64_t deadline_ns, std::vector<Ready>& ready);

@@ -1,138 +1,100 @@
 // The protocol of one link as a state machine without I/O: it says where incoming bytes belong and which frame leaves
-// next. No socket, no clock, no thread of its own; the caller serialises all calls.
+// next. No socket, no clock but that of its records, no thread of its own; the caller serialises all calls.
 //
-// Transfers are receiver-driven. A receiver posts a Sink for a key; that grants the sender credit; data nobody posted a
-// Sink for ends the link. So every payload byte has a home, of a size this side chose, before it is read.
+// Transfers are receiver-driven. A receiver posts a Buffer for a key; that grants the sender credit; data nobody asked
+// for ends the link. So every payload byte has a home, of a size this side chose, before it is read.
+//
+// A link has 1 to kMaxLanes byte streams. Lane 0 carries everything but chunks; chunks take whichever lane is free. So
+// that silence tells on every lane, a ping leaves on each; only that on lane 0 is answered.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
-#include <map>
 #include <memory>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "frame.h"
+#include "outbox.h"
+#include "reader.h"
+#include "receiver.h"
+#include "sender.h"
 #include "transfer.h"
 
 namespace parablock {
 
-struct Event {
-  enum class Type : uint8_t {
-    kConnected,  // a peer's connection was accepted; `text`: its address
-    kClosed,     // the link is gone, the last event of it; `text`: the reason
-    kControl,    // `text`: the message
-    kReceived,   // a posted transfer is complete in its buffer
-    kSent,       // the peer acknowledged all of a transfer; its buffer may be reused
-    kRefused,    // the peer does not want a transfer of ours; its buffer may be reused
-  };
-  Type type = Type::kControl;
-  uint64_t link = 0;
-  TransferKey key;
-  std::string text;
-  int64_t at_ns = 0;        // CLOCK_MONOTONIC
-  int64_t first_byte_ns = 0;  // kReceived, kSent: when the first byte came or left
-};
-
-// One frame on its way out. `source` keeps the payload segments alive while the socket may still read them.
-struct OutFrame {
-  HeaderBytes header;
-  std::string inline_payload;
-  std::array<Segment, 2> payload;
-  std::shared_ptr<Source> source;
-
-  size_t bytes() const { return header.size() + inline_payload.size() + payload[0].bytes + payload[1].bytes; }
-};
-
-struct SessionLimits {
-  size_t control_bytes = 4096;     // one incoming control message; raised once the peer has proved who it is
-  uint64_t window_bytes = 64 << 20;  // data a sender may have under way beyond what was acknowledged
-  size_t remembered_keys = 4096;   // credits for transfers not begun yet, and refused transfers
-};
+constexpr size_t kMaxLanes = 4;
 
 class Session {
  public:
   explicit Session(SessionLimits limits = {});
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
-  void set_limits(SessionLimits limits) { limits_ = limits; }
-  void set_run(uint64_t run) { run_ = run; }  // frames of another run end the link; 0 adopts the peer's
+  void set_limits(SessionLimits limits) { outbox_.limits = limits; }
+  void set_run(uint64_t run) { outbox_.run = run; }  // frames of another run end the link; 0 adopts the peer's
+  // From now on notes what happens to each chunk, by a clock of its own.
+  void record(Recorder recorder);
+  void note_end() const { sender_.note_end(); }
 
   void send_control(std::string message);
-  void send(const TransferKey& key, std::shared_ptr<Source> source);  // throws std::invalid_argument if already posted
-  // Likewise; and for a key that was cancelled, whose chunks may still be under way.
-  void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout);
-  void cancel_receive(const TransferKey& key);  // no-op when it is complete or was never posted
+  // Throw std::invalid_argument if the key is already posted, or was given up and may still be under way.
+  void send(const TransferKey& key, std::shared_ptr<Source> source);
+  // `start`: what the buffer has already, from another link that broke; the first acknowledgement tells the sender,
+  // which begins there. `watermark` may be null.
+  void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start = 0,
+               std::shared_ptr<Watermark> watermark = nullptr);
+  // No-ops when it is over or was never posted. The buffer is not touched any more, but for frames already handed out.
+  void cancel_send(const TransferKey& key);
+  void cancel_receive(const TransferKey& key);
   void ping(int64_t now_ns);
+  void report_stalled(int64_t now_ns);
 
-  // Where the next bytes go, in order. Never empty; valid until the next call of any kind.
-  const std::vector<Segment>& want();
+  // Where a lane's next bytes go, in order. Never empty; valid until the next call of any kind.
+  const std::vector<Segment>& want(size_t lane = 0) { return readers_[lane].want(); }
   // The first `bytes` of what `want` returned are filled. Throws ProtocolError.
-  void arrived(size_t bytes, int64_t now_ns);
+  void arrived(size_t bytes, int64_t now_ns, size_t lane = 0);
 
-  // The next frame to put on the wire, if there is one: control first, then transfers in the order they were posted.
-  std::optional<OutFrame> next_frame(int64_t now_ns);
+  // The next frame to put on a lane, if there is one: control first, then transfers in the order they were posted.
+  std::optional<OutFrame> next_frame(int64_t now_ns, size_t lane = 0);
 
-  std::vector<Event> take_events();
+  // Posted receives and their contiguous bytes.
+  std::vector<std::pair<TransferKey, uint64_t>> unfinished() const { return receiver_.unfinished(); }
 
+  std::vector<Event> take_events() { return outbox_.take_events(); }
+
+  // The key with which the peer asked that this connection become a lane of another link; once.
+  std::optional<std::string> take_attach_key();
+  bool asks_to_attach() const { return attach_key_.has_value(); }  // and nothing more is to be read until it is taken
+
+  bool expects_data() const { return receiver_.expects_data(); }
+  bool ping_under_way() const { return ping_ns_ != 0; }
   int64_t round_trip_ns() const { return round_trip_ns_; }  // of the last ping answered; 0 before
-  bool wants_to_send_control() const { return !control_.empty(); }
+  // Payload that has come, and payload that the peer has said to have.
+  uint64_t moved_bytes() const { return receiver_.moved_bytes() + sender_.moved_bytes(); }
+  uint64_t corrupt_chunks() const { return receiver_.corrupt_chunks(); }  // that failed their checksum here
 
  private:
-  struct Outgoing {
-    TransferKey key;
-    std::shared_ptr<Source> source;
-    uint64_t next_chunk = 0;
-    uint64_t limit = 0;  // bytes the receiver granted in all
-    int64_t first_byte_ns = 0;
+  void header_arrived(FrameReader& reader, size_t lane, int64_t now_ns);
+  void frame_arrived(FrameReader& reader, size_t lane, int64_t now_ns);
+  void note_chunk(const FrameReader& reader, size_t lane) const;
+  void message_arrived(FrameReader& reader, size_t lane, int64_t now_ns);
+  void drop_data_of(const TransferKey& key);
 
-    uint64_t sent() const { return source->layout().offset_of_end(next_chunk); }
-  };
-  // Where the payload of the frame being read goes.
-  enum class Destination : uint8_t { kText, kSink, kDiscard };
-
-  void push_control(FrameHeader header, std::string payload);
-  void header_arrived(int64_t now_ns);
-  void payload_arrived(int64_t now_ns);
-  void data_header(int64_t now_ns);
-  void data_arrived(int64_t now_ns);
-  void acknowledged(int64_t now_ns);
-  void grant(Outgoing& out, uint64_t received, uint64_t limit);
-  void cancelled(int64_t now_ns);
-  void acknowledge(const TransferKey& key, Sink& sink);
-  void remember(std::set<TransferKey>& keys, const TransferKey& key);
-  Event event(Event::Type type, const TransferKey& key, int64_t now_ns) const;
-
-  SessionLimits limits_;
-  uint64_t run_ = 0;
-
-  // Out
-  std::deque<OutFrame> control_;
-  std::deque<Outgoing> outgoing_;
-  std::map<TransferKey, uint64_t> early_credit_;  // granted before `send`
-  std::set<TransferKey> refused_;                 // refused before `send`
-
-  // In
-  std::map<TransferKey, Sink> sinks_;
-  std::set<TransferKey> cancelled_;  // data still under way for these is read and dropped
-  uint64_t largest_chunk_ = 0;
-  HeaderBytes header_bytes_{};
-  size_t header_filled_ = 0;
-  FrameHeader header_;
-  bool in_payload_ = false;
-  Destination destination_ = Destination::kText;
-  std::string text_;
-  std::vector<Segment> payload_left_;
-  uint32_t chunk_crc_ = 0;  // of what has arrived of the chunk
-  std::vector<Segment> want_;
-  std::vector<uint8_t> discard_;
-
-  std::vector<Event> events_;
-  int64_t ping_ns_ = 0;  // of the last ping sent: the only one whose answer is believed
+  Outbox outbox_;
+  Sender sender_;
+  Receiver receiver_;
+  std::array<FrameReader, kMaxLanes> readers_;
+  bool heard_ = false;  // a whole header
+  std::optional<std::string> attach_key_;
+  std::array<bool, kMaxLanes> owes_sign_of_life_{};  // on the lanes beside the first: the last ping has not left there
+  int64_t ping_ns_ = 0;  // of the last ping sent, until its answer is here: no other is believed; 0: none
   int64_t round_trip_ns_ = 0;
 };
+
+// The frame with which a connection asks to become a lane.
+OutFrame attach_frame(std::string key);
 
 }  // namespace parablock

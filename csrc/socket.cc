@@ -2,15 +2,17 @@
 
 #include <fcntl.h>
 #include <netdb.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <system_error>
 
@@ -18,6 +20,7 @@ namespace parablock {
 namespace {
 
 constexpr int kBacklog = 512;
+constexpr int kUnsentBytes = 256 << 10;  // in the kernel, per connection: control messages queue behind no more
 
 std::system_error failure(int error, const std::string& what) {
   return std::system_error(error, std::generic_category(), what);
@@ -115,6 +118,12 @@ Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns) {
   throw failure(error, "cannot connect to " + endpoint(host, port));
 }
 
+Fd duplicate(int fd) {
+  Fd copy(fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (copy.get() < 0) throw failure(errno, "dup");
+  return copy;
+}
+
 uint16_t local_port(const Fd& fd) {
   sockaddr_storage address{};
   socklen_t length = sizeof address;
@@ -124,10 +133,41 @@ uint16_t local_port(const Fd& fd) {
   return ntohs(port);
 }
 
+Fd connect_to_peer_of(int fd, int64_t timeout_ns) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) throw failure(errno, "getpeername");
+  Fd other(socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (other.get() < 0) throw failure(errno, "socket");
+  int error = connect(other.get(), reinterpret_cast<sockaddr*>(&address), length) == 0 ? 0 : errno;
+  if (error == EINPROGRESS) error = finish_connect(other.get(), monotonic_ns() + timeout_ns);
+  if (error != 0) throw failure(error, "cannot open another connection to " + peer_address(fd));
+  return other;
+}
+
 void set_link_options(int fd) {
   fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
   int on = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  // The buffers' sizes are left to the kernel, which follows bandwidth x delay by itself unless they are set.
+  setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentBytes, sizeof kUnsentBytes);
+}
+
+void set_user_timeout(int fd, int64_t ns) {
+  auto ms = static_cast<unsigned>(std::clamp<int64_t>(ns / 1'000'000, 1, std::numeric_limits<int>::max()));
+  setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof ms);
+}
+
+TcpInfo tcp_info(int fd) {
+  ::tcp_info kernel{};
+  socklen_t length = sizeof kernel;
+  if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &kernel, &length) != 0) return {};
+  return {.rtt_us = kernel.tcpi_rtt,
+          .rttvar_us = kernel.tcpi_rttvar,
+          .retransmits = kernel.tcpi_total_retrans,
+          .cwnd = kernel.tcpi_snd_cwnd,
+          .unsent_bytes = kernel.tcpi_notsent_bytes,
+          .delivery_rate = kernel.tcpi_delivery_rate};
 }
 
 std::string peer_address(int fd) {
@@ -140,6 +180,19 @@ std::string peer_address(int fd) {
                   NI_NUMERICHOST | NI_NUMERICSERV) != 0)
     return "unknown";
   return std::string(host) + ":" + port;
+}
+
+std::string peer_network(int fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return "unknown";
+  if (address.ss_family == AF_INET) {
+    const in_addr& v4 = reinterpret_cast<sockaddr_in&>(address).sin_addr;
+    return std::string(reinterpret_cast<const char*>(&v4), sizeof v4);
+  }
+  const in6_addr& v6 = reinterpret_cast<sockaddr_in6&>(address).sin6_addr;
+  const char* bytes = reinterpret_cast<const char*>(v6.s6_addr);
+  return IN6_IS_ADDR_V4MAPPED(&v6) ? std::string(bytes + 12, 4) : std::string(bytes, 8);
 }
 
 }  // namespace parablock

@@ -28,9 +28,24 @@ int64_t monotonic_ns();
 // All throw std::system_error; its message names the address.
 Fd listen_tcp(const std::string& host, uint16_t port);
 Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // tries every address the name has
+Fd connect_to_peer_of(int fd, int64_t timeout_ns);  // another connection to where this one leads
+Fd duplicate(int fd);
 uint16_t local_port(const Fd& fd);
 
-void set_link_options(int fd);              // non-blocking, TCP_NODELAY
+void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little unsent data in the kernel
+void set_user_timeout(int fd, int64_t ns);  // after which the kernel ends a connection whose data nobody acknowledges
 std::string peer_address(int fd);           // "host:port"; "unknown" when the peer is gone
+std::string peer_network(int fd);           // what one user has of addresses: an IPv4 address, or 64 bits of IPv6
+
+// The kernel's view of a connection; zeros where it has none.
+struct TcpInfo {
+  uint32_t rtt_us = 0;
+  uint32_t rttvar_us = 0;
+  uint32_t retransmits = 0;
+  uint32_t cwnd = 0;           // segments
+  uint32_t unsent_bytes = 0;   // in the send buffer
+  uint64_t delivery_rate = 0;  // bytes a second
+};
+TcpInfo tcp_info(int fd);
 
 }  // namespace parablock

@@ -19,7 +19,16 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
   data_ = static_cast<uint8_t*>(memory);
 }
 
-Buffer::~Buffer() { munmap(data_, std::max<size_t>(size_, 1)); }
+Buffer::Buffer(uint8_t* data, size_t bytes, std::function<void()> give_back)
+    : data_(data), size_(bytes), give_back_(std::move(give_back)) {}
+
+Buffer::~Buffer() {
+  if (give_back_) {
+    give_back_();
+  } else {
+    munmap(data_, std::max<size_t>(size_, 1));
+  }
+}
 
 std::array<Segment, 2> Layout::segments(uint8_t* body, uint64_t chunk) const {
   uint64_t first = chunk * chunk_units;
@@ -41,6 +50,12 @@ void Layout::check(size_t buffer_bytes) const {
     throw std::invalid_argument("a chunk must stay below 2 GiB");
 }
 
+void Layout::check_start(uint64_t offset) const {
+  if (!is_start(offset))
+    throw std::invalid_argument("a transfer of " + std::to_string(bytes()) + " bytes in chunks of " +
+                                std::to_string(chunk_bytes(0)) + " cannot start at " + std::to_string(offset));
+}
+
 Source::Source(std::shared_ptr<Buffer> buffer, Layout layout, uint64_t ready_chunks, std::function<void()> wake)
     : buffer_(std::move(buffer)),
       layout_(layout),
@@ -51,19 +66,23 @@ Source::Source(std::shared_ptr<Buffer> buffer, Layout layout, uint64_t ready_chu
 
 void Source::raise(uint64_t ready_chunks) {
   uint64_t clipped = std::min(ready_chunks, layout_.chunks());
-  if (clipped <= ready_.load(std::memory_order_relaxed)) return;
+  uint64_t ready = ready_.load(std::memory_order_relaxed);
+  if (clipped <= ready) return;
+  for (; ready < clipped; ++ready) chunk_crc(ready);
   ready_.store(clipped, std::memory_order_release);
   wake_();
 }
 
 uint32_t Source::chunk_crc(uint64_t chunk) {
-  if (!crc_known_[chunk]) {
-    uint32_t crc = 0;
-    for (const Segment& part : layout_.segments(body(), chunk)) crc = crc32c(part.data, part.bytes, crc);
-    crc_[chunk] = crc;
-    crc_known_[chunk] = true;
-  }
+  if (!crc_known_[chunk]) compute_crc(chunk);
   return crc_[chunk];
+}
+
+void Source::compute_crc(uint64_t chunk) {
+  uint32_t crc = 0;
+  for (const Segment& part : layout_.segments(body(), chunk)) crc = crc32c(part.data, part.bytes, crc);
+  crc_[chunk] = crc;
+  crc_known_[chunk] = true;
 }
 
 }  // namespace parablock

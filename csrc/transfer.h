@@ -14,10 +14,11 @@
 
 namespace parablock {
 
-// Page-aligned memory, zeroed, given back when the last owner lets go.
+// Page-aligned memory, given back when the last owner lets go.
 class Buffer : public std::enable_shared_from_this<Buffer> {
  public:
-  explicit Buffer(size_t bytes);  // throws std::bad_alloc
+  explicit Buffer(size_t bytes);  // of its own, zeroed; throws std::bad_alloc
+  Buffer(uint8_t* data, size_t bytes, std::function<void()> give_back);  // part of somebody's
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -28,6 +29,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
  private:
   uint8_t* data_;
   size_t size_;
+  std::function<void()> give_back_;  // empty: the memory is its own
 };
 
 struct Segment {
@@ -53,8 +55,12 @@ struct Layout {
   }
   std::array<Segment, 2> segments(uint8_t* body, uint64_t chunk) const;
 
+  // Whether a transfer can begin at this offset: a chunk does.
+  bool is_start(uint64_t offset) const { return offset < bytes() && offset % chunk_bytes(0) == 0; }
+
   // Throws std::invalid_argument when empty, when a chunk would not fit a frame, or when `buffer_bytes` is too small.
   void check(size_t buffer_bytes) const;
+  void check_start(uint64_t offset) const;  // throws std::invalid_argument unless `is_start`
 };
 
 class Source {
@@ -65,28 +71,45 @@ class Source {
   const Layout& layout() const { return layout_; }
   uint8_t* body() const { return buffer_->data(); }
 
-  // The watermark: chunks below it are final. Any one thread may raise it; it never falls.
+  // The watermark: chunks below it are final. Any one thread may raise it; it never falls. Computes the checksums of
+  // the new chunks, which are still in the raising thread's cache.
   uint64_t ready_chunks() const { return ready_.load(std::memory_order_acquire); }
   void raise(uint64_t ready_chunks);
 
-  // Checksum of one ready chunk, computed at its first use whatever the number of links. Loop thread only.
+  // Checksum of one ready chunk, computed once whatever the number of links: at its first use when it was ready from
+  // the beginning. The loop thread's, and the raising thread's for chunks above the watermark.
   uint32_t chunk_crc(uint64_t chunk);
+  bool crc_known(uint64_t chunk) const { return crc_known_[chunk]; }
 
  private:
+  void compute_crc(uint64_t chunk);
+
   std::shared_ptr<Buffer> buffer_;
   Layout layout_;
   std::atomic<uint64_t> ready_;
   std::function<void()> wake_;
   std::vector<uint32_t> crc_;
-  std::vector<bool> crc_known_;
+  std::vector<uint8_t> crc_known_;  // no bits: both threads write to it
 };
 
-struct Sink {
-  std::shared_ptr<Buffer> buffer;
-  Layout layout;
-  uint64_t received = 0;  // bytes, contiguous from the start
-  uint64_t acknowledged = 0;
-  int64_t first_byte_ns = 0;
+// How much of a receive is there, for whoever takes the bytes on from the buffer while more arrive. Raised by the loop
+// thread, read by any other.
+class Watermark {
+ public:
+  // `wake` is called, from the loop thread, after each rise; it must not block.
+  explicit Watermark(std::function<void()> wake) : wake_(std::move(wake)) {}
+
+  // The bytes that are there, contiguous from the start in the order of the wire; never falls.
+  uint64_t received() const { return received_.load(std::memory_order_acquire); }
+  void raise(uint64_t received) {
+    if (received <= received_.load(std::memory_order_relaxed)) return;
+    received_.store(received, std::memory_order_release);
+    wake_();
+  }
+
+ private:
+  std::atomic<uint64_t> received_{0};
+  std::function<void()> wake_;
 };
 
 }  // namespace parablock

@@ -7,19 +7,22 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <future>
 #include <stdexcept>
 
 namespace parablock {
 namespace {
 
-// Listener tokens count down from here, links up from 1.
+// Listener tokens count up from here, those of lanes from 1.
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
-constexpr int64_t kFlushNs = 5'000'000'000;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
 constexpr int kAcceptsPerTurn = 64;
+constexpr size_t kQueueBytes = 1 << 20;   // of control frames to one trusted peer, at least
 constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
+
+uint64_t token_of(uint64_t link, size_t lane) { return link * kMaxLanes + lane; }
 
 size_t cost(const Event& event) { return sizeof event + event.text.size(); }
 
@@ -30,7 +33,8 @@ void Transport::Waker::wake() {
   if (loop != nullptr) loop->wake();
 }
 
-Transport::Transport(TransportOptions options) : options_(options), waker_(std::make_shared<Waker>()) {
+Transport::Transport(TransportOptions options)
+    : options_(std::move(options)), waker_(std::make_shared<Waker>()), admission_(options_.admission) {
   waker_->loop = &loop_;
   // The thread inherits the mask: signals are for the program's own threads, where Python's handlers belong.
   sigset_t all, before;
@@ -79,7 +83,7 @@ uint16_t Transport::listen(const std::string& host, uint16_t port) {
 uint64_t Transport::connect(const std::string& host, uint16_t port, int64_t timeout_ns) {
   auto fd = std::make_shared<Fd>(connect_tcp(host, port, timeout_ns));
   uint64_t id = next_link_++;
-  if (!push([this, fd, id] { add_link(id, std::move(*fd)); })) throw std::runtime_error(kClosed);
+  if (!push([this, fd, id, host] { add_link(id, std::move(*fd), host); })) throw std::runtime_error(kClosed);
   return id;
 }
 
@@ -124,9 +128,17 @@ void Transport::send(uint64_t link, TransferKey key, std::shared_ptr<Source> sou
   push_on_link(link, [key, source = std::move(source)](Link& l) { l.session().send(key, source); });
 }
 
-void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout) {
+void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout,
+                        uint64_t start, std::shared_ptr<Watermark> watermark) {
   layout.check(buffer->size());
-  push_on_link(link, [key, buffer = std::move(buffer), layout](Link& l) { l.session().receive(key, buffer, layout); });
+  layout.check_start(start);
+  push_on_link(link, [key, buffer = std::move(buffer), layout, start, watermark = std::move(watermark)](Link& l) {
+    l.session().receive(key, buffer, layout, start, watermark);
+  });
+}
+
+void Transport::cancel_send(uint64_t link, TransferKey key) {
+  push_on_link(link, [key](Link& l) { l.session().cancel_send(key); });
 }
 
 void Transport::cancel_receive(uint64_t link, TransferKey key) {
@@ -135,19 +147,69 @@ void Transport::cancel_receive(uint64_t link, TransferKey key) {
 
 void Transport::trust(uint64_t link, uint64_t run, size_t control_bytes) {
   push_on_link(link, [this, run, control_bytes](Link& l) {
-    l.session().set_limits({.control_bytes = control_bytes, .window_bytes = options_.window_bytes});
+    l.session().set_limits({.control_bytes = control_bytes,
+                            .queue_bytes = std::max(kQueueBytes, 2 * control_bytes),
+                            .window_bytes = options_.window_bytes});
     l.session().set_run(run);
+    admission_.prove(l.id());
   });
 }
 
-void Transport::close_link(uint64_t link, std::string reason) {
-  push_on_link(link, [reason = std::move(reason)](Link& l) { l.close_after_flush(monotonic_ns() + kFlushNs, reason); });
+std::string Transport::offer_lanes(uint64_t link, size_t count, int64_t within_ns) {
+  std::string key = random_lane_key();
+  push_on_link(link, [this, key, count, within_ns](Link& l) {
+    lane_keys_.offer(l.id(), key, std::min(count, kMaxLanes - 1), monotonic_ns() + within_ns);
+  });
+  return key;
+}
+
+void Transport::attach_lanes(uint64_t id, const std::string& key, size_t count, int64_t timeout_ns) {
+  if (key.size() != kLaneKeyBytes || count >= kMaxLanes)
+    throw std::invalid_argument("expected a lane key of " + std::to_string(kLaneKeyBytes) + " bytes and at most " +
+                                std::to_string(kMaxLanes - 1) + " further lanes; found " + std::to_string(key.size()) +
+                                " bytes and " + std::to_string(count) + " lanes");
+  Fd same_peer = duplicate_of(id);
+  auto opened = std::make_shared<std::vector<Fd>>();
+  for (size_t i = 0; i < count; ++i) opened->push_back(connect_to_peer_of(same_peer.get(), timeout_ns));
+  push_on_link(id, [this, key, opened](Link& link) {
+    for (Fd& fd : *opened) {
+      add_lane(link, open_channel(std::move(fd), link.host()));
+      link.lane(link.lanes() - 1).put(attach_frame(key), 0);
+    }
+  });
+}
+
+// By the loop thread, behind the command that adds the link; and a copy, because the link may end meanwhile and its
+// descriptor become another's.
+Fd Transport::duplicate_of(uint64_t id) {
+  auto answer = std::make_shared<std::promise<Fd>>();
+  std::future<Fd> copy = answer->get_future();
+  push_on_link(id, [answer](Link& link) { answer->set_value(duplicate(link.lane(0).fd())); });
+  answer.reset();
+  try {
+    return copy.get();
+  } catch (const std::future_error&) {  // nobody was there to carry the command out
+    throw std::invalid_argument("the link is gone");
+  }
+}
+
+void Transport::close_link(uint64_t link, std::string reason, int64_t flush_ns) {
+  push_on_link(link, [reason = std::move(reason), flush_ns](Link& l) {
+    l.close_after_flush(monotonic_ns() + flush_ns, reason);
+  });
 }
 
 std::shared_ptr<Source> Transport::make_source(std::shared_ptr<Buffer> buffer, Layout layout, bool complete) {
   layout.check(buffer->size());
   return std::make_shared<Source>(std::move(buffer), layout, complete ? layout.chunks() : 0,
                                   [waker = waker_] { waker->wake(); });
+}
+
+void Transport::record(std::shared_ptr<Ring> ring) {
+  push([this, ring = std::move(ring)] {
+    for (auto& [id, link] : links_) link->record(ring.get());
+    ring_ = ring;
+  });
 }
 
 // ---- Events
@@ -190,8 +252,13 @@ LinkStats Transport::stats(uint64_t id) const {
   std::lock_guard lock(links_mutex_);
   auto found = links_.find(id);
   if (found == links_.end()) return {};
-  const LinkCounters& counters = found->second->counters();
-  return {counters.bytes_in, counters.bytes_out, counters.round_trip_ns};
+  return found->second->stats();
+}
+
+std::shared_ptr<const TlsInfo> Transport::tls_info(uint64_t id) const {
+  std::lock_guard lock(links_mutex_);
+  auto found = links_.find(id);
+  return found == links_.end() ? nullptr : found->second->lane(0).channel().tls();
 }
 
 // ---- The loop thread
@@ -207,15 +274,20 @@ void Transport::accept_some(int listener, int64_t now_ns) {
       }
       return;
     }
-    if (links_.size() >= options_.max_links) continue;
+    uint64_t id = next_link_++;
+    Admission::Answer answer = admission_.enter(id, peer_network(fd.get()));
+    if (answer.goes) {
+      links_.at(*answer.goes)->fail("closed for a newcomer: too many connections have not said who they are");
+      drop(*answer.goes);
+    }
+    if (!answer.admitted) continue;
     Event connected;
     connected.type = Event::Type::kConnected;
     connected.text = peer_address(fd.get());
     connected.at_ns = now_ns;
-    connected.link = next_link_++;
-    uint64_t id = connected.link;
+    connected.link = id;
     publish(std::move(connected));
-    add_link(id, std::move(fd));
+    add_link(id, std::move(fd), "");
   }
 }
 
@@ -225,13 +297,21 @@ void Transport::accept_again(bool on) {
     loop_.change(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()), {.reads = on});
 }
 
-void Transport::add_link(uint64_t id, Fd fd) {
+Channel Transport::open_channel(Fd fd, const std::string& host) const {
+  if (!options_.tls) return Channel(std::move(fd));
+  auto tls = host.empty() ? options_.tls->accept(fd.get()) : options_.tls->connect(fd.get(), host);
+  return Channel(std::move(fd), std::move(tls));
+}
+
+void Transport::add_link(uint64_t id, Fd fd, const std::string& host) {
   Event failed;
   try {
-    auto link = std::make_unique<Link>(id, std::move(fd), SessionLimits{.window_bytes = options_.window_bytes},
-                                       options_.idle_timeout_ns);
+    auto link = std::make_unique<Link>(id, host, open_channel(std::move(fd), host),
+                                       SessionLimits{.window_bytes = options_.window_bytes}, options_.idle_timeout_ns,
+                                       options_.opening_timeout_ns);
+    if (ring_ != nullptr) link->record(ring_.get());
     link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
-    loop_.add(link->fd(), id);
+    loop_.add(link->lane(0).fd(), token_of(id, 0));
     std::lock_guard lock(links_mutex_);
     links_.emplace(id, std::move(link));
     return;
@@ -242,15 +322,44 @@ void Transport::add_link(uint64_t id, Fd fd) {
   failed.link = id;
   failed.at_ns = monotonic_ns();
   publish(std::move(failed));
+  admission_.leave(id);
+}
+
+void Transport::add_lane(Link& link, Channel channel) {
+  if (link.lanes() == kMaxLanes)
+    throw std::invalid_argument("a link has at most " + std::to_string(kMaxLanes) + " lanes");
+  std::lock_guard lock(links_mutex_);  // others read the link's stats
+  Lane& lane = link.add_lane(std::move(channel));
+  loop_.add(lane.fd(), token_of(link.id(), lane.index()));
+}
+
+// The newcomer's connection goes to the link that its key opens; what is left of the newcomer ends.
+void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
+  std::optional<uint64_t> owner = lane_keys_.redeem(key, now_ns);
+  if (!owner) {
+    newcomer.fail("it asked to become a lane with a key that opens nothing (any more)");
+    return;
+  }
+  loop_.remove(newcomer.lane(0).fd());
+  std::unique_lock lock(links_mutex_);  // others ask what the newcomer's channel is
+  Channel channel = std::move(newcomer.lane(0).channel());
+  lock.unlock();
+  add_lane(*links_.at(*owner), std::move(channel));
+  newcomer.fail("it became a lane of link " + std::to_string(*owner));
 }
 
 void Transport::drop(uint64_t id) {
+  admission_.leave(id);
+  lane_keys_.forget(id);
   auto found = links_.find(id);
   publish(*found->second);  // what came before the end is not lost
+  found->second->session().note_end();
   Event closed;
   closed.type = Event::Type::kClosed;
   closed.link = id;
   closed.text = found->second->reason();
+  closed.misfit = found->second->misfit();
+  closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
   {
     std::lock_guard lock(links_mutex_);
@@ -265,20 +374,33 @@ void Transport::drop_all() {
 }
 
 // Whatever goes wrong here ends this link alone.
-void Transport::service_link(Link& link, bool readable, int64_t now_ns) {
-  bool going_on = false;
+void Transport::service_link(Link& link, int64_t now_ns) {
+  bool going_on = true;
   try {
-    going_on = !readable || link.read(now_ns);
+    for (size_t lane = 0; lane < link.lanes() && going_on; ++lane)
+      if (readable_.contains(token_of(link.id(), lane)) || link.unread(link.lane(lane)))
+        going_on = link.read(link.lane(lane), now_ns);
     publish(link);
-    going_on = going_on && link.write(now_ns);
-    if (going_on && link.interest() != link.watched) {
-      link.watched = link.interest();
-      loop_.change(link.fd(), link.id(), link.watched);
+    if (auto key = link.session().take_attach_key()) {
+      attach(link, *key, now_ns);
+      going_on = false;
     }
+    going_on = going_on && link.write(now_ns);
+    if (going_on) watch(link);
   } catch (const std::exception& error) {
     going_on = link.fail(error.what());
   }
   if (!going_on) over_.push_back(link.id());
+}
+
+void Transport::watch(Link& link) {
+  for (size_t index = 0; index < link.lanes(); ++index) {
+    Lane& lane = link.lane(index);
+    Interest interest = link.interest(lane);
+    if (interest == lane.watched) continue;
+    lane.watched = interest;
+    loop_.change(lane.fd(), token_of(link.id(), index), interest);
+  }
 }
 
 void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
@@ -294,7 +416,7 @@ void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
     if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
   }
   // All of them, not only the readable: commands, watermarks and timers give links something to send.
-  for (auto& [id, link] : links_) service_link(*link, readable_.contains(id), now_ns);
+  for (auto& [id, link] : links_) service_link(*link, now_ns);
   for (uint64_t id : over_) drop(id);
   over_.clear();
 }

@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "admission.h"
+#include "attach.h"
 #include "link.h"
 #include "loop.h"
 #include "session.h"
@@ -28,14 +30,10 @@ struct TransportOptions {
   double bytes_per_second = 0;  // every link sends at most this much; 0: unlimited
   int64_t delay_ns = 0;         // and every frame arrives this much later
   int64_t idle_timeout_ns = 60'000'000'000;
-  size_t max_links = 1024;      // accepted connections beyond are closed at once
-  uint64_t window_bytes = 64 << 20;
-};
-
-struct LinkStats {
-  uint64_t bytes_in = 0;   // headers included
-  uint64_t bytes_out = 0;
-  int64_t round_trip_ns = 0;
+  int64_t opening_timeout_ns = 10'000'000'000;  // for a TLS handshake
+  AdmissionLimits admission;    // of accepted connections
+  uint64_t window_bytes = 256 << 20;  // the most that a peer may have under way to this side, of one transfer
+  std::shared_ptr<const TlsContext> tls;  // every link is in TLS; nullptr: none is
 };
 
 class Transport {
@@ -49,17 +47,29 @@ class Transport {
 
   void send_control(uint64_t link, std::string message);
   void send(uint64_t link, TransferKey key, std::shared_ptr<Source> source);
-  // Throws std::invalid_argument when the buffer is too small.
-  void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout);
+  // Throws std::invalid_argument when the buffer is too small or no chunk begins at `start`. `watermark` may be null.
+  void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout, uint64_t start,
+               std::shared_ptr<Watermark> watermark);
+  void cancel_send(uint64_t link, TransferKey key);
   void cancel_receive(uint64_t link, TransferKey key);
   // The peer has proved who it is: larger control messages are read, and `run` must stand in every frame.
   void trust(uint64_t link, uint64_t run, size_t control_bytes);
-  void close_link(uint64_t link, std::string reason);  // after what is queued has left
+  // Lets the peer add up to `count` lanes to the link, for `within_ns`, and returns the key that it must show.
+  std::string offer_lanes(uint64_t link, size_t count, int64_t within_ns);
+  // Opens `count` further lanes to where the link leads; blocks. Throws std::system_error, and std::invalid_argument
+  // for a key of the wrong length, more lanes than there can be or a link that is gone.
+  void attach_lanes(uint64_t link, const std::string& key, size_t count, int64_t timeout_ns);
+  void close_link(uint64_t link, std::string reason, int64_t flush_ns);  // after what is queued has left
 
   std::shared_ptr<Source> make_source(std::shared_ptr<Buffer> buffer, Layout layout, bool complete);
 
   std::optional<Event> next_event(int64_t timeout_ns);
   LinkStats stats(uint64_t link) const;  // zeros when the link is gone
+  std::shared_ptr<const TlsInfo> tls_info(uint64_t link) const;  // nullptr: no TLS, not established yet, or gone
+
+  // From now on the loop thread notes there what happens to each chunk; null: no more. The ring may have no other
+  // writer.
+  void record(std::shared_ptr<Ring> ring);
 
   // Flushes and closes every link, for at most `flush_ns`, and ends the thread. Idempotent.
   void close(int64_t flush_ns);
@@ -78,11 +88,16 @@ class Transport {
   bool push(Command command);  // false once the transport is closed
   void push_on_link(uint64_t link, std::function<void(Link&)> action);
   void carry_out_commands();
+  Fd duplicate_of(uint64_t link);
   void accept_some(int listener, int64_t now_ns);
   void accept_again(bool on);
-  void add_link(uint64_t id, Fd fd);
+  Channel open_channel(Fd fd, const std::string& host) const;
+  void add_link(uint64_t id, Fd fd, const std::string& host);  // `host`: as of Link
+  void add_lane(Link& link, Channel channel);
+  void attach(Link& newcomer, const std::string& key, int64_t now_ns);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
-  void service_link(Link& link, bool readable, int64_t now_ns);
+  void service_link(Link& link, int64_t now_ns);
+  void watch(Link& link);
   void drop(uint64_t link);
   void drop_all();
   void publish(Link& link);
@@ -104,10 +119,13 @@ class Transport {
   mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
   std::map<uint64_t, std::unique_ptr<Link>> links_;
   std::vector<Fd> listeners_;
+  LaneKeys lane_keys_;
   int64_t accept_again_ns_ = 0;  // out of descriptors: when to try again; 0: not so
+  Admission admission_;  // loop thread only
   std::atomic<uint64_t> next_link_{1};
 
-  std::set<uint64_t> readable_;  // in this turn, as the next
+  std::shared_ptr<Ring> ring_;   // loop thread only
+  std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
   std::vector<uint64_t> over_;   // links that ended
 
   bool stopping_ = false;  // loop thread only, as the next

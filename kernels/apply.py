@@ -8,6 +8,8 @@ Source: decode and add of `decode`, fused. A sum that is not a number is stored 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -42,20 +44,27 @@ def apply_kernel(
     tl.store(target, narrow(before + change, KIND), mask=inside[:, None])
 
 
-def apply_(target: torch.Tensor, body: torch.Tensor, *, format: str = "int8") -> torch.Tensor:
+def apply_(
+    target: torch.Tensor | Sequence[torch.Tensor], body: torch.Tensor, *, format: str = "int8"
+) -> torch.Tensor | Sequence[torch.Tensor]:
     """Add the change in `body` (uint8, [body_bytes]) to `target` in place and return `target`.
 
-    `target` is [numel] in fp32, bf16 or fp16. Raises ValueError if an argument does not fit.
+    `target` is [numel] in fp32, bf16 or fp16, or several such tensors that follow one another in the block: one launch
+    for each. Raises ValueError if an argument does not fit.
     """
     common.check_format(format)
-    numel = common.check_block(target, "target", common.WEIGHT_DTYPES)
-    common.check_device(target, body=body)
-    scales, codes, word = common.planes(body, "body", numel, format)
-    if numel > 0:
-        groups = numel // common.group_of(format)
-        constants = {"KIND": common.kind_of(target), "FORMAT": format, "WORD": word, "TILE": TILE}
-        with common.on_device_of(target):
-            apply_kernel[(triton.cdiv(numel, TILE),)](
-                common.as_bits(target), scales, codes, groups, **constants, num_warps=WARPS, **common.OPTIONS
-            )
+    parts = [target] if isinstance(target, torch.Tensor) else target
+    sizes = [common.check_block(part, "target", common.WEIGHT_DTYPES) for part in parts]
+    common.check_device(body, **{f"target[{i}]": part for i, part in enumerate(parts)})
+    scales, codes, word = common.planes(body, "body", sum(sizes), format)
+    group = common.group_of(format)
+    for part, numel in zip(parts, sizes, strict=True):
+        if numel > 0:
+            constants = {"KIND": common.kind_of(part), "FORMAT": format, "WORD": word, "TILE": TILE}
+            with common.on_device_of(part):
+                apply_kernel[(triton.cdiv(numel, TILE),)](
+                    common.as_bits(part), scales, codes, numel // group, **constants, num_warps=WARPS, **common.OPTIONS
+                )
+            scales = None if scales is None else scales[numel // group :]
+            codes = codes[numel // word :]
     return target

@@ -181,6 +181,7 @@ def encode(
     format: str = "int8",
     residual_out: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    bad: torch.Tensor | None = None,
 ) -> Packed:
     """Pack `(now - ref) + residual` and keep what the packing left out. One launch, on the current stream.
 
@@ -192,6 +193,8 @@ def encode(
         format: "fp32", "bf16", "int8" or "int4".
         residual_out: fp32 [numel] that receives the new residual instead; `residual` is then only read.
         out: uint8 [body_bytes] to write into, best from `empty_body`; allocated if None.
+        bad: int64 [1] that the count of bad groups is added to, for a block that takes several calls; a fresh one if
+            None.
 
     Raises:
         ValueError: an argument has an unexpected format, dtype, shape, layout or device.
@@ -205,10 +208,12 @@ def encode(
         common.check_block(residual_out, "residual_out", (torch.float32,), numel)
     kept = residual if residual_out is None else residual_out
     body = common.empty_body(numel, format=format, device=now.device) if out is None else out
-    common.check_device(now, ref=ref, residual=residual, residual_out=residual_out, out=body)
+    if bad is not None and (bad.dtype != torch.int64 or bad.numel() != 1):
+        raise ValueError(f"bad: expected an int64 tensor of one element, found {bad.dtype} of {bad.numel()}")
+    common.check_device(now, ref=ref, residual=residual, residual_out=residual_out, out=body, bad=bad)
     scales, codes, word = common.planes(body, "out", numel, format)
     with common.on_device_of(now):
-        bad = common.zero_counter(now.device)
+        count = common.zero_counter(now.device) if bad is None else bad
         groups = numel // common.group_of(format)
         grid = (triton.cdiv(numel, TILE),)
         inputs = (common.as_bits(now), common.as_bits(ref), residual, kept)
@@ -216,9 +221,9 @@ def encode(
         if numel == 0:
             pass
         elif scales is None:
-            encode_elements_kernel[grid](*inputs, codes, bad, groups, **kinds, num_warps=WARPS, **common.OPTIONS)
+            encode_elements_kernel[grid](*inputs, codes, count, groups, **kinds, num_warps=WARPS, **common.OPTIONS)
         else:
             encode_groups_kernel[grid](
-                *inputs, scales, codes, bad, groups, WORD=word, **kinds, num_warps=WARPS, **common.OPTIONS
+                *inputs, scales, codes, count, groups, WORD=word, **kinds, num_warps=WARPS, **common.OPTIONS
             )
-    return Packed(body=body, bad=bad)
+    return Packed(body=body, bad=count)

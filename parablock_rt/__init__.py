@@ -5,7 +5,9 @@ from parablock_rt.blocks import BlockPlan
 from parablock_rt.client import RoundReport, Run, StepReport, join
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
+from parablock_rt.rows import split_rows
 from parablock_rt.server import Server, serve
+from parablock_rt.tls import Tls
 from parablock_rt.version import __version__
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "RunConfig",
     "Server",
     "StepReport",
+    "Tls",
     "__version__",
     "codec",
     "join",
     "serve",
+    "split_rows",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from parablock_rt.blocks import FlatBlock
+from parablock_rt.flat_block import FlatBlock
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -65,6 +65,16 @@ class ActiveBlock:
         if self._master is None:
             return self.flat.flats
         return [self._master[s.start : s.start + s.length] for s in self.flat.block.segments]
+
+    def holdings(self) -> dict[str, list[Tensor]]:
+        """The tensors that are held now beside the model's parameters, by the items of `memory.predict`."""
+        parameters = (*self._model_params, *(self._master_params or ()))
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        return {
+            "master": [] if self._master is None else [self._master],
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "optimiser state": [value for value in state if isinstance(value, Tensor)],
+        }
 
     def close(self) -> None:
         """Freezes the block again and lets the optimiser go."""

@@ -9,12 +9,16 @@ Nothing here knows clients, deadlines or sockets. One thread at a time.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from parablock_rt import codec
-from parablock_rt.blocks import BlockPlan, FlatBlock
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.errors import CheckpointError
+from parablock_rt.flat_block import FlatBlock
+from parablock_rt.protocol import Kind
 from parablock_rt.staging import Encoding, Piece, Stager
 from parablock_rt.transport import Transport
 
@@ -34,6 +38,17 @@ class ServerOptimizer:
         self.lr = lr
         self._first: dict[int, Tensor] = {}
         self._second: dict[int, Tensor] = {}
+
+    def state(self, block: int) -> dict[str, Tensor]:
+        """What is kept of a block, by name."""
+        kept = {"first": self._first.get(block), "second": self._second.get(block)}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+    def restore(self, block: int, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave."""
+        for name, kept in (("first", self._first), ("second", self._second)):
+            if name in state:
+                kept[block] = state[name]
 
     def step(self, block: int, x: Tensor, mean: Tensor) -> None:
         """Moves `x` (fp32, [flat_numel]) in place; `mean` may be overwritten."""
@@ -70,7 +85,37 @@ class Master:
             self._x[block] = torch.cat([flat.float() for flat in self.blocks[block].flats])
         return self._x[block]
 
-    def fold_mean(self, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int) -> Encoding:
+    def state(self, block: int) -> dict[str, Tensor]:
+        """All that is known of a block that a round has changed, by name; the tensors are the live ones."""
+        references = {f"reference.{i}": flat for i, flat in enumerate(self.blocks[block].flats)}
+        return references | {"x": self.x(block)} | self._optimizer.state(block)
+
+    def restore(self, block: int, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave. Raises CheckpointError when it is of another block."""
+        flats = self.blocks[block].flats
+        found = [state.get(f"reference.{i}") for i in range(len(flats))]
+        x = state.get("x")
+        if (
+            x is None
+            or x.shape != self.x(block).shape
+            or any(
+                f is None or f.shape != flat.shape or f.dtype != flat.dtype
+                for f, flat in zip(found, flats, strict=True)
+            )
+        ):
+            raise CheckpointError(
+                f"the saved state of block {block} does not fit the model; resume with the same model"
+            )
+        for flat, kept in zip(flats, found, strict=True):
+            assert kept is not None
+            flat.copy_(kept)
+        self._x[block] = x
+        self._optimizer.restore(block, state)
+        self.fingerprints[block] = fingerprint(self.blocks[block])
+
+    def fold_mean(
+        self, round: int, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int
+    ) -> Encoding:
         """Moves the master by the round's mean and begins to encode what the clients get. `mean` is overwritten.
 
         The encoding's source may be sent at once; `land` must follow before the block is touched again.
@@ -81,7 +126,7 @@ class Master:
             Piece(now=x[segment.start : segment.start + segment.length], ref=flat)
             for segment, flat in zip(self.blocks[block].block.segments, self.blocks[block].flats, strict=True)
         ]
-        return stager.encode(pieces, self.format, chunk, transport)
+        return stager.encode(pieces, self.format, chunk, transport, kind=Kind.UPDATE, round=round, block=block)
 
     def land(self, block: int, encoding: Encoding) -> int:
         """Waits for the encoding, moves the reference by it and returns the reference's fingerprint."""
@@ -94,10 +139,19 @@ class Master:
 
 def fingerprint(block: FlatBlock | list[Tensor]) -> int:
     """One number for the bits of a whole block (its segments in order)."""
-    flats = block.flats if isinstance(block, FlatBlock) else block
-    total = 0
-    for flat in flats:
-        total = (3 * total + codec.fingerprint(flat)) % 2**64
+    return start_fingerprint(block.flats if isinstance(block, FlatBlock) else block)()
+
+
+def start_fingerprint(flats: list[Tensor]) -> Callable[[], int]:
+    """As `fingerprint`, of the bits as they are now; only calling what this returns waits for a GPU."""
+    parts = [codec.start_fingerprint(flat) for flat in flats]
+
+    def total() -> int:
+        value = 0
+        for part in parts:
+            value = (3 * value + part()) % 2**64
+        return value
+
     return total
 
 

@@ -1,8 +1,8 @@
-"""The partition of a model's parameters into blocks, and the flat buffers that the blocks live in.
+"""The plan of a run: the partition of a model's parameters into blocks.
 
-`BlockPlan` says which parameters form which block and where each stands in its block's flat index space; it holds names
-and numbers, never tensors, so it can be built for a model on the meta device and sent over the wire (`PlanSpec`).
-`BlockPlan.materialise` re-homes the parameters as views of one flat buffer per block and dtype.
+`BlockPlan` says which parameters form which block; it holds names and numbers, never tensors, so it can be built for a
+model on the meta device and sent over the wire (`PlanSpec`). `BlockPlan.materialise` puts the parameters into the flat
+buffers of `FlatBlock`s.
 
 This module must not decide when a block trains, must not change `requires_grad` and must not import transformers.
 Nothing here allocates by a number that came over the wire: a spec only selects among the model's own parameters.
@@ -14,125 +14,15 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
-from parablock_rt.codec import ALIGNMENT, body_bytes
+from parablock_rt.block_layout import DTYPE_NAMES, Block, BlockSpec, ParameterSpec, PlanSpec, lay_out
 from parablock_rt.errors import ConfigError, PlanError, PlanMismatchError
+from parablock_rt.flat_block import FlatBlock, check_no_hidden_sharing, home
 from parablock_rt.partition import by_count, by_layers, by_patterns
-
-# The order is part of the layout: a block's segments stand in it.
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class ParameterSpec(msgspec.Struct, frozen=True):
-    """One parameter as plain data; `dtype` is "fp32", "bf16" or "fp16"."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class BlockSpec(msgspec.Struct, frozen=True):
-    """One block as plain data: its parameters in plan order."""
-
-    name: str
-    parameters: tuple[ParameterSpec, ...]
-
-
-class PlanSpec(msgspec.Struct, frozen=True):
-    """A whole plan as plain data. Offsets are not in it: they follow from the order, shapes and dtypes."""
-
-    blocks: tuple[BlockSpec, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter stands: elements `offset` to `offset + numel` of its block's flat index space."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    numel: int
-
-    @property
-    def padded(self) -> int:
-        """`numel` rounded up to the alignment; what lies beyond `numel` is a gap of zeros."""
-        return -(-self.numel // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The part of a block's flat index space that holds one dtype: `length` elements from `start`."""
-
-    dtype: torch.dtype
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block. `slots` are in plan order; offsets rise with it within a dtype, and dtypes follow one another.
-
-    `numel` counts the parameters' elements, `flat_numel` the flat index space with its gaps (a multiple of 128).
-    """
-
-    name: str
-    slots: tuple[Slot, ...]
-    segments: tuple[Segment, ...]
-    numel: int
-    flat_numel: int
-
-    @property
-    def parameters(self) -> list[str]:
-        """The names of the block's parameters in plan order."""
-        return [slot.name for slot in self.slots]
-
-    def wire_bytes(self, format: str) -> int:
-        """Bytes of the block's packed body in a wire format. Raises ConfigError for an unknown format."""
-        return body_bytes(self.flat_numel, format)
-
-    def segment_slots(self, segment: Segment) -> Iterator[tuple[int, Slot]]:
-        """The slots of one segment with their positions in `slots`, by rising offset."""
-        return ((i, slot) for i, slot in enumerate(self.slots) if slot.dtype == segment.dtype)
-
-
-@dataclass(eq=False)
-class FlatBlock:
-    """A block in memory: `flats[i]` (1-D, `segments[i].length`) owns the storage that `params` (plan order) view."""
-
-    block: Block
-    flats: list[Tensor]
-    params: list[nn.Parameter]
-
-    def check_homed(self) -> None:
-        """Raises PlanError when a parameter is not a view of the flat buffers any more."""
-        for segment, flat in zip(self.block.segments, self.flats, strict=True):
-            for i, slot in self.block.segment_slots(segment):
-                place = flat.data_ptr() + (slot.offset - segment.start) * flat.element_size()
-                if self.params[i].data_ptr() != place or self.params[i].dtype != flat.dtype:
-                    raise PlanError(
-                        f"parameter {slot.name!r} has left its block's flat buffer: the model was moved, cast or "
-                        "planned anew during the run; do that before, and give every join and serve a model of its own"
-                    )
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """Views into another flat buffer of the whole block (such as fp32 masters), shaped and ordered like `params`.
-
-        `buffer`: 1-D, contiguous, `block.flat_numel` elements, any dtype and device. Raises PlanError otherwise.
-        """
-        if buffer.shape != (self.block.flat_numel,) or not buffer.is_contiguous():
-            raise PlanError(
-                f"a flat buffer of block {self.block.name!r} must be contiguous with shape ({self.block.flat_numel},); "
-                f"found shape {tuple(buffer.shape)}, strides {buffer.stride()}; allocate block.flat_numel elements"
-            )
-        return [buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self.block.slots]
 
 
 class BlockPlan:
@@ -145,7 +35,7 @@ class BlockPlan:
 
     def __init__(self, model: nn.Module, spec: PlanSpec, reasons: dict[str, str]) -> None:
         """For the class methods: `spec` must fit `model`, and `reasons` has one for every parameter outside of it."""
-        self.blocks: list[Block] = [_lay_out(block) for block in spec.blocks]
+        self.blocks: list[Block] = [lay_out(block) for block in spec.blocks]
         self.frozen: list[tuple[str, str]] = list(reasons.items())
         self._numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self.aliases: dict[str, list[str]] = {
@@ -153,7 +43,7 @@ class BlockPlan:
         }
         self._spec = spec
         description = [
-            [b.name, [[s.name, list(s.shape), _DTYPE_NAMES[s.dtype], s.offset] for s in b.slots]] for b in self.blocks
+            [b.name, [[s.name, list(s.shape), DTYPE_NAMES[s.dtype], s.offset] for s in b.slots]] for b in self.blocks
         ]
         self.digest: str = hashlib.sha256(json.dumps(["block-plan-1", description]).encode()).hexdigest()
 
@@ -164,6 +54,7 @@ class BlockPlan:
         blocks: int | Sequence[str | Sequence[str]] | None = None,
         *,
         outer: Literal["freeze", "train"] = "freeze",
+        outer_limit: int | None = None,
     ) -> BlockPlan:
         """Partition `model`.
 
@@ -172,13 +63,14 @@ class BlockPlan:
         aside; a member that owns no parameters forms no block. What stands outside the layers is left frozen
         (`outer="freeze"`), or (`outer="train"`) forms a first block "embeddings" and a last block "head":
         `nn.Embedding` weights go to the first, what is defined behind the layers to the last, and what is defined
-        before them to the first unless its name speaks of a final norm, a head or an output projection.
+        before them to the first unless its name speaks of a final norm, a head or an output projection. `outer_limit`
+        (elements) has each of the two cut into blocks of at most that size; `split_rows` cuts a larger parameter.
 
         `blocks=n`: n blocks of consecutive whole parameters in definition order, of about equal size.
 
         `blocks=[...]`: one block an item. An item is a name prefix ("model.layers.1" does not match
-        "model.layers.10"), a glob pattern, or a list of those; what no item matches is left frozen. `outer` matters
-        for `blocks=None` only.
+        "model.layers.10"), a glob pattern, or a list of those; what no item matches is left frozen. `outer` and
+        `outer_limit` matter for `blocks=None` only.
 
         A tied parameter goes by its first name in `named_parameters()` order and belongs to the first block that owns
         it. Left out and listed in `frozen`: parameters that do not require gradients now, are not fp32, bf16 or fp16,
@@ -188,6 +80,8 @@ class BlockPlan:
         """
         if outer not in ("freeze", "train"):
             raise ConfigError(f"outer must be 'freeze' or 'train'; found {outer!r}")
+        if outer_limit is not None and outer_limit < 1:
+            raise ConfigError(f"outer_limit must be at least 1 element; found {outer_limit}")
         parameters = dict(model.named_parameters())
         reasons = {name: reason for name, p in parameters.items() if (reason := _why_left_out(p)) is not None}
         trainable = [name for name in parameters if name not in reasons]
@@ -195,7 +89,10 @@ class BlockPlan:
             found = next((f"only such as {name!r}: {reason}" for name, reason in reasons.items()), "no parameters")
             raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters; found {found}; set requires_grad=True")
         if blocks is None:
-            groups, rest = by_layers(model, trainable, outer), "outside the decoder layers (outer='freeze')"
+            groups, rest = (
+                by_layers(model, trainable, outer, outer_limit),
+                "outside the decoder layers (outer='freeze')",
+            )
         elif isinstance(blocks, int):
             groups, rest = by_count(trainable, [parameters[n].numel() for n in trainable], blocks), ""
         else:
@@ -267,8 +164,8 @@ class BlockPlan:
         """
         found = _find_parameters(model, self._spec)
         planned = {id(parameter) for params in found for parameter in params}
-        _check_no_hidden_sharing(model, planned)
-        return [_home(block, params) for block, params in zip(self.blocks, found, strict=True)]
+        check_no_hidden_sharing(model, planned)
+        return [home(block, params) for block, params in zip(self.blocks, found, strict=True)]
 
     def frozen_fingerprint(self, model: nn.Module) -> str:
         """sha256 (hex) over what the plan does not train: the names, shapes, dtypes and bytes of the other parameters
@@ -320,25 +217,8 @@ class BlockPlan:
         return "\n".join(lines)
 
 
-def _lay_out(spec: BlockSpec) -> Block:
-    """Assign offsets: dtype after dtype, within a dtype in plan order, each parameter at the next multiple of 128."""
-    slots: dict[str, Slot] = {}
-    segments: list[Segment] = []
-    offset = 0
-    for dtype_name, dtype in _DTYPES.items():
-        start = offset
-        for p in spec.parameters:
-            if p.dtype == dtype_name:
-                slots[p.name] = slot = Slot(p.name, p.shape, dtype, offset, torch.Size(p.shape).numel())
-                offset += slot.padded
-        if offset > start:
-            segments.append(Segment(dtype, start, offset - start))
-    ordered = tuple(slots[p.name] for p in spec.parameters)
-    return Block(spec.name, ordered, tuple(segments), sum(s.numel for s in ordered), offset)
-
-
 def _describe(name: str, parameter: Tensor) -> ParameterSpec:
-    return ParameterSpec(name, tuple(parameter.shape), _DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype)))
+    return ParameterSpec(name, tuple(parameter.shape), DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype)))
 
 
 def _show(spec: ParameterSpec | None) -> str:
@@ -372,7 +252,7 @@ def _unfit(parameter: nn.Parameter) -> str | None:
         return f"quantised ({type(parameter).__name__})"
     if type(parameter.data) is not Tensor:
         return f"a tensor subclass ({type(parameter.data).__name__}) that has no flat memory"
-    if parameter.dtype not in _DTYPE_NAMES:
+    if parameter.dtype not in DTYPE_NAMES:
         name = str(parameter.dtype).removeprefix("torch.")
         if not parameter.is_floating_point():
             return f"not floating point ({name})"
@@ -419,66 +299,6 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
             taken[id(parameter)] = wanted.name
             found[-1].append(parameter)
     return found
-
-
-def _check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
-    """Distinct Parameters over the same memory are tied in a way that re-homing would silently end: refuse them.
-
-    A dense parameter counts with all its bytes, a strided one with its first element.
-    """
-    spans: list[tuple[str, int, int, str, bool]] = []
-    for name, p in model.named_parameters():
-        if type(p.data) is Tensor and p.layout == torch.strided and p.numel() and not p.is_meta:
-            reach = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-            length = p.numel() if reach == p.numel() else 1
-            start = p.data_ptr()
-            spans.append((str(p.device), start, start + length * p.element_size(), name, id(p) in planned))
-    widest = ("", 0, 0, "", False)
-    for span in sorted(spans):
-        if span[0] == widest[0] and span[1] < widest[2] and (span[4] or widest[4]):
-            raise PlanError(
-                f"parameters {widest[3]!r} and {span[3]!r} share memory but are not the same nn.Parameter; assign one "
-                f"Parameter object to both modules to tie them, or clone one to separate them"
-            )
-        if span[0] != widest[0] or span[2] > widest[2]:
-            widest = span
-
-
-def _home(block: Block, params: list[nn.Parameter]) -> FlatBlock:
-    """Put one block's parameters into flat buffers, or find those that they are in already."""
-    devices = sorted({str(p.device) for p in params})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise PlanError(
-            f"the parameters of block {block.name!r} must be on one real device; found {', '.join(devices)}; "
-            f"load the weights and move the model with model.to(device) first"
-        )
-    flats: list[Tensor] = []
-    for segment in block.segments:
-        members = [(slot, params[i]) for i, slot in block.segment_slots(segment)]
-        flat = _existing_flat(segment, members)
-        if flat is None:
-            flat = torch.zeros(segment.length, dtype=segment.dtype, device=params[0].device)
-            for slot, parameter in members:
-                start = slot.offset - segment.start
-                view = flat[start : start + slot.numel].view(slot.shape)
-                view.copy_(parameter.detach())
-                parameter.data = view
-        flats.append(flat)
-    return FlatBlock(block, flats, params)
-
-
-def _existing_flat(segment: Segment, members: list[tuple[Slot, nn.Parameter]]) -> Tensor | None:
-    """The flat buffer that already holds exactly these parameters at their places, with zero gaps; else None."""
-    storage = members[0][1].untyped_storage()
-    if storage.nbytes() != segment.length * segment.dtype.itemsize:
-        return None
-    for slot, p in members:
-        same = p.untyped_storage().data_ptr() == storage.data_ptr()
-        if not (same and p.storage_offset() == slot.offset - segment.start and p.is_contiguous()):
-            return None
-    flat = torch.empty(0, dtype=segment.dtype, device=members[0][1].device).set_(storage)
-    gaps = [flat[s.offset - segment.start + s.numel : s.offset - segment.start + s.padded] for s, _ in members]
-    return None if bool(torch.cat(gaps).any()) else flat
 
 
 def _plain_tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:

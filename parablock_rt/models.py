@@ -198,8 +198,15 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
 
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
+    except Exception as error:  # as below
+        reason = str(error).partition("\n")[0]
+        raise ParaBlockError(
+            f"expected the model's tokenizer in {folder}, found none that can be loaded ({reason}); "
+            "copy the tokenizer's files, such as tokenizer.json, there from the checkpoint that the model comes from"
+        ) from error
+    try:
         with _no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder), attn_implementation="sdpa", output_loading_info=True, **_dtype_option(dtype), **local
             )

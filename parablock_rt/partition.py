@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from parablock_rt.errors import PlanError
+from parablock_rt.rows import RowEmbedding
 
 _LAST_OUTER = re.compile(r"(^|[._])(final|norm|ln_f|head|out)([._]|$)")
 _HOW_TO_NAME = (
@@ -35,8 +36,11 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return best
 
 
-def by_layers(model: nn.Module, trainable: list[str], outer: str) -> list[tuple[str, list[str]]]:
-    """Blocks (name, parameters): one a decoder layer and, if trained, what stands before and behind the layers."""
+def by_layers(
+    model: nn.Module, trainable: list[str], outer: str, outer_limit: int | None
+) -> list[tuple[str, list[str]]]:
+    """Blocks (name, parameters): one a decoder layer and, if trained, what stands before and behind the layers, cut
+    into blocks of at most `outer_limit` elements."""
     found = _find_layers(model)
     if found is None:
         kind = type(model).__name__
@@ -56,7 +60,7 @@ def by_layers(model: nn.Module, trainable: list[str], outer: str) -> list[tuple[
             continue
         if layer in blocks:
             blocks[layer].append(name)
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+        elif _is_embedding(model, name):
             first.append(name)
         elif behind or ("emb" not in name and _LAST_OUTER.search(name)):
             last.append(name)
@@ -64,7 +68,12 @@ def by_layers(model: nn.Module, trainable: list[str], outer: str) -> list[tuple[
             first.append(name)
     groups = list(blocks.items())
     if outer == "train":
-        groups = [("embeddings", first), *groups, ("head", last)]
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        groups = [
+            *_pack("embeddings", first, sizes, outer_limit),
+            *groups,
+            *_pack("head", last, sizes, outer_limit),
+        ]
     groups = [(name, names) for name, names in groups if names]
     if not groups:
         raise PlanError(
@@ -72,6 +81,33 @@ def by_layers(model: nn.Module, trainable: list[str], outer: str) -> list[tuple[
             f"set requires_grad=True on the layers, pass outer='train', or {_HOW_TO_NAME}"
         )
     return groups
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.ParameterList):
+        owner = model.get_submodule(name.rpartition(".parts.")[0])
+    return isinstance(owner, (nn.Embedding, RowEmbedding))
+
+
+def _pack(title: str, names: list[str], sizes: dict[str, int], limit: int | None) -> list[tuple[str, list[str]]]:
+    """Consecutive parameters in blocks of at most `limit` elements, each as full as it gets."""
+    if limit is None:
+        return [(title, names)]
+    packed: list[list[str]] = [[]]
+    room = limit
+    for name in names:
+        if sizes[name] > limit:
+            raise PlanError(
+                f"parameter {name!r} has {sizes[name]:,} elements, more than outer_limit={limit:,}; cut it with "
+                "parablock_rt.split_rows(model, outer_limit) before planning, or raise the limit"
+            )
+        if sizes[name] > room:
+            packed.append([])
+            room = limit
+        packed[-1].append(name)
+        room -= sizes[name]
+    return [(title if len(packed) == 1 else f"{title}.{i}", members) for i, members in enumerate(packed)]
 
 
 def by_count(trainable: list[str], sizes: list[int], count: int) -> list[tuple[str, list[str]]]:

@@ -1,7 +1,6 @@
 """What a plan costs and what would hide its transfers: arithmetic on sizes, rates and one measured step time.
 
-Predictions only; nothing here talks to a network. Memory is what the runtime and AdamW hold for the block that trains,
-beside the model itself and its activations.
+Predictions only; nothing here talks to a network. What is held in memory is `memory`'s word.
 """
 
 from __future__ import annotations
@@ -14,18 +13,10 @@ import torch
 from torch import nn
 
 from parablock_rt.active import ActiveBlock
-from parablock_rt.blocks import Block, BlockPlan
+from parablock_rt.block_layout import Block
+from parablock_rt.blocks import BlockPlan
 from parablock_rt.codec import FORMATS
-
-_ADAM_BYTES = 8  # two fp32 moments a parameter
-
-
-def training_bytes(block: Block) -> int:
-    """Bytes held while `block` trains: reference, gradients, AdamW's moments and, for 16-bit parameters, masters."""
-    wide = all(segment.dtype == torch.float32 for segment in block.segments)
-    own = sum(segment.length * segment.dtype.itemsize for segment in block.segments)
-    masters_and_their_gradients = 0 if wide else 8 * block.flat_numel
-    return own + own + masters_and_their_gradients + _ADAM_BYTES * block.flat_numel
+from parablock_rt.memory import Predictor
 
 
 def communication_s(block: Block, format: str, rate: float, delay: float) -> float:
@@ -33,23 +24,30 @@ def communication_s(block: Block, format: str, rate: float, delay: float) -> flo
     return 2 * (block.wire_bytes(format) / rate + delay)
 
 
-def forecast(plan: BlockPlan, rate: float, delay: float, step_s: float | None) -> dict[str, Any]:
+def forecast(plan: BlockPlan, memory: Predictor, rate: float, delay: float, step_s: float | None) -> dict[str, Any]:
     """The plan in figures. With a `rate` (bytes a second) and a step time (seconds) also what hides the transfers."""
     blocks = []
-    for block in plan.blocks:
+    for block, held in zip(plan.blocks, memory.blocks, strict=True):
         entry: dict[str, Any] = {
             "name": block.name,
             "parameters": block.numel,
             "wire_bytes": {format: block.wire_bytes(format) for format in FORMATS},
-            "training_bytes": training_bytes(block),
-            "residual_bytes": 4 * block.flat_numel,
+            "training_bytes": held.training,
+            "residual_bytes": held.residual,
         }
         if rate and step_s:
             seconds = {format: communication_s(block, format, rate, delay) for format in FORMATS}
             entry["communication_s"] = seconds
             entry["local_steps_to_hide"] = {format: math.ceil(value / step_s) for format, value in seconds.items()}
         blocks.append(entry)
-    return {"digest": plan.digest, "step_s": step_s, "rate_bytes_per_s": rate, "delay_s": delay, "blocks": blocks}
+    return {
+        "digest": plan.digest,
+        "step_s": step_s,
+        "rate_bytes_per_s": rate,
+        "delay_s": delay,
+        "memory": memory.peak().to_dict(),
+        "blocks": blocks,
+    }
 
 
 def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tensor]) -> float:
@@ -78,18 +76,26 @@ def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tenso
     return sorted(times[1:])[1]
 
 
-def render(plan: BlockPlan, figures: dict[str, Any]) -> str:
+def verdict(plan: BlockPlan, format: str, local_steps: int, rate: float, delay: float, step_s: float) -> str:
+    """Whether rounds of `local_steps` steps hide the transfer of the heaviest block. Units as of `forecast`."""
+    heaviest = max(plan.blocks, key=lambda block: block.numel)
+    seconds = communication_s(heaviest, format, rate, delay)
+    needed, compute_s = math.ceil(seconds / step_s), local_steps * step_s
+    needs = f"{heaviest.name} needs {seconds:.2f} s up and down in {format}"
+    if needed <= local_steps:
+        return f"hidden: {needs}, and {local_steps} local steps take {compute_s:.2f} s"
+    return (
+        f"not hidden: {needs}, but {local_steps} local steps take only {compute_s:.2f} s; --local-steps {needed} "
+        "would hide it"
+    )
+
+
+def render(plan: BlockPlan, memory: Predictor, figures: dict[str, Any]) -> str:
     """The forecast for a reader."""
     heaviest = max(figures["blocks"], key=lambda entry: entry["parameters"])
-    residuals = sum(entry["residual_bytes"] for entry in figures["blocks"])
-    lines = [
-        plan.describe(),
-        "",
-        f"training the largest block ({heaviest['name']}) takes {heaviest['training_bytes'] / 1e6:.1f} MB",
-        "beside the model and its activations; the error feedback of all blocks takes "
-        f"{residuals / 1e6:.1f} MB of host memory",
-    ]
+    lines = [plan.describe(), "", memory.peak().render()]
     if "communication_s" in heaviest:
+        lines.append("")
         link = (
             f"{figures['rate_bytes_per_s'] * 8 / 1e6:g} Mbit/s each way, {figures['delay_s'] * 1e3:g} ms one-way delay"
         )

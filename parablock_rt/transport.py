@@ -6,9 +6,10 @@ Every function may be called from any thread; each object is used by one thread 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,12 @@ from parablock_rt import _C, protocol
 from parablock_rt.codec import FORMATS
 from parablock_rt.config import parse_address
 from parablock_rt.errors import ConfigError, ConnectError, TransportError
+
+log = logging.getLogger("parablock")
+
+MAX_LANES: int = _C.MAX_LANES
+DEFAULT_LANES = 1  # connections a client opens; measured: `python -m bench.transport --only lanes`
+_LANE_TIMEOUT_S = 5.0
 
 _RAW_UNIT = 256  # bytes; every flat block is a multiple: 128 elements of at least 2 bytes
 
@@ -42,6 +49,11 @@ def as_tensor(buffer: _C.Buffer, nbytes: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
 
 
+def describe(event: _C.Event) -> str:
+    """What an event's transfer is: "upload of round 3"."""
+    return f"{protocol.Kind(event.kind).name.lower()} of round {event.round}"
+
+
 class BufferPool:
     """Buffers that are used again, so that a run in steady state allocates nothing.
 
@@ -49,8 +61,11 @@ class BufferPool:
     only when nobody else owns it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], _C.Buffer] = _C.Buffer) -> None:
+        """`allocate`: makes a buffer of so many bytes."""
+        self._allocate = allocate
         self._free: list[_C.Buffer] = []
+        self._least = 0
         self.allocated_bytes = 0
 
     def take(self, nbytes: int) -> _C.Buffer:
@@ -60,12 +75,19 @@ class BufferPool:
             smallest = min(fitting, key=lambda buffer: buffer.nbytes)
             self._free.remove(smallest)
             return smallest
-        self.allocated_bytes += nbytes
-        return _C.Buffer(nbytes)
+        buffer = self._allocate(max(nbytes, self._least))
+        self.allocated_bytes += buffer.nbytes
+        return buffer
 
     def give_back(self, buffer: _C.Buffer) -> None:
         """The caller will not touch `buffer` any more."""
         self._free.append(buffer)
+
+    def fit(self, nbytes: int) -> None:
+        """From now on every new buffer has `nbytes` at least, so that each serves for any block; unused ones go."""
+        self._least = nbytes
+        self.allocated_bytes -= sum(buffer.nbytes for buffer in self._free)
+        self._free = []
 
 
 @dataclass(frozen=True)
@@ -79,11 +101,24 @@ class Shape:
 class Transport:
     """One native thread with its links. Closing it ends the thread; a context manager does so."""
 
-    def __init__(self, shape: Shape | None = None, *, idle_timeout: float = 60.0, max_links: int = 1024) -> None:
+    def __init__(
+        self,
+        shape: Shape | None = None,
+        *,
+        tls: _C.TlsContext | None = None,
+        idle_timeout: float = 60.0,
+        lanes: int = DEFAULT_LANES,
+    ) -> None:
+        """`tls`: every connection is in TLS, see `Tls.for_server` and `Tls.for_client`; None: none is.
+
+        `lanes`: connections a link may have, 1 to MAX_LANES: those opened to a server, or offered to a client.
+        """
+        if not 1 <= lanes <= MAX_LANES:
+            raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes}")
         shape = shape or Shape()
-        self.native = _C.Transport(
-            bytes_per_second=shape.rate, delay=shape.delay, idle_timeout=idle_timeout, max_links=max_links
-        )
+        self.encrypted = tls is not None
+        self._lanes = lanes
+        self.native = _C.Transport(bytes_per_second=shape.rate, delay=shape.delay, idle_timeout=idle_timeout, tls=tls)
 
     def __enter__(self) -> Transport:
         return self
@@ -94,15 +129,25 @@ class Transport:
     def listen(self, address: str, *, protected: bool, insecure: bool = False) -> str:
         """Listens on "host:port" (port 0: any free one) and returns the address with the port taken.
 
-        Raises ConfigError for an address that others can reach without `protected` (a token is required of clients)
-        or `insecure`, and TransportError when the port is taken or the host is not this machine's.
+        An address that others can reach takes both TLS and `protected` (clients must prove who they are, by a token or
+        a certificate), or `insecure`. Raises ConfigError otherwise, and TransportError when the port is taken or the
+        host is not this machine's.
         """
         host, port = parse_address(address)
-        if not (protected or insecure or _is_loopback(host)):
-            raise ConfigError(
-                f"refusing to listen on {address} without protection: anyone who reaches it could join the run. Set a "
-                "token, listen on 127.0.0.1, or say --insecure when the network itself is trusted"
-            )
+        if not (insecure or _is_loopback(host)):
+            if not protected:
+                raise ConfigError(
+                    f"refusing to listen on {address} without protection: anyone who reaches it could join the run. "
+                    "Set a token, ask for client certificates, listen on 127.0.0.1, or say --insecure when the network "
+                    "itself is trusted"
+                )
+            if not self.encrypted:
+                raise ConfigError(
+                    f"refusing to listen on {address} without TLS: the token keeps strangers out, but whoever is on "
+                    "the way could read and change everything, and take over a connection that has proved it. Give "
+                    "--tls-cert and --tls-key (`parablock certs` makes them), listen on 127.0.0.1, or say --insecure "
+                    "when the network itself is trusted"
+                )
         try:
             taken = self.native.listen(host, port)
         except OSError as error:
@@ -128,6 +173,27 @@ class Transport:
                     ) from error
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
         raise ConfigError(f"tries must be at least 1; found {tries}")
+
+    def offer_lanes(self, link: int) -> protocol.Lanes | None:
+        """Lets the peer, who has proved who it is, open further lanes: what to tell it. None: one is all."""
+        if self._lanes == 1:
+            return None
+        return protocol.Lanes(most=self._lanes, key=self.native.offer_lanes(link, self._lanes - 1))
+
+    def open_lanes(self, link: int, offer: protocol.Lanes) -> None:
+        """Opens as many further lanes as the server offers and this side wants; waits for the connections.
+
+        A network that allows one connection alone gets a warning: the link works with one.
+        """
+        more = min(self._lanes, offer.most) - 1
+        if more <= 0:
+            return
+        try:
+            self.native.attach_lanes(link, offer.key, more, _LANE_TIMEOUT_S)
+        except OSError as error:
+            log.warning("going on with one connection to the server: no further one could be opened (%s)", error)
+        except ValueError as error:
+            log.warning("no further connections to the server: %s", error)
 
     def send_message(self, link: int, message: protocol.Message) -> None:
         """Queues a control message; it overtakes data that waits."""

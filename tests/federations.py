@@ -13,8 +13,11 @@ from harness import FederationResult, run_federation
 from simulation import SimulationResult, simulate
 from torch import Tensor, nn
 
+from parablock_rt import _C
 from parablock_rt.client import Run
-from parablock_rt.rounds import Round
+from parablock_rt.intake import Intake
+from parablock_rt.members import Member
+from parablock_rt.rounds import Delivery, Round
 
 THREE = [["0"], ["2"], ["4"]]
 TWO = [["0", "2"], ["4"]]
@@ -114,9 +117,23 @@ def fold_spy(monkeypatch: pytest.MonkeyPatch, on_fold: Callable[[int, int, str],
     """Calls `on_fold(round, seat, why not)` on the server's thread after each upload was folded or refused."""
     fold = Round.fold
 
-    def spy(self: Round, client: int, *rest: Any) -> str:
-        reason = fold(self, client, *rest)
-        on_fold(self.index, client, reason)
-        return reason
+    def spy(self: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
+        reasons = fold(self, deliveries, format)
+        for delivery, reason in zip(deliveries, reasons, strict=True):
+            on_fold(self.index, delivery.client, reason)
+        return reasons
 
     monkeypatch.setattr(Round, "fold", spy)
+
+
+def arrival_spy(monkeypatch: pytest.MonkeyPatch, on_arrival: Callable[[int, int], None]) -> None:
+    """Calls `on_arrival(round, seat)` on the server's thread when all of an upload is there, folded or not."""
+    take = Intake.take
+
+    def spy(self: Intake, member: Member, arrived: _C.Event) -> Any:
+        taken = take(self, member, arrived)
+        if taken is not None:
+            on_arrival(taken[0].round, member.seat)
+        return taken
+
+    monkeypatch.setattr(Intake, "take", spy)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parablock_rt import codec, kernels
+from parablock_rt.errors import CodecError
 
 assert kernels.common.INTERPRETED, "set TRITON_INTERPRET=1 in the environment of this process"
 
@@ -191,3 +192,46 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.accumulate(limb, limb.int(), body, 1.0)
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
         kernels.fingerprint(torch.zeros(3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_apply_to_several_tensors_of_one_block(format: str) -> None:
+    checks.check_apply_to_parts(CPU, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_block_encoded_in_slices_has_the_same_planes_count_and_residual(format: str) -> None:
+    checks.check_encode_in_slices(CPU, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_codec_gives_the_same_through_the_kernels(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `parablock_rt.codec` does with tensors on a GPU, here with the kernels interpreted."""
+    numel = 128 * 5
+    now, ref, residual = (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    now[3] = torch.inf
+
+    def everything() -> list[torch.Tensor | int]:
+        rest, targets = residual.clone(), [ref[:256].clone(), ref[256:].to(torch.bfloat16)]
+        packed = codec.encode(now, ref, rest, format=format)
+        applied = codec.apply_(targets, packed.body, format=format)
+        assert applied is targets
+        change = codec.decode(packed.body, numel, format=format)
+        return [packed.body, packed.bad_groups, rest, change, *targets, codec.fingerprint(ref)]
+
+    expected = everything()
+    monkeypatch.setattr(codec, "_gpu_codec", lambda tensor: kernels)
+    for found, wanted in zip(everything(), expected, strict=True):
+        if isinstance(wanted, int):
+            assert found == wanted
+        else:
+            assert isinstance(found, torch.Tensor)
+            checks.assert_same_bits(found, wanted, format)
+    with pytest.raises(CodecError, match="found 3; pad the flat block"):
+        codec.encode(now[:3], ref[:3], format=format)
+    with pytest.raises(CodecError, match="expected contiguous memory"):
+        codec.encode(now[::2], ref[::2], format=format)
+    with pytest.raises(CodecError, match=r"expected a dtype out of .*found torch\.float64"):
+        codec.encode(now.double(), ref, format=format)
+    with pytest.raises(CodecError, match=r"multiple of 2; allocate it with empty_body|multiple of 4; allocate it"):
+        codec.decode(torch.zeros(codec.body_bytes(numel, format) + 1, dtype=torch.uint8)[1:], numel, format=format)

@@ -119,6 +119,45 @@ def check_apply(device: str, target: Array, body: bytes, format: str, shift: int
     memory.check()
 
 
+def check_apply_to_parts(device: str, format: str) -> None:
+    """Several targets of different dtypes, one behind the other in the block, each between guards."""
+    sizes = (128, 128 * 37, 128 * 2)
+    change, _ = odd_sized_block(60, 9)
+    numel = sum(sizes)
+    here = codec.encode(to_torch(change["now"][:numel]), to_torch(change["ref"][:numel]), format=format).body
+    parts = [
+        torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        for size, dtype in zip(sizes, (torch.bfloat16, torch.float32, torch.float16), strict=True)
+    ]
+    there = [guarded_copy(part, device) for part in parts]
+    expected = codec.apply_([part.clone() for part in parts], here, format=format)
+    found = kernels.apply_([inner for inner, _ in there], here.to(device), format=format)
+    for one, wanted, (_, memory) in zip(found, expected, there, strict=True):
+        assert_same_bits(one, wanted, f"{format} applied to {wanted.dtype}")
+        memory.check()
+
+
+def check_encode_in_slices(device: str, format: str) -> None:
+    """A block packed by several calls into several bodies, with one count and the residual in place."""
+    change, _ = odd_sized_block(60, 9)
+    now, ref, residual = (to_torch(change[name]).clone() for name in ("now", "ref", "residual"))
+    now[[5, 128 * 40]] = torch.nan
+    expected_residual = residual.clone()
+    expected = codec.encode(now, ref, expected_residual, format=format)
+    there = [tensor.to(device, copy=True) for tensor in (now, ref, residual)]
+    bad = torch.full((1,), 7, dtype=torch.int64, device=device)
+    scales, codes = [], []
+    for start in range(0, now.numel(), 128 * 33):
+        part = [tensor[start : start + 128 * 33] for tensor in there]
+        body = kernels.encode(*part, format=format, bad=bad).body
+        split = codec.scale_bytes(part[0].numel(), format)
+        scales.append(body[:split])
+        codes.append(body[split:])
+    assert_same_bits(torch.cat(scales + codes), expected.body, f"{format} in slices")
+    assert_same_bits(there[2], expected_residual, f"{format} residual in slices")
+    assert int(bad) == 7 + expected.bad_groups
+
+
 def check_accumulate(device: str, numel: int, parts: list[tuple[bytes, float, str]]) -> None:
     """The limbs after all parts, in the order given and in the reverse."""
     expected = codec.Accumulator(numel)

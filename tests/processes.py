@@ -13,26 +13,30 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from deaths import prepare
 from torch import Tensor, nn
 
 import parablock_rt as pb
 
 WAIT_S = 30.0
 
+_seeding = threading.Lock()
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["parablock_rt.cli", "transformers.models.llama.modeling_llama"])
 
 
 def make_model(seed: int = 0, width: int = 64) -> nn.Module:
-    """The same bits for the same seed, wherever it is called."""
+    """The same bits for the same seed, wherever it is called: torch's generator is shared by all threads."""
     torch.set_num_threads(1)
-    with torch.random.fork_rng():
+    with _seeding, torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(*[nn.Linear(width, width) for _ in range(4)])
 
@@ -53,8 +57,10 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def start_server(**settings: Any) -> pb.Server:
     """A server in this process, of the tests' model unless another is given with its plan. Close it."""
-    model = settings.pop("model", None) or make_model()
+    model = settings.pop("model", None) or make_model(width=settings.pop("width", 64))
     defaults: dict[str, Any] = {"rounds": 6, "clients": 2, "local_steps": 2}
+    if "resume" in settings:
+        defaults = {}
     if "plan" not in settings:
         defaults["plan"] = pb.BlockPlan.from_model(model, blocks=4)
     return pb.serve(model, **defaults | settings)
@@ -88,9 +94,18 @@ class Process:
             if report[0] == kind:
                 return report[1]
 
+    def take_reports(self) -> None:
+        """Takes what was reported and nobody waits for: who is not listened to stops when the pipe is full."""
+        while self._pipe.poll(0.0):
+            self.seen.append(self._pipe.recv())
+
     def let_go(self) -> None:
         """Lets a process go on that has stopped to wait."""
-        self._pipe.send("go on")
+        self.tell("go on")
+
+    def tell(self, what: Any) -> None:
+        """Sends something to a process that waits for it."""
+        self._pipe.send(what)
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -172,16 +187,26 @@ def client(
                 scale = float("nan") if round == nan_in else 1.0
                 run.train_step(batch, lambda model, batch, scale=scale: loss_fn(model, batch) * scale)
             finite = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-        pipe.send(("done", {"digest": run.digest, "bad_groups": run.bad_groups, "finite": finite}))
+        result = {"digest": run.digest, "bad_groups": run.bad_groups, "finite": finite}
+        comeback = {name: getattr(run, name) for name in ("reconnects", "resumed_bytes", "resent_bytes")}
+        pipe.send(("done", result | comeback))
     except BaseException as error:
         pipe.send(("error", (type(error).__name__, str(error))))
 
 
-def server(pipe: Connection, settings: dict[str, Any]) -> None:
-    """The body of a server process. Reports address, round (after each that is closed) and, if it comes, the end."""
-    with start_server(on_round=lambda closed: pipe.send(("round", closed.round)), **settings) as running:
-        pipe.send(("address", running.address))
-        pipe.send(("ended", running.wait().digest))
+def server(pipe: Connection, settings: dict[str, Any], die: tuple[str, int] | None = None) -> None:
+    """The body of a server process. Reports address, round (after each that is closed) and, if it comes, the end:
+    ended (the digest) or error. `die`: where it kills itself (see deaths.py), and in which round."""
+    if die is not None:
+        prepare(*die, lambda: pipe.send(("dying", die[0])))
+    try:
+        with start_server(on_round=lambda closed: pipe.send(("round", closed.round)), **settings) as running:
+            pipe.send(("address", running.address))
+            outcome = running.wait()
+        pipe.send(("outcome", {"reconnects": outcome.reconnects, "clients": outcome.client_digests}))
+        pipe.send(("ended", outcome.digest))
+    except BaseException as error:
+        pipe.send(("error", (type(error).__name__, str(error))))
 
 
 def command(pipe: Connection, arguments: list[str], folder: str) -> None:

@@ -16,7 +16,7 @@ from parablock_rt._C import (
 )
 
 HEADER_BYTES = 44
-CONTROL, DATA, ACK, CANCEL, PING, PONG = range(1, 7)
+CONTROL, DATA, ACK, CANCEL, PING, PONG, ATTACH, RESEND, WITHDRAW = range(1, 10)
 MAGIC = b"PBLK"
 
 Key = tuple[int, int, int]

@@ -20,6 +20,7 @@ from federations import (
     TWO,
     WAIT_S,
     Case,
+    arrival_spy,
     assert_equal,
     bounded_mlp,
     fold_spy,
@@ -230,9 +231,8 @@ def test_the_order_in_which_clients_deliver_changes_no_bit(monkeypatch: pytest.M
         folded: list[tuple[int, int]] = []
         there = {(t, seat): threading.Event() for t in range(rounds) for seat in range(3)}
 
-        def note(round: int, seat: int, reason: str, folded: Any = folded, there: Any = there) -> None:
+        def note(round: int, seat: int, reason: str, folded: Any = folded) -> None:
             folded.append((round, seat))
-            there[round, seat].set()
 
         def in_turn(run: Run, step: int, order: Any = order, there: Any = there) -> None:
             place = order.index(run.client)
@@ -241,6 +241,7 @@ def test_the_order_in_which_clients_deliver_changes_no_bit(monkeypatch: pytest.M
 
         with monkeypatch.context() as patch:
             fold_spy(patch, note)
+            arrival_spy(patch, lambda round, seat, there=there: there[round, seat].set())
             settings = {"rounds": rounds, "local_steps": 1, "format": format}
             digests.append(Case(settings=settings).run(before_step=in_turn).outcome.digest)
         assert [seat for round in range(rounds) for r, seat in folded if r == round] == list(order) * rounds

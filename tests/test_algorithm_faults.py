@@ -26,6 +26,10 @@ from torch import Tensor, nn
 
 from parablock_rt.client import Run
 from parablock_rt.coordinator import Coordinator
+from parablock_rt.intake import Intake
+from parablock_rt.members import Member
+from parablock_rt.outcome import ClosedRound
+from parablock_rt.server_link import ServerLink
 
 # ---- Uploads that are not accepted
 
@@ -99,13 +103,13 @@ def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_
     """Client 0 takes the last block of its snapshot only when the server knows that client 1 has all of its own."""
     other_is_ready = threading.Event()
     began: list[int] = []
-    take_snapshot, send_snapshot = Run.take_snapshot, Coordinator._send_snapshot
+    make_room, send_snapshot = ServerLink._make_room_for_snapshot, Coordinator._send_snapshot
     let_begin = Coordinator._let_begin
 
-    def hold(self: Run, message: Any) -> None:
-        if self.client == 0 and message.block == 2:
+    def hold(self: ServerLink) -> None:
+        if self._seat == 0 and any(message.block == 2 for message in self._transit.announced):
             assert other_is_ready.wait(WAIT_S)
-        take_snapshot(self, message)
+        make_room(self)
 
     def note_ready(self: Coordinator, member: Any) -> None:
         complete = not member.to_send
@@ -117,7 +121,7 @@ def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_
         began.append(member.seat)
         let_begin(self, member, **rest)
 
-    monkeypatch.setattr(Run, "take_snapshot", hold)
+    monkeypatch.setattr(ServerLink, "_make_room_for_snapshot", hold)
     monkeypatch.setattr(Coordinator, "_send_snapshot", note_ready)
     monkeypatch.setattr(Coordinator, "_let_begin", note_begin)
     case = Case(clients=2)
@@ -233,6 +237,25 @@ def test_a_round_that_goes_nan_spoils_no_later_round_of_that_client(blocks: list
     assert all(bool(value.isfinite().all()) for value in result.model.state_dict().values())
 
 
+@pytest.mark.parametrize("budget", [700, 1000, 1500, 2000])
+def test_a_client_s_uploads_are_let_in_in_order_also_when_a_later_block_is_smaller(
+    monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Blocks of about 400, 600 and 200 bytes: the last one fits where the one before it does not."""
+    posted: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    original = Intake._post
+
+    def post(self: Intake, member: Member, index: int) -> None:
+        posted[member.seat].append(index)
+        original(self, member, index)
+
+    monkeypatch.setattr(Intake, "_post", post)
+    case = Case(THREE, clients=3, settings={"staleness": 2, "rounds": 9, "local_steps": 1})
+    result = case.run(upload_budget=budget)
+    assert posted == {seat: list(range(9)) for seat in range(3)}
+    assert set(result.outcome.client_digests.values()) == {result.outcome.digest}
+
+
 @pytest.mark.parametrize("blocks", [ONE, THREE], ids=["1", "3"])
 def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
     monkeypatch: pytest.MonkeyPatch, blocks: list[list[str]]
@@ -242,14 +265,14 @@ def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
     held = 2
     closed = threading.Event()
     most: list[int] = []
-    original = Coordinator._post_uploads
+    original = Intake.let_in
 
-    def without_room(self: Coordinator) -> None:
-        self._budget = 0
-        original(self)
-        most.append(sum(len(member.posted) for member in self._members.values()))
+    def without_room(self: Intake, oldest: int) -> None:
+        self.budget = 0
+        original(self, oldest)
+        most.append(sum(len(member.posted) for member in self._roster.members))
 
-    monkeypatch.setattr(Coordinator, "_post_uploads", without_room)
+    monkeypatch.setattr(Intake, "let_in", without_room)
 
     def hold(run: Run, step: int) -> None:
         if run.client == 0 and run._round is not None and run._round.index == held:
@@ -266,3 +289,32 @@ def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
     assert max(most) == 1
     assert len(result.outcome.rounds) == 6
     assert set(result.outcome.client_digests.values()) == {result.outcome.digest}
+
+
+def test_a_client_that_leaves_more_aggregates_lying_than_the_budget_is_dismissed_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Coordinator.__init__
+
+    def without_room(self: Coordinator, *args: Any, **named: Any) -> None:
+        original(self, *args, **named, update_budget=0)
+
+    monkeypatch.setattr(Coordinator, "__init__", without_room)
+    ended = threading.Event()
+
+    def hold(run: Run, step: int) -> None:
+        if run.client == 0 and run._round is not None and run._round.index == 1:
+            assert ended.wait(WAIT_S)
+
+    def look(report: ClosedRound) -> None:
+        if report.round == 7:
+            ended.set()
+
+    result = Case(THREE, clients=2, settings={"staleness": 0, "local_steps": 1, "rounds": 8}).run(
+        before_step=hold, on_round=look, check=False, quorum=1, deadline=1.0, limit_s=40.0
+    )
+    assert ended.is_set()
+    assert len(result.outcome.rounds) == 8
+    assert [reason for reason in result.outcome.left if "rounds behind" in reason] == [
+        "client 0: this client fell 3 rounds behind; join again for a snapshot"
+    ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
+import resource
 import socket
 import threading
 import time
@@ -18,7 +20,7 @@ from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C, aggregate, codec, handshake, protocol
-from parablock_rt.errors import PeerLostError, PlanMismatchError
+from parablock_rt.errors import HandshakeError, PeerLostError, PlanMismatchError
 from parablock_rt.protocol import Kind
 from parablock_rt.transport import BufferPool, Transport, as_tensor, body_layout
 
@@ -40,6 +42,7 @@ class RawClient:
         self._transport = Transport()
         self._link = self._transport.connect(address, tries=1)
         self._messages: list[protocol.Message] = []
+        self._sent = 0
         self.closed: str | None = None
 
     def __enter__(self) -> RawClient:
@@ -75,6 +78,8 @@ class RawClient:
             event = self._transport.next_event(1.0)
             if event is not None and event.type == _C.Event.Type.CONTROL:
                 self._messages.append(protocol.decode(event.message))
+            elif event is not None and event.type == _C.Event.Type.SENT:
+                self._sent += 1
             elif event is not None and event.type == _C.Event.Type.CLOSED:
                 self.closed = event.text
 
@@ -104,17 +109,24 @@ class RawClient:
         self.hear(protocol.Begin)
         return welcome
 
-    def upload(self, round: int, body: bytes, announcement: protocol.Upload | None) -> protocol.Verdict:
-        """Sends a body for a round, announced or not, and returns what the server says to it."""
-        if announcement is not None:
-            self.say(announcement)
+    def upload(self, round: int, body: bytes, announcement: protocol.Upload) -> protocol.Verdict:
+        """Sends a body for a round and returns what the server says to it."""
+        self.say(announcement)
+        self.send_body(round, body)
+        verdict = self.hear(protocol.Verdict)
+        assert verdict.round == round
+        return verdict
+
+    def send_body(self, round: int, body: bytes) -> None:
         buffer = BufferPool().take(len(body))
         as_tensor(buffer, len(body)).copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
         source = self._transport.native.make_source(buffer, body_layout("int8", BLOCK, 2**18), True)
         self._transport.native.send(self._link, Kind.UPLOAD, round, round % 4, source)
-        verdict = self.hear(protocol.Verdict)
-        assert verdict.round == round
-        return verdict
+
+    def until_sent(self) -> None:
+        """Returns when the server has all of a body."""
+        self._wait(lambda: self._sent > 0, "the acknowledgement of the body")
+        self._sent -= 1
 
 
 def announcement(round: int, **changes: Any) -> protocol.Upload:
@@ -133,13 +145,13 @@ def good_body() -> bytes:
 def test_bad_uploads_are_rejected_with_a_reason_and_leave_no_trace(start: Start) -> None:
     """One kind in each round. Nobody waits for a client whose upload was refused: the deadline is far away. What is
     left is, bit by bit, the run of the honest client alone."""
-    cases: list[tuple[protocol.Upload | None, bytes, str]] = [
-        (None, good_body(), "not announced"),
-        (announcement(1, weight=0.0), good_body(), "expected a finite weight above 0, found 0.0"),
-        (announcement(2, weight=-1.0), good_body(), "expected a finite weight above 0, found -1.0"),
-        (announcement(3, weight=float("nan")), good_body(), "expected a finite weight above 0, found nan"),
-        (announcement(4, weight=float("inf")), good_body(), "expected a finite weight above 0, found inf"),
-        (announcement(5, weight=1e30), good_body(), "expected weight * |value| below 2^31"),
+    cases: list[tuple[protocol.Upload, bytes, str]] = [
+        (announcement(0, weight=-0.0), good_body(), "from 2^-64 to 2^64, such as a count of tokens, found -0.0"),
+        (announcement(1, weight=0.0), good_body(), "from 2^-64 to 2^64, such as a count of tokens, found 0.0"),
+        (announcement(2, weight=-1.0), good_body(), "from 2^-64 to 2^64, such as a count of tokens, found -1.0"),
+        (announcement(3, weight=float("nan")), good_body(), "from 2^-64 to 2^64, such as a count of tokens, found nan"),
+        (announcement(4, weight=float("inf")), good_body(), "from 2^-64 to 2^64, such as a count of tokens, found inf"),
+        (announcement(5, weight=1e15), good_body(), "expected weight * |value| below 2^31"),
         (announcement(6, block=3), good_body(), "round 6 trains block 2, not 3"),
         (announcement(7), b"\xff" * len(good_body()), "expected a body that an encoder made"),
         (announcement(8), b"\x80" * len(good_body()), "expected a body that an encoder made"),
@@ -163,10 +175,33 @@ def test_bad_uploads_are_rejected_with_a_reason_and_leave_no_trace(start: Start)
 def test_the_upload_that_the_bad_ones_are_made_of_is_accepted() -> None:
     with start_server(rounds=1, clients=1) as running, RawClient(running.address) as raw:
         raw.begin()
-        assert raw.upload(0, good_body(), announcement(0)) == protocol.Verdict(
-            round=0, block=0, accepted=True, reason=""
-        )
+        verdict = raw.upload(0, good_body(), announcement(0))
+        assert (verdict.round, verdict.block, verdict.accepted, verdict.reason) == (0, 0, True, "")
         assert raw.hear(protocol.Update).contributions == 1
+
+
+def test_an_upload_whose_body_comes_before_its_announcement_is_folded_when_that_comes() -> None:
+    with start_server(rounds=1, clients=1) as running, RawClient(running.address) as raw:
+        raw.begin()
+        raw.send_body(0, good_body())
+        raw.until_sent()
+        raw.say(announcement(0))
+        assert raw.hear(protocol.Verdict).accepted
+        assert raw.hear(protocol.Update).contributions == 1
+
+
+def test_an_upload_that_is_never_announced_is_refused_at_the_deadline(start: Start) -> None:
+    with start_server(rounds=1, quorum=1, deadline=3.0) as running, RawClient(running.address) as hostile:
+        honest = start(client, running.address, data=0)
+        hostile.begin()
+        hostile.send_body(0, good_body())
+        hostile.until_sent()
+        verdict = hostile.hear(protocol.Verdict)
+        assert not verdict.accepted
+        assert "without this upload" in verdict.reason
+        hostile.say(protocol.Goodbye(digest="", reason="done with it", compute_s=0.0, exposed_s=0.0))
+        honest.expect("done")
+        assert [closed.contributions for closed in running.wait(WAIT_S).rounds] == [1]
 
 
 # ---- Messages that have no place, or no sense
@@ -330,17 +365,24 @@ def probe_header() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("says", "reason"),
+    ("says", "error", "reason"),
     [
         (
             probe_header()[:4] + bytes([9]) + probe_header()[5:],
+            HandshakeError,
             f"the peer speaks protocol version 9, this side version {protocol.VERSION}: install the same release",
         ),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100), "the peer does not speak the ParaBlock protocol"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100),
+            PeerLostError,
+            "the peer does not speak the ParaBlock protocol",
+        ),
     ],
     ids=["another version", "a web server"],
 )
-def test_a_server_that_speaks_something_else_is_refused_with_what_it_speaks(says: bytes, reason: str) -> None:
+def test_a_server_that_speaks_something_else_is_refused_with_what_it_speaks(
+    says: bytes, error: type[pb.ParaBlockError], reason: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -353,10 +395,9 @@ def test_a_server_that_speaks_something_else_is_refused_with_what_it_speaks(says
 
         speaker = threading.Thread(target=speak)
         speaker.start()
-        with pytest.raises(PeerLostError) as failure:
+        with pytest.raises(error, match=f"the server at {address}") as failure:
             pb.join(address, make_model(), torch.optim.SGD)
         speaker.join(WAIT_S)
-    assert str(failure.value).startswith(f"lost the server at {address} while waiting for Challenge (handshake): ")
     assert reason in str(failure.value)
 
 
@@ -375,6 +416,25 @@ def test_a_model_that_is_not_the_servers_is_refused_with_the_parameter_that_diff
             join_with(running.address, make_model().to(torch.bfloat16))
         with pytest.raises(PlanMismatchError, match=r"'3\.weight' .*this model \(Sequential\) has none of that name"):
             join_with(running.address, make_model()[:3])
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2**20), (64, 64, 2**40), (2**62, 4), (0, 64), (-64, -64), (64, 63)])
+def test_a_plan_that_lies_about_sizes_is_refused_before_anything_is_allocated(shape: tuple[int, ...]) -> None:
+    """A server that lies: its plan is compared with the client's own model, and never the measure of a buffer."""
+    with start_server() as running:
+        identity = running._coordinator._identity
+        first, *others = identity.plan.blocks
+        parameters = (msgspec.structs.replace(first.parameters[0], shape=shape), *first.parameters[1:])
+        lie = msgspec.structs.replace(
+            identity.plan, blocks=(msgspec.structs.replace(first, parameters=parameters), *others)
+        )
+        running._coordinator._roster._identity = dataclasses.replace(identity, plan=lie)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = make_model()
+        with pytest.raises(PlanMismatchError, match=r"'0\.weight'"):
+            join_with(running.address, model)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # KiB
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_plan_of_the_clients_own_that_differs_is_refused_with_the_parameter() -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +23,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import trace_schema
 import transformers
 from processes import WAIT_S, Process, command, start_server, starter
 
-from parablock_rt import aggregate, cli, codec, demo, finetune, handshake
+from parablock_rt import _C, aggregate, cli, codec, demo, finetune, handshake
 from parablock_rt.blocks import BlockPlan
+from parablock_rt.config import RunConfig
 from parablock_rt.errors import PeerLostError
 from parablock_rt.finetune import Workload
 
@@ -90,7 +95,7 @@ def wait_for(what: Callable[[], Any], process: Callable[[float], None]) -> Any:
 # ---- Help, usage, exit codes
 
 
-@pytest.mark.parametrize("name", ["demo", "serve", "join", "plan", "doctor"])
+@pytest.mark.parametrize("name", ["demo", "serve", "join", "plan", "report", "top", "doctor"])
 def test_every_command_explains_itself_with_an_example(main: Main, name: str) -> None:
     result = main(name, "--help")
     assert result.code == 0
@@ -101,7 +106,8 @@ def test_every_command_explains_itself_with_an_example(main: Main, name: str) ->
 def test_the_program_lists_its_commands_and_its_version(main: Main) -> None:
     result = main("--help")
     assert result.code == 0
-    assert all(name in result.out for name in ("demo", "serve", "join", "plan", "doctor"))
+    names = ("demo", "serve", "join", "plan", "bench", "report", "top", "trace", "doctor")
+    assert all(name in result.out for name in names)
     assert main("--version").out == f"{cli.__version__}\n"
 
 
@@ -148,6 +154,9 @@ def test_wrong_usage_ends_with_2(main: Main, arguments: list[str]) -> None:
         (["join", "host:1", "--lr", "0"], "lr must be positive; found 0.0"),
         (["plan", "--rate", "fast"], "a rate looks like"),
         (["plan", "--step-time", "0"], "step-time must be a positive number of seconds; found 0.0"),
+        (["plan", "--optimizer", "lion"], "optimizer must be one of adamw,"),
+        (["plan", "--device", "tpu"], "device must be one of cuda, cpu; found 'tpu'"),
+        (["plan", "--row-limit", "0"], "row_limit must be at least 1 element; found 0"),
         (["demo", "--run-dir", "file"], "the run folder file cannot be written"),
         (["serve", "--run-dir", "file/below"], "the run folder file/below cannot be written"),
         (["demo", "--config", "absent"], "cannot read the configuration absent: No such file or directory"),
@@ -248,7 +257,7 @@ def test_a_file_with_what_is_no_setting_ends_with_2(
 
 def test_the_doctor_speaks_json_and_names_what_each_finding_means(main: Main) -> None:
     findings = json.loads(main("doctor", "--json").out)
-    assert findings["tls"]["found"] is False
+    assert findings["tls"]["found"] == (_C.TLS_LIBRARY or None)
     assert all(set(fact) == {"found", "effect"} and fact["effect"] for fact in findings.values())
     text = main("doctor").out
     assert all(name in text for name in findings)
@@ -267,6 +276,22 @@ def test_the_plan_shows_blocks_bytes_and_what_hides_them(main: Main) -> None:
     assert measured.code == 0
     assert "total: 2 blocks" in measured.out
     assert "local steps or more" in measured.out
+
+
+def test_the_plan_predicts_memory_for_the_run_that_is_meant(main: Main) -> None:
+    def memory(*flags: str) -> dict[str, Any]:
+        arguments = ("plan", "--model", "tiny", "--dtype", "bf16", "--device", "cuda", *flags)
+        predicted = json.loads(main(*arguments, "--json").out)["memory"]
+        return {item["name"]: max(item["bytes"]) for item in predicted["items"]}
+
+    default = memory()
+    assert memory("--optimizer", "sgd").keys() == default.keys() - {"optimiser state", "optimiser scratch"}
+    assert memory("--staleness", "0")["references"] == default["references"] / 2
+    assert memory("--format", "int4")["arriving bodies"] < default["arriving bodies"]
+    assert "residuals" not in memory("--format", "fp32")
+    table = main("plan", "--model", "tiny", "--outer", "train", "--row-limit", "20000").out
+    assert "embeddings.1" in table
+    assert "host total" in table
 
 
 # ---- The demonstration
@@ -339,6 +364,8 @@ def test_the_demonstration_runs_both_ways_and_ends_well(demonstration: Demonstra
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
         assert summary["wall_s"] > summary["compute_s"] > 0
         assert summary == read(demonstration.folder / "run" / name / "summary.json")
+    shown = re.findall(r'id="data">(.*?)</script>', (demonstration.folder / "run" / "report.html").read_text())
+    assert [run["summary"] for run in json.loads(*shown)["runs"]] == [result["sequential"], result["parallel"]]
     sequential, parallel = result["sequential"], result["parallel"]
     assert sequential["serial_comm_s"] == sequential["exposed_comm_s"] == parallel["serial_comm_s"]
     assert parallel["overlap_efficiency"] == 1 - parallel["exposed_comm_s"] / parallel["serial_comm_s"]
@@ -368,19 +395,16 @@ def test_the_demonstration_leaves_a_trace_that_a_viewer_can_read(demonstration: 
     assert sorted(processes.values()) == sorted(
         f"{run}: {who}" for run in ("sequential", "parallel") for who in ("server", "client 0", "client 1")
     )
-    spans = [event for event in events if event["ph"] == "X"]
-    for event in spans:
-        assert event["name"]
-        assert event["pid"] in processes
-        assert isinstance(event["tid"], int)
-        assert event["ts"] > 0
-        assert 0 <= event["dur"] < 120e6
-    tracks = {(processes[event["pid"]], event["cat"]) for event in spans}
+    trace_schema.check(trace)
+    stages = Counter((processes[event["pid"]], event["cat"]) for event in events if event["ph"] == "X")
     for run in ("sequential", "parallel"):
-        assert {(f"{run}: server", track) for track in ("fold", "close", "upload 0", "upload 1")} <= tracks
-        assert {(f"{run}: client 1", track) for track in ("compute", "encode", "receive", "apply")} <= tracks
-    computed = [e for e in spans if e["cat"] == "compute"]
-    assert len(computed) == 2 * 2 * 5
+        assert all(stages[f"{run}: server", stage] for stage in ("fold", "close", "encode", "send", "receive"))
+        assert all(stages[f"{run}: client 1", stage] for stage in ("encode", "send", "receive", "apply"))
+        assert all(stages[f"{run}: client {seat}", "compute"] >= 5 for seat in range(2))
+    # Every chunk of every round, from each client to the server and from the server to each client, in both runs.
+    chunks = -(-2 * TINY_BLOCK // RunConfig(rounds=1, clients=1).chunk)
+    whole = Counter(tuple(passed) for passed in trace_schema.flows(trace).values())
+    assert whole == {("encode", "send", "receive", last): 2 * 2 * 5 * chunks for last in ("fold", "apply")}
 
 
 def test_the_demonstrations_token_is_in_no_argument_and_no_file(demonstration: Demonstration) -> None:
@@ -407,6 +431,7 @@ def test_ctrl_c_ends_a_demonstration_with_a_partial_summary_and_no_process_left(
     assert list(summary) == ["sequential"]
     assert summary["sequential"]["complete"] is False
     assert 1 <= summary["sequential"]["rounds"] < 100_000
+    assert "Stopped before the end. What there is of it is in run" in (tmp_path / "errors").read_text()
     assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
@@ -453,7 +478,9 @@ def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start:
     for i in range(3):
         assert read(tmp_path / f"c{i}" / "run" / "summary.json")["complete"] is True
         assert len((tmp_path / f"c{i}" / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+        assert (tmp_path / f"c{i}" / "run" / "report.html").exists()
     assert len((tmp_path / "server" / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "server" / "run" / "report.html").exists()
 
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "server" / "run" / "model", dtype=torch.float32)
     plan = BlockPlan.from_model(net)
@@ -461,6 +488,61 @@ def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start:
     workload = Workload.for_model("tiny", eval_examples=8)
     after = finetune.evaluate(net, finetune.load(workload)[2], workload)
     assert after == pytest.approx(summary["eval_loss_after"], rel=1e-6)
+
+
+def test_a_run_leaves_telemetry_traces_and_seconds_a_stage_unless_told_not_to(
+    main: Main, start: Start, tmp_path: Path
+) -> None:
+    server, address = serve(start, tmp_path / "server", "--rounds", 3, "--eval-examples", 0, "--telemetry", 0.05)
+    clients = [
+        join(start, tmp_path / "watched", address, "--telemetry", 0.05),
+        join(start, tmp_path / "quiet", address, "--telemetry", 0, "--no-trace"),
+    ]
+    assert [process.wait() for process in (server, *clients)] == [0, 0, 0]
+    for name in ("server", "watched"):
+        lines = [json.loads(line) for line in (tmp_path / name / "run" / "telemetry.jsonl").read_text().splitlines()]
+        assert lines[0]["process"].startswith("server" if name == "server" else "client ")
+        assert any("thread.pb-transport.cpu" in line for line in lines)
+        assert any(".lane.0.rtt_s" in key for line in lines for key in line)
+        events = read(tmp_path / name / "run" / "trace.json")["traceEvents"]
+        assert {event["name"] for event in events if event["ph"] == "C"} >= {"process.cpu", "process.rss_bytes"}
+    assert not (tmp_path / "quiet" / "run" / "telemetry.jsonl").exists()
+    assert len(read(tmp_path / "quiet" / "run" / "trace.json")["traceEvents"]) == 1
+    seconds = read(tmp_path / "server" / "run" / "summary.json")
+    assert seconds["stages_of"]["server"]["fold"] > 0
+    for name in ("watched", "quiet"):
+        own = read(tmp_path / name / "run" / "summary.json")
+        assert own["stages"] == seconds["stages_of"][f"client {own['client']}"]
+        assert own["stages"]["compute"] > 0
+
+    files = [tmp_path / name / "run" / "trace.json" for name in ("server", "watched", "quiet")]
+    result = main("trace", "merge", *files, "-o", "all.json")
+    assert result.code == 0, result.err
+    merged = read(tmp_path / "all.json")
+    trace_schema.check(merged)
+    assert sum(passed == ["encode", "send", "receive", "fold"] for passed in trace_schema.flows(merged).values()) == 3
+    assert main("trace", "merge", tmp_path / "none.json", "-o", "all.json").code == 1
+    assert main("trace", "merge", *files, "-o", "no/such/folder.json").code == 2
+
+
+@pytest.mark.parametrize("name", ["serve", "join"])
+def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
+    main: Main, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(finetune, "load", refuse)
+    address = ["127.0.0.1:1"] if name == "join" else []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = main(name, *address, "--model", "tiny", "--prometheus", port)
+        assert result.code == 2
+        assert f"cannot serve Prometheus on 127.0.0.1:{port} (" in result.err
+    result = main(name, *address, "--model", "tiny", "--report-to", "mlflow")
+    assert result.code == 2
+    assert "--report-to knows tensorboard, wandb; found 'mlflow'" in result.err
+    assert "seconds between two samples" in main(name, *address, "--model", "tiny", "--telemetry", "-1").err
 
 
 def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
@@ -483,8 +565,13 @@ def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: 
     assert summary["complete"] is False
     assert 1 <= summary["rounds"] < 100_000
     assert [left.partition(": ")[2] for left in summary["left_early"]] == ["stopped by KeyboardInterrupt"]
+    assert (
+        "Stopped before the end. What there is of it is in run; `parablock serve --resume run` goes" in said.read_text()
+    )
     assert stayer.wait() == 1
     assert "error: the server was stopped: " in (tmp_path / "stayer" / "errors").read_text()
     assert read(tmp_path / "stayer" / "run" / "summary.json")["complete"] is False
     for name in ("server", "leaver", "stayer"):
-        assert "Traceback" not in (tmp_path / name / "errors").read_text()
+        shown = (tmp_path / name / "errors").read_text()
+        assert "Stopped before the end. What there is of it is in run" in shown
+        assert "Traceback" not in shown

@@ -48,6 +48,12 @@ def to_the_end(run: pb.Run) -> None:
         one_step(run)
 
 
+def test_an_optimizer_in_place_of_the_function_that_makes_one_is_refused_before_any_connection() -> None:
+    made = torch.optim.SGD(Net().parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"expected optimizer to be a function.* each round .*found a SGD"):
+        pb.join("127.0.0.1:1", Net(), made)  # type: ignore[arg-type]
+
+
 def stream_all(run: pb.Run, loader: Iterable[Tensor], *, step: bool) -> None:
     for batch in run.stream(loader):
         if step:
@@ -183,3 +189,42 @@ def test_one_process_can_hold_a_server_and_its_clients() -> None:
         for thread in threads:
             thread.join(30)
     assert digests == [outcome.digest] * 2
+
+
+# ---- Devices
+
+
+def test_blocks_where_nothing_can_stage_them_are_refused_with_what_was_found() -> None:
+    from parablock_rt import config, device_staging
+
+    blocks = pb.BlockPlan.from_model(model := Net()).materialise(model)
+    blocks[1].flats[0] = blocks[1].flats[0].to("meta")
+    with pytest.raises(ConfigError, match="expected all blocks in host memory or on one CUDA device; found cpu, meta;"):
+        device_staging.stager_for(blocks, config.RunConfig(rounds=1, clients=1, local_steps=1), None)
+
+
+def test_a_server_whose_model_is_elsewhere_says_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    materialise = pb.BlockPlan.materialise
+
+    def elsewhere(self: pb.BlockPlan, model: nn.Module) -> list[object]:
+        blocks = materialise(self, model)
+        blocks[0].flats[0] = blocks[0].flats[0].to("meta")
+        return list(blocks)
+
+    monkeypatch.setattr(pb.BlockPlan, "materialise", elsewhere)
+    with pytest.raises(ConfigError, match=r"must be in host memory; found it on meta; .*model\.cpu\(\)"):
+        serve()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "nonsense"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(device: str) -> None:
+    from parablock_rt import finetune
+
+    with pytest.raises(ConfigError, match=r"is not on this machine|must be cpu, cuda or cuda:N"):
+        finetune.train("127.0.0.1:1", finetune.Workload.for_model("tiny"), device=device)
+
+
+def test_the_loss_of_a_step_is_read_when_it_is_asked_for() -> None:
+    report = pb.StepReport(torch.tensor(2.5, dtype=torch.float64), 0, 0, 0.0, False)
+    assert report.loss == 2.5

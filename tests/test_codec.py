@@ -463,3 +463,41 @@ def test_the_portable_instruction_set_exists_everywhere() -> None:
         assert _C.instruction_set() == "portable"
     finally:
         _C.force_instruction_set(before)
+
+
+def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoTriton:
+        def __getattr__(self, name: str) -> object:
+            raise ImportError(f"parablock_rt.kernels.{name}: expected the package triton, found none; install it")
+
+    monkeypatch.setattr(codec, "_gpu_codec", lambda tensor: NoTriton())
+    block, body = torch.zeros(128), torch.zeros(codec.body_bytes(128, "int8"), dtype=torch.uint8)
+    for call in (
+        lambda: codec.encode(block, block),
+        lambda: codec.decode(body, 128),
+        lambda: codec.apply_(block, body),
+        lambda: codec.fingerprint(block),
+    ):
+        with pytest.raises(CodecError, match="expected the package triton, found none; install it"):
+            call()
+
+
+def test_devices_without_kernels_are_refused() -> None:
+    block = torch.zeros(128, device="meta")
+    with pytest.raises(CodecError, match="now: expected host memory, found it on meta"):
+        codec.encode(block, block)
+
+
+def test_the_count_of_bad_groups_is_read_when_it_is_asked_for_and_once() -> None:
+    class Counter:
+        reads = 0
+
+        def __int__(self) -> int:
+            self.reads += 1
+            return 3
+
+    counter = Counter()
+    packed = codec.Packed(torch.zeros(0, dtype=torch.uint8), counter)  # type: ignore[arg-type]
+    assert counter.reads == 0
+    assert packed.bad_groups == packed.bad_groups == 3
+    assert counter.reads == 1

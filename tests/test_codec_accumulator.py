@@ -48,6 +48,15 @@ def summed(adds: list[Contribution], numel: int = NUMEL) -> codec.Accumulator:
     return accumulator
 
 
+def summed_at_once(adds: list[Contribution], numel: int = NUMEL, parts: int = 1) -> codec.Accumulator:
+    """As `summed`, in this many passes."""
+    accumulator = codec.Accumulator(numel)
+    checked = [accumulator.check(to_body(body), weight, format) for body, weight, format in adds]
+    for part in range(parts):
+        accumulator.add_all(checked[part::parts])
+    return accumulator
+
+
 def mean_bits(accumulator: codec.Accumulator) -> list[int]:
     return statement.bits(to_numpy(accumulator.mean())).tolist()
 
@@ -61,6 +70,38 @@ def test_the_mean_has_the_same_bits_in_any_order_of_arrival(adds: list[Contribut
     assert mean_bits(first) == mean_bits(second)
     assert first.total_weight == second.total_weight
     assert first.contributions == second.contributions == len(adds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(contributions(), min_size=1, max_size=8), st.integers(1, 3))
+def test_what_is_added_in_one_pass_gives_the_bits_of_one_by_one(adds: list[Contribution], parts: int) -> None:
+    """Contributions of several formats, too; a part may be empty."""
+    one_by_one, at_once = summed(adds), summed_at_once(adds, parts=parts)
+    assert mean_bits(one_by_one) == mean_bits(at_once)
+    assert one_by_one.total_weight == at_once.total_weight
+    assert one_by_one.contributions == at_once.contributions == len(adds)
+    assert one_by_one.bad_groups == at_once.bad_groups
+
+
+def test_more_than_a_sum_can_hold_changes_nothing() -> None:
+    accumulator = codec.Accumulator(BLOCK, threads=1)
+    one = accumulator.check(to_body(body_of([2.0])), 1.0, "fp32")
+    accumulator.add_all([one] * (codec.MAX_CONTRIBUTIONS - 1))
+    before = mean_bits(accumulator)
+    with pytest.raises(CodecError, match="at most 4095"):
+        accumulator.add_all([one, one])
+    assert accumulator.contributions == codec.MAX_CONTRIBUTIONS - 1
+    assert mean_bits(accumulator) == before
+
+
+def test_the_mean_goes_where_it_is_wanted() -> None:
+    accumulator = summed([(body_of([3.0]), 2.0, "fp32")], BLOCK)
+    out = torch.full((BLOCK,), 9.0)
+    assert accumulator.mean(out) is out
+    assert (out == 3.0).all()
+    for wrong in (torch.zeros(BLOCK + 128), torch.zeros(BLOCK, dtype=torch.float64), torch.zeros(2 * BLOCK)[::2]):
+        with pytest.raises(CodecError, match="out: expected"):
+            accumulator.mean(wrong)
 
 
 @settings(max_examples=30, deadline=None)
@@ -218,6 +259,8 @@ REFUSED = [
     pytest.param(body_of([1.0]), 0.0, "fp32", id="weight 0"),
     pytest.param(body_of([1.0]), -1.0, "fp32", id="weight -1"),
     pytest.param(body_of([1.0]), float("nan"), "fp32", id="weight NaN"),
+    pytest.param(body_of([0.0]), 2.0**65, "fp32", id="weight above 2**64, values zero"),
+    pytest.param(body_of([2.55e38]), 5e-61, "fp32", id="weight below 2**-64: the mean could be infinite"),
     pytest.param(body_of([1.0]), float("inf"), "fp32", id="weight infinite"),
     pytest.param(body_of([0.0]), float("inf"), "fp32", id="weight infinite, values zero"),
     pytest.param(body_of([1.0])[:-4], 1.0, "fp32", id="body too short"),

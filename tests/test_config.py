@@ -87,9 +87,8 @@ def test_cohort_and_quorum_without_a_word_on_them(clients: int, fraction: float,
 
 
 def test_settings_that_no_run_can_use_are_refused_when_they_come_over_the_wire() -> None:
-    welcome = protocol.Welcome(
-        client=0, config=RunConfig(**GOOD), plan=pb.BlockPlan.from_model(nn.Linear(4, 4), 1).spec(), mac=b""
-    )
+    plan = pb.BlockPlan.from_model(nn.Linear(4, 4), 1).spec()
+    welcome = protocol.Welcome(client=0, config=RunConfig(**GOOD), plan=plan, mac=b"", secret=b"", epoch=0)
     assert protocol.decode(protocol.encode(welcome)) == welcome
     forged = msgspec.msgpack.decode(protocol.encode(welcome))
     forged["config"]["rounds"] = 0
@@ -221,3 +220,27 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
         read_toml(file)
     assert message in str(failure.value)
     assert str(file) in str(failure.value)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("auto", None), ("1", 1), ("4", 4)])
+def test_lanes_are_a_number_or_left_to_the_measurement(text: str, expected: int | None) -> None:
+    assert config.parse_lanes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "5", "-1", "", "two", "1.0", "²"])
+def test_other_numbers_of_lanes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="from 1 to 4, or auto"):
+        config.parse_lanes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("8gib", 8 << 30), ("1.5MiB", 3 << 19), ("64 kib", 64 << 10), ("4096", 4096), ("0", 0)]
+)
+def test_amounts_of_memory_are_read(text: str, nbytes: int) -> None:
+    assert config.parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1gib", "infgib", "8gb"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="an amount of memory looks like 8gib"):
+        config.parse_bytes(text)

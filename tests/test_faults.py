@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from processes import WAIT_S, Process, client, make_model, server, start_server,
 import parablock_rt as pb
 from parablock_rt.errors import ConnectError, HandshakeError, RoundError, TransportError
 from parablock_rt.outcome import ClosedRound
+from parablock_rt.run_folder import to_json
 from parablock_rt.summary import summarise
-from parablock_rt.timeline import to_json
 from parablock_rt.transport import Transport
 
 Start = Callable[..., Process]
@@ -136,10 +137,11 @@ def test_a_run_without_clients_ends_with_an_error(start: Start) -> None:
 
 
 def test_when_the_server_is_killed_its_clients_end_with_the_address_and_the_round(start: Start) -> None:
-    """Long before the limit of an idle link: the kernel closes the sockets of a dead process."""
+    """Long before the limit of an idle link: the kernel closes the sockets of a dead process. They try to come back for
+    as long as they were told to."""
     host = start(server, {"rounds": 100_000})
     address = host.expect("address")
-    clients = [start(client, address) for _ in range(2)]
+    clients = [start(client, address, reconnect=2.0) for _ in range(2)]
     while host.expect("round") < 3:
         pass
     host.kill()
@@ -209,7 +211,7 @@ def test_a_client_whose_loss_is_nan_is_counted_and_does_no_harm(start: Start) ->
     assert summary["bad_groups"] == ends[0]["bad_groups"] + ends[1]["bad_groups"]
     assert ends[0]["bad_groups"] == 0
     assert outcome.rounds[1].loss != outcome.rounds[1].loss
-    assert "NaN" not in to_json(outcome.rounds[1].__dict__)
+    assert "NaN" not in to_json(asdict(outcome.rounds[1]))
 
 
 # ---- Servers that are not there

@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,16 @@ from processes import WAIT_S, Process, client, make_batches, make_model, sgd, st
 
 import parablock_rt as pb
 from parablock_rt import _C, handshake, protocol
-from parablock_rt.blocks import PlanSpec
+from parablock_rt.block_layout import PlanSpec
 from parablock_rt.errors import ConfigError, HandshakeError
+from parablock_rt.handshake import Conversation
 from parablock_rt.transport import Transport
 
 Start = Callable[..., Process]
 
 TOKEN = "correct-horse-battery-staple"
 NONCES = bytes(32), bytes(range(32))
+HERE = Conversation(7, *NONCES)
 
 
 @pytest.fixture
@@ -41,21 +44,22 @@ def join(address: str, token: str | None) -> None:
 
 
 def test_a_proof_is_worth_nothing_in_another_conversation_role_or_run() -> None:
-    mac = handshake.proof(TOKEN, "client", 7, *NONCES)
+    mac = handshake.proof(TOKEN, "client", HERE)
     assert len(mac) == 32
-    assert handshake.is_proof(mac, TOKEN, "client", 7, *NONCES)
-    assert not handshake.is_proof(mac, TOKEN + "x", "client", 7, *NONCES)
-    assert not handshake.is_proof(mac, TOKEN, "server", 7, *NONCES)
-    assert not handshake.is_proof(mac, TOKEN, "client", 8, *NONCES)
-    assert not handshake.is_proof(mac, TOKEN, "client", 7, *reversed(NONCES))
-    assert not handshake.is_proof(mac, TOKEN, "client", 7, NONCES[0], NONCES[0])
-    assert not handshake.is_proof(b"", TOKEN, "client", 7, *NONCES)
+    assert handshake.is_proof(mac, TOKEN, "client", HERE)
+    assert not handshake.is_proof(mac, TOKEN + "x", "client", HERE)
+    assert not handshake.is_proof(mac, TOKEN, "server", HERE)
+    assert not handshake.is_proof(mac, TOKEN, "client", replace(HERE, run=8))
+    assert not handshake.is_proof(mac, TOKEN, "client", Conversation(7, *reversed(NONCES)))
+    assert not handshake.is_proof(mac, TOKEN, "client", Conversation(7, NONCES[0], NONCES[0]))
+    assert not handshake.is_proof(mac, TOKEN, "client", replace(HERE, binding=bytes(32)))
+    assert not handshake.is_proof(b"", TOKEN, "client", HERE)
 
 
 @given(st.binary(min_size=1, max_size=40))
 def test_without_a_token_only_the_empty_proof_holds(mac: bytes) -> None:
-    assert handshake.is_proof(b"", None, "client", 7, *NONCES)
-    assert not handshake.is_proof(mac, None, "client", 7, *NONCES)
+    assert handshake.is_proof(b"", None, "client", HERE)
+    assert not handshake.is_proof(mac, None, "client", HERE)
 
 
 def test_nonces_are_fresh() -> None:
@@ -94,7 +98,9 @@ def test_a_token_that_is_missing_or_short_is_an_error(tmp_path: Path, monkeypatc
 
 def test_only_who_knows_the_token_gets_a_seat(start: Start) -> None:
     with start_server(clients=1, token=TOKEN) as running:
-        with pytest.raises(HandshakeError, match="wrong token: this client does not know the token of the run"):
+        with pytest.raises(
+            HandshakeError, match=r"wrong token: this client does not know .* --token-file or PARABLOCK"
+        ):
             join(running.address, TOKEN + "x")
         with pytest.raises(HandshakeError, match=rf"the server at {running.address} asks for a token: .*--token-file"):
             join(running.address, None)
@@ -142,7 +148,8 @@ def test_a_server_that_does_not_know_the_token_is_refused(proof: bytes | str) ->
         assert isinstance(answer, protocol.Proof)
         mac = answer.mac if isinstance(proof, str) else proof
         settings = pb.RunConfig(rounds=1, clients=1)
-        transport.send_message(link, protocol.Welcome(client=0, config=settings, plan=PlanSpec(blocks=()), mac=mac))
+        welcome = {"client": 0, "config": settings, "plan": PlanSpec(blocks=()), "secret": b"", "epoch": 0}
+        transport.send_message(link, protocol.Welcome(mac=mac, **welcome))
         victim.join(WAIT_S)
     assert [str(error) for error in failed] == [
         f"the server at {address} does not know the token: it is not the intended one"
@@ -226,7 +233,8 @@ def test_a_replayed_proof_is_refused_because_the_servers_nonce_is_new() -> None:
                 transport.send_message(link, protocol.Hello(version=protocol.VERSION, release="0", nonce=nonce))
                 challenge = hear()
                 assert isinstance(challenge, protocol.Challenge)
-                macs.append(handshake.proof(TOKEN, "client", challenge.run, nonce, challenge.nonce))
+                conversation = Conversation(challenge.run, nonce, challenge.nonce)
+                macs.append(handshake.proof(TOKEN, "join", conversation))
                 transport.native.trust(link, challenge.run, protocol.CONTROL_BYTES)
                 transport.send_message(link, protocol.Proof(mac=macs[0]))
                 answer = hear()
@@ -240,15 +248,17 @@ def test_a_replayed_proof_is_refused_because_the_servers_nonce_is_new() -> None:
 # ---- Listening beyond loopback
 
 
-def test_listening_to_everybody_takes_a_token_or_the_users_word() -> None:
+def test_listening_to_everybody_takes_protection_or_the_users_word() -> None:
     for address in ("0.0.0.0:0", "[::]:0", ":0"):
         with pytest.raises(ConfigError) as failure:
             start_server(address=address)
         assert f"refusing to listen on {address} without protection" in str(failure.value)
-        assert "Set a token, listen on 127.0.0.1, or say --insecure" in str(failure.value)
-    for options in ({"token": TOKEN}, {"insecure": True}):
-        with start_server(address="0.0.0.0:0", **options) as running:
-            assert running.address.startswith("0.0.0.0:")
-            assert running.running
+        assert "Set a token, ask for client certificates, listen on 127.0.0.1, or say --insecure" in str(failure.value)
+        with pytest.raises(ConfigError, match="without TLS: the token keeps strangers out, but") as failure:
+            start_server(address=address, token=TOKEN)
+        assert "--tls-cert and --tls-key" in str(failure.value)
+    with start_server(address="0.0.0.0:0", insecure=True) as running:
+        assert running.address.startswith("0.0.0.0:")
+        assert running.running
     with start_server(address="localhost:0") as running:
         assert running.running

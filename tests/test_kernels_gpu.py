@@ -15,6 +15,7 @@ import torch
 from codec_cases import DTYPES, FORMATS, KINDS
 
 from parablock_rt import codec, kernels
+from parablock_rt.errors import CodecError
 
 DEVICE = "cuda"
 PAIRS = [(now, ref) for now in DTYPES for ref in DTYPES]
@@ -93,6 +94,41 @@ def test_decode_and_apply_of_every_kind_of_value(format: str, dtype: str) -> Non
     for seed in range(3):
         target = cases.pattern([str(rng.choice(list(KINDS))) for _ in kinds], seed, dtype)
         checks.check_apply(DEVICE, target, body, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_apply_to_several_tensors_of_one_block(format: str) -> None:
+    checks.check_apply_to_parts(DEVICE, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_block_encoded_in_slices_has_the_same_planes_count_and_residual(format: str) -> None:
+    checks.check_encode_in_slices(DEVICE, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_codec_takes_tensors_of_the_gpu(format: str) -> None:
+    now, ref = weights(4096, torch.float32, 0), weights(4096, torch.bfloat16, 1)
+    packed, expected = (
+        codec.encode(now.to(DEVICE), ref.to(DEVICE), format=format),
+        codec.encode(now, ref, format=format),
+    )
+    assert packed.bad_groups == expected.bad_groups == 0
+    checks.assert_same_bits(packed.body, expected.body, "body")
+    checks.assert_same_bits(
+        codec.decode(packed.body, 4096, format=format), codec.decode(expected.body, 4096, format=format), "change"
+    )
+    there = [ref[:1024].to(DEVICE), now[1024:].to(DEVICE)]
+    here = [ref[:1024].clone(), now[1024:].clone()]
+    codec.apply_(there, packed.body, format=format)
+    codec.apply_(here, expected.body, format=format)
+    for found, wanted in zip(there, here, strict=True):
+        checks.assert_same_bits(found, wanted, "applied")
+        assert codec.fingerprint(found) == codec.fingerprint(wanted)
+    with pytest.raises(CodecError, match="expected it on"):
+        codec.encode(now.to(DEVICE), ref, format=format)
+    with pytest.raises(CodecError, match="host memory"):
+        codec.apply_(now.to(DEVICE), expected.body, format=format)
 
 
 @pytest.mark.parametrize("format", FORMATS)

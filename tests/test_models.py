@@ -191,6 +191,13 @@ def test_a_damaged_checkpoint_is_reported_with_its_folder(checkpoint: Path) -> N
         models.load(checkpoint)
 
 
+def test_a_checkpoint_without_a_tokenizer_says_that_this_is_what_it_lacks(checkpoint: Path) -> None:
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ParaBlockError, match=rf"expected the model's tokenizer in {checkpoint}, .* copy the tokenizer"):
+        models.load(checkpoint)
+
+
 def test_code_inside_a_checkpoint_is_never_run(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}

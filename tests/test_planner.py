@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import codec, planner
+from parablock_rt import codec, memory, optimizers, planner
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pb.BlockPlan]:
@@ -21,14 +21,9 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pb.BlockPlan]:
 FLAT = 32 * 32 + 128  # the bias is padded to 128
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.float32, (4 + 4 + 8) * FLAT), (torch.bfloat16, (2 + 2 + 4 + 4 + 8) * FLAT)],
-    ids=["fp32", "bf16"],
-)
-def test_training_takes_reference_gradients_moments_and_for_16_bit_masters(dtype: torch.dtype, expected: int) -> None:
-    _, plan = make(dtype)
-    assert planner.training_bytes(plan.blocks[0]) == expected
+def predictor(model: nn.Module, plan: pb.BlockPlan, format: str = "int8") -> memory.Predictor:
+    config = pb.RunConfig(rounds=12, clients=1, format=format)
+    return memory.Predictor(model, plan, config, optimizers.by_name("adamw-fused"), "cpu")
 
 
 def test_a_transfer_takes_the_body_and_the_delay_in_both_directions() -> None:
@@ -40,13 +35,14 @@ def test_a_transfer_takes_the_body_and_the_delay_in_both_directions() -> None:
 
 
 def test_a_forecast_says_how_many_local_steps_hide_the_transfer() -> None:
-    _, plan = make()
-    figures = planner.forecast(plan, rate=1000.0, delay=0.25, step_s=0.1)
+    model, plan = make()
+    figures = planner.forecast(plan, predictor(model, plan), rate=1000.0, delay=0.25, step_s=0.1)
     assert figures["digest"] == plan.digest
     assert [entry["name"] for entry in figures["blocks"]] == ["0", "1", "2"]
     for entry in figures["blocks"]:
         assert entry["parameters"] == 32 * 32 + 32
         assert entry["residual_bytes"] == 4 * FLAT
+        assert entry["training_bytes"] == (4 + 4 * entry["parameters"] / FLAT + 8 * entry["parameters"] / FLAT) * FLAT
         for format in codec.FORMATS:
             steps = entry["local_steps_to_hide"][format]
             seconds = entry["communication_s"][format]
@@ -56,17 +52,18 @@ def test_a_forecast_says_how_many_local_steps_hide_the_transfer() -> None:
 
 @pytest.mark.parametrize(("rate", "step_s"), [(0.0, 0.1), (1000.0, None)], ids=["no rate", "no step time"])
 def test_without_a_rate_or_a_step_time_there_is_no_forecast_of_time(rate: float, step_s: float | None) -> None:
-    _, plan = make()
-    figures = planner.forecast(plan, rate, 0.0, step_s)
+    model, plan = make()
+    figures = planner.forecast(plan, predictor(model, plan), rate, 0.0, step_s)
     assert all("communication_s" not in entry for entry in figures["blocks"])
-    assert "local steps or more" not in planner.render(plan, figures)
+    assert "local steps or more" not in planner.render(plan, predictor(model, plan), figures)
 
 
 def test_the_forecast_for_a_reader_has_every_format_and_the_largest_block() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(64, 8))
     plan = pb.BlockPlan.from_model(model, ["0", "1", "2"])
-    text = planner.render(plan, planner.forecast(plan, 125_000.0, 0.02, 0.5))
-    assert "training the largest block (1) takes" in text
+    held = predictor(model, plan)
+    text = planner.render(plan, held, planner.forecast(plan, held, 125_000.0, 0.02, 0.5))
+    assert held.peak().render() in text
     assert "at 1 Mbit/s each way, 20 ms one-way delay and 0.500 s a local step, 1 needs:" in text
     assert all(f"  {format:>5}: " in text for format in codec.FORMATS)
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
 import parablock_rt as pb
+from bench.cli import main as bench_main
+from parablock_rt import models
 from parablock_rt.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -66,12 +74,137 @@ def test_the_custom_loop_trains_two_clients_to_the_server_s_bits() -> None:
             assert torch.equal(namespace["model"].state_dict()[name], value)
 
 
-def test_every_parablock_command_and_flag_it_mentions_exists() -> None:
+# ---- What README, docs and the like tell the reader to run and to open
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """Where each command line of a page that begins with `program` stands, and the words after it."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+        for line in (*lines, *re.findall(r"`([^`]+)`", prose)):
+            words = [word for word in line.replace("&&", " ").split() if not re.fullmatch(r"[A-Z_]+=.*", word)]
+            if words[: len(program.split())] == program.split():
+                found.append((f"{page.name}: {line}", words[len(program.split()) :]))
+    return found
+
+
+def test_every_parablock_command_and_flag_that_is_shown_exists() -> None:
+    found = commands("parablock")
+    assert len(found) > 20
     runner = CliRunner()
-    lines = re.findall(r"^parablock .*$", README, flags=re.MULTILINE)
-    assert len(lines) >= 3
-    for line in lines:
-        _, command, *words = line.split()
-        help_text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-        for flag in (word for word in words if word.startswith("--")):
-            assert flag in help_text, f"{line}: {flag}"
+    for where, (command, *words) in found:
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if command == "bench":
+            continue
+        group = [words[0]] if command == "trace" else []
+        result = runner.invoke(app, [command, *group, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, where
+        for flag in flags:
+            assert re.search(rf"{flag}(?![\w-])", result.output), f"{where}: {flag}"
+
+
+def test_every_benchmark_that_is_shown_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for where, words in commands("parablock bench"):
+        name = words[0] if words and not words[0].startswith("-") else ""
+        if name == "NAME":
+            name = "codec"
+        with contextlib.suppress(SystemExit):
+            assert bench_main([*filter(None, [name]), "--help"]) in (0, None), where
+        shown = capsys.readouterr().out
+        assert shown, where
+        assert all(word in shown for word in words[1:] if word.startswith("--") and word != "--help"), where
+    modules = [(where, words[0]) for where, words in commands("python -m")]
+    assert len(modules) > 3
+    for where, module in modules:
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), where
+
+
+def test_every_make_target_that_is_shown_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    found = [(where, words[0]) for where, words in commands("make") if words]
+    assert len(found) > 5
+    for where, target in found:
+        assert target in targets, where
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())]
+    assert len(links) > 15
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name}: {link}"
+
+
+def test_every_file_of_the_project_that_is_named_exists() -> None:
+    named = [
+        (page.name, path)
+        for page in PAGES
+        for path in re.findall(r"`((?:tests|csrc|bench|docs|kernels|parablock_rt)/[\w./-]*)`", page.read_text())
+    ]
+    assert len(named) > 5
+    assert [(page, path) for page, path in named if not (ROOT / path).exists()] == []
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def own_model(folder: Path) -> None:
+    """A checkpoint that is none of ours, with a tokenizer of its own."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    model, _ = models.load("tiny", dtype=torch.float32)
+    model.save_pretrained(folder)
+    words = {word: number for number, word in enumerate(["<eos>", *map(str, range(200)), "+", "="])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+@pytest.mark.timeout(300)
+def test_three_commands_lead_to_a_report_of_one_s_own_model(tmp_path: Path) -> None:
+    section = README.split("## Your model, your link, a report")[1].split("\n## ")[0]
+    install, serve, join = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)[0].strip().splitlines()
+    assert install == "make install && . .venv/bin/activate"
+    own_model(tmp_path / "checkpoint")
+    port = free_port()
+    places = {
+        "path/to/checkpoint": "checkpoint",
+        "0.0.0.0:7070": f"0.0.0.0:{port}",
+        "server.example.org:7070": f"127.0.0.1:{port}",
+    }
+    quick = "--task additions --seq-len 24"  # the data of the demo is no part of every installation
+    processes = []
+    for line, more in ((serve, f"{quick} --rounds 3 --run-dir served"), (join, f"{quick} --run-dir joined")):
+        for text, place in places.items():
+            line = line.replace(text, place)
+        program, *words = f"{line} {more}".split()
+        assert program == "parablock"
+        processes.append(subprocess.Popen([sys.executable, "-m", "parablock_rt", *words], cwd=tmp_path))
+    try:
+        assert [process.wait(240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for folder in ("served", "joined"):
+        (data,) = re.findall(r'id="data">(.*?)</script>', (tmp_path / folder / "report.html").read_text(), re.DOTALL)
+        (run,) = json.loads(data)["runs"]
+        assert run["notes"] == []
+        assert run["summary"] == json.loads((tmp_path / folder / "summary.json").read_text())
+        assert re.match(r"(About .* %|Nothing) (of the communication )?was hidden", run["verdict"].replace("\xa0", " "))
+        assert len(run["rounds"]) == 3
+        assert run["timeline"]["start"]
+    served, joined = (json.loads((tmp_path / f / "summary.json").read_text()) for f in ("served", "joined"))
+    assert served["digest"] == {"server": joined["digest"], "clients": [joined["digest"]]}

@@ -1,213 +1,169 @@
-"""What a run leaves behind: the trace, strict JSON, the folder, the summary's arithmetic."""
+"""The rings that threads write, the timeline that reads them, and the seconds of each stage."""
 
 from __future__ import annotations
 
-import json
+import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parablock_rt import _C, timeline
 from parablock_rt.config import RunConfig
-from parablock_rt.errors import ConfigError
-from parablock_rt.outcome import ClosedRound, Outcome
-from parablock_rt.protocol import Goodbye
-from parablock_rt.summary import overlap_efficiency, summarise
-from parablock_rt.timeline import RunFolder, Timeline, join_traces, to_json, trace_events
+from parablock_rt.stages import STAGES, StageClock, StageSeconds, mean
+from parablock_rt.staging import Piece, Stager
+from parablock_rt.timeline import RECORD, Stage, Timeline
+from parablock_rt.transport import Transport
+
+WAIT_S = 30.0
 
 
-def timeline(process: str, *spans: tuple[str, str, int, int]) -> Timeline:
-    made = Timeline(process)
-    for span in spans:
-        made.add(*span, block=1)
-    return made
+def write(ring: _C.Ring, number: int) -> None:
+    ring.write(Stage.FOLD, number, number + 1, 1, number, number, number, number, number)
 
 
-def test_a_trace_has_a_process_for_each_timeline_and_a_thread_for_each_track() -> None:
-    events = trace_events(
-        [
-            timeline("server", ("fold", "round 0", 5_000, 7_500)),
-            timeline("client 0", ("compute", "round 0", 0, 1_000), ("send", "round 0", 1_000, 4_000)),
-        ]
-    )
-    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert names == {(1, 1): "fold", (2, 1): "compute", (2, 2): "send"}
-    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["server", "client 0"]
-    spans = [e for e in events if e["ph"] == "X"]
-    assert spans[0] == {
-        "ph": "X",
-        "name": "round 0",
-        "cat": "fold",
-        "pid": 1,
-        "tid": 1,
-        "ts": 5.0,
-        "dur": 2.5,
-        "args": {"block": 1},
-    }
-    assert [(e["pid"], e["tid"], e["ts"], e["dur"]) for e in spans[1:]] == [(2, 1, 0.0, 1.0), (2, 2, 1.0, 3.0)]
+def drained(ring: _C.Ring) -> np.ndarray:
+    return np.frombuffer(ring.drain(), RECORD)
+
+
+# ---- Rings
+
+
+@given(st.integers(2, 40), st.lists(st.integers(0, 100), max_size=12))
+def test_a_ring_gives_every_record_once_or_counts_it_as_lost(size: int, batches: list[int]) -> None:
+    ring = _C.Ring(size)
+    written = 0
+    for batch in batches:
+        for _ in range(batch):
+            write(ring, written)
+            written += 1
+        found = drained(ring)
+        kept = min(batch, ring.capacity)
+        assert found["round"].tolist() == list(range(written - kept, written))
+        for field in ("start_ns", "block", "chunk", "peer", "bytes"):
+            assert (found[field] == found["round"]).all()
+    assert ring.lost == sum(max(0, batch - ring.capacity) for batch in batches)
+    assert ring.capacity >= size
+
+
+def test_a_record_has_the_fields_that_were_written() -> None:
+    ring = _C.Ring(8)
+    ring.write(12, -(2**62), 2**62, 3, 1, 2, 3, 4, 2**63)
+    (record,) = drained(ring)
+    assert record.tolist() == (-(2**62), 2**62, 2**63, 1, 2, 3, 4, 12, 3, 0, 0)
+
+
+def test_a_reader_beside_a_fast_writer_sees_whole_records_in_order() -> None:
+    """The encode thread writes two records a chunk, faster than Python looks at them: it is always a ring ahead, and
+    overwrites the oldest slots while they are being read."""
+    chunks, numel, seen, rounds = 2**15, 128, [], 0
+    ring = _C.Ring(2**12)
+    now, ref = torch.ones(numel * chunks), torch.zeros(numel * chunks)
+    with Transport() as transport:
+        stager = Stager(ring)
+        while ring.lost == 0 or rounds < 8:  # until it was overtaken
+            encoding = stager.encode([Piece(now, ref)], "int8", numel, transport, kind=1, round=rounds, block=7)
+            while not encoding.done:
+                seen += drained(ring).tolist()
+            stager.release(encoding)
+            rounds += 1
+        seen += drained(ring).tolist()
+    order = [(record[3], record[5], record[7]) for record in seen]
+    assert order == sorted(set(order))
+    assert len(seen) + ring.lost == 2 * chunks * rounds
+    for start, end, nbytes, _, block, chunk, _, stage, kind, *_ in seen:
+        assert 0 < start <= end
+        assert (nbytes, block, kind) == (130, 7, 1)
+        assert stage in (Stage.ENCODE, Stage.CHECKSUM)
+        assert chunk < chunks
+
+
+# ---- Timelines
 
 
 def test_a_span_is_noted_even_when_its_work_fails() -> None:
-    made = Timeline("p")
-    with pytest.raises(ZeroDivisionError), made.span("apply", "round 3", block=2):
+    made = Timeline("p", "main")
+    before = time.monotonic_ns()
+    with pytest.raises(ZeroDivisionError), made.span(Stage.APPLY, round=3, block=2, peer=5, bytes=9):
         raise ZeroDivisionError
-    (span,) = made.spans
-    assert (span.track, span.name, span.args) == ("apply", "round 3", {"block": 2})
-    assert span.end_ns >= span.start_ns
+    ((name, (record,)),) = made.threads()
+    assert name == "main"
+    assert (record["stage"], record["round"], record["block"], record["peer"]) == (Stage.APPLY, 3, 2, 5)
+    assert (record["bytes"], record["chunk"]) == (9, _C.WHOLE_TRANSFER)
+    assert before <= record["start_ns"] <= record["end_ns"] <= time.monotonic_ns()
 
 
-def test_joined_traces_keep_every_event_and_no_two_processes_share_a_number() -> None:
-    parts = [{"traceEvents": trace_events([timeline(name, ("t", "x", 0, 1))])} for name in ("server", "client 0")]
-    joined = join_traces({"sequential": parts, "parallel": parts})["traceEvents"]
-    processes = {e["pid"]: e["args"]["name"] for e in joined if e["name"] == "process_name"}
-    assert processes == {
-        1: "sequential: server",
-        2: "sequential: client 0",
-        3: "parallel: server",
-        4: "parallel: client 0",
-    }
-    assert [e["pid"] for e in joined if e["ph"] == "X"] == [1, 2, 3, 4]
-    assert parts[0]["traceEvents"][0]["args"]["name"] == "server"  # what was given is left alone
+def test_a_timeline_that_is_off_makes_no_ring_but_still_adds_up_seconds(tmp_path: Path) -> None:
+    made = Timeline("p", "main", on=False)
+    assert made.ring("pb-encode", 100) is None
+    made.add(Stage.COMPUTE, 0, 2_000_000_000, round=1)
+    with made.span(Stage.FOLD):
+        pass
+    assert made.threads() == []
+    assert made.lost == 0
+    assert made.stages.total().compute == 2.0
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=10,
-)
+def test_a_timeline_keeps_the_newest_records_and_says_how_many_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "KEPT_RECORDS", 10)
+    made = Timeline("p", "main")
+    for number in range(25):
+        made.add(Stage.FOLD, number, number, round=number)
+        if number % 5 == 4:
+            made.drain()
+    ((_, records),) = made.threads()
+    assert records["round"].tolist() == list(range(15, 25))
+    assert made.lost == 15
 
 
-@given(json_values)
-def test_what_is_written_can_be_read_by_a_strict_reader(content: Any) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+def test_rings_have_room_for_a_round_of_every_link() -> None:
+    from processes import make_model
 
-    def expected(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: expected(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [expected(item) for item in value]
-        return (
-            None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
-        )
+    from parablock_rt import BlockPlan
 
-    assert json.loads(to_json(content), parse_constant=refuse) == expected(content)
+    plan = BlockPlan.from_model(make_model(width=512), blocks=1)
+    config = RunConfig(rounds=1, clients=1, chunk=128, staleness=1)
+    chunks = -(-plan.blocks[0].flat_numel // 128)
+    ring = Timeline("p", "main").transfer_ring("pb-transport", plan, config, links=2)
+    assert ring is not None
+    # Two links, three rounds that may be under way, and of each chunk, both ways: checksum, send and acknowledgement on
+    # one side, receive and check on the other.
+    assert ring.capacity >= 2 * 3 * chunks * (3 + 2)
 
 
-# ---- The folder
+# ---- Seconds a stage
 
 
-def test_a_run_folder_is_made_with_its_parents_and_has_the_metrics_of_one_run(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "runs" / "one")
-    folder.append_metrics({"round": 0, "loss": float("nan")})
-    folder.append_metrics({"round": 1, "loss": 0.5})
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"round": 0, "loss": None}, {"round": 1, "loss": 0.5}]
-    again = RunFolder(folder.path)
-    again.append_metrics({"round": 0})
-    assert (folder.path / "metrics.jsonl").read_text() == '{"round": 0}\n'
+stretches = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda t: (t[0], t[0] + t[1])), max_size=15)
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for content in ({"a": 1}, {"b": [1, 2]}):
-        folder.write_json("summary.json", content)
-        assert json.loads((tmp_path / "summary.json").read_text()) == content
-    with pytest.raises(TypeError):
-        folder.write_json("summary.json", {"c": object()})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"b": [1, 2]}
+@given(stretches)
+def test_stretches_that_overlap_count_once(found: list[tuple[int, int]]) -> None:
+    clock = StageClock()
+    for start, end in found:
+        clock.add("send", start * 10**9, end * 10**9)
+    covered = {second for start, end in found for second in range(start, end)}
+    assert clock.total().send == pytest.approx(len(covered))
+    assert clock.take().send == pytest.approx(len(covered))
+    assert clock.total().send == pytest.approx(len(covered))
+    assert clock.take() == StageSeconds()
 
 
-@pytest.mark.parametrize("place", ["run", "run/below"])
-def test_a_run_folder_that_cannot_be_is_refused_with_a_way_out(tmp_path: Path, place: str) -> None:
-    (tmp_path / "run").write_text("a file in its place")
-    with pytest.raises(ConfigError) as failure:
-        RunFolder(tmp_path / place)
-    assert f"the run folder {tmp_path / place} cannot be written (" in str(failure.value)
-    assert "choose another with --run-dir" in str(failure.value)
+def test_a_window_holds_what_ended_in_it_and_the_total_is_the_sum_of_the_windows() -> None:
+    clock = StageClock()
+    clock.add("encode", 0, 2 * 10**9)
+    clock.add_seconds("wait", 0.5)
+    assert clock.take() == StageSeconds(encode=2.0, wait=0.5)
+    clock.add("encode", 10**9, 4 * 10**9)  # its first second was counted in the window before
+    assert clock.take() == StageSeconds(encode=2.0)
+    clock.add("apply", 0, 10**9)
+    assert clock.total() == StageSeconds(encode=4.0, wait=0.5, apply=1.0)
 
 
-# ---- The summary
-
-
-def closed(round: int, **changes: Any) -> ClosedRound:
-    fields = {
-        "round": round,
-        "block": 0,
-        "loss": 1.5,
-        "contributions": 2,
-        "weight": 2.0,
-        "bad_groups": round,
-        "compute_s": 1.0,
-        "exposed_s": 0.25,
-        "open_s": 2.0,
-        "skew_s": 0.5,
-        "bytes_up": 130 * (round + 1),
-        "bytes_down": 260 * (round + 1),
-        "fingerprint": 7,
-    }
-    return ClosedRound(**fields | changes)
-
-
-def outcome(rounds: int) -> Outcome:
-    goodbyes = {
-        0: Goodbye(digest="d", reason="", compute_s=4.0, exposed_s=1.0),
-        1: Goodbye(digest="d", reason="", compute_s=6.0, exposed_s=2.0),
-        2: Goodbye(digest="", reason="left", compute_s=100.0, exposed_s=100.0),
-    }
-    return Outcome(
-        rounds=[closed(round) for round in range(rounds)],
-        wall_s=9.0,
-        digest="d",
-        client_digests={1: "d1", 0: "d0"},
-        goodbyes=goodbyes,
-        left=["client 2: left"],
-    )
-
-
-def test_the_figures_of_a_summary() -> None:
-    summary = summarise(
-        RunConfig(rounds=3, clients=3),
-        outcome(3),
-        blocks=4,
-        serial_comm_s=3.0,
-        eval_loss_before=2.0,
-        eval_loss_after=1.0,
-    )
-    assert summary["complete"] is True
-    assert (summary["rounds"], summary["clients"], summary["blocks"], summary["local_steps"]) == (3, 3, 4, 4)
-    assert (summary["staleness"], summary["format"], summary["schedule"], summary["seed"]) == (1, "int8", "cyclic", 0)
-    assert (summary["wall_s"], summary["skew_s"], summary["bad_groups"]) == (9.0, 1.5, 3)
-    assert (summary["compute_s"], summary["exposed_comm_s"]) == (5.0, 1.5)  # of those who stayed
-    assert (summary["serial_comm_s"], summary["overlap_efficiency"]) == (3.0, 0.5)
-    assert (summary["bytes_up"], summary["bytes_down"]) == (390, 780)
-    assert summary["bytes_as_bf16"] == 1170 * 256 / 130
-    assert (summary["eval_loss_before"], summary["eval_loss_after"]) == (2.0, 1.0)
-    assert summary["digest"] == {"server": "d", "clients": ["d0", "d1"]}
-    assert summary["left_early"] == ["client 2: left"]
-
-
-def test_without_overlap_all_communication_is_exposed() -> None:
-    summary = summarise(RunConfig(rounds=3, clients=2, staleness=0), outcome(3), blocks=4)
-    assert summary["serial_comm_s"] == summary["exposed_comm_s"] == 1.5
-    assert summary["overlap_efficiency"] == 0.0
-
-
-def test_a_run_that_was_cut_short_has_a_summary_that_says_so() -> None:
-    config = RunConfig(rounds=3, clients=2)
-    short = summarise(config, Outcome(rounds=[closed(0)]), blocks=4)
-    assert (short["complete"], short["rounds"], short["compute_s"], short["exposed_comm_s"]) == (False, 1, 1.0, 0.25)
-    assert (short["serial_comm_s"], short["overlap_efficiency"]) == (None, None)
-    nothing = summarise(config, Outcome(), blocks=4)
-    assert (nothing["complete"], nothing["rounds"], nothing["bytes_up"]) == (False, 0, 0)
-    assert nothing["train_loss_last"] is None
-    assert nothing["digest"] == {"server": "", "clients": []}
-
-
-def test_overlap_efficiency_needs_something_to_hide() -> None:
-    assert overlap_efficiency(1.0, 4.0) == 0.75
-    assert overlap_efficiency(5.0, 4.0) == -0.25  # worse than serial, and it says so
-    assert overlap_efficiency(1.0, None) is None
-    assert overlap_efficiency(0.0, 0.0) is None
+def test_the_mean_of_stages_is_taken_one_by_one() -> None:
+    assert mean([StageSeconds(compute=1.0, send=3.0), StageSeconds(compute=2.0)]) == StageSeconds(compute=1.5, send=1.5)
+    assert mean([]) == StageSeconds()
+    assert STAGES == ("compute", "encode", "copy", "send", "fold", "wait", "receive", "apply")

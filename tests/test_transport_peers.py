@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 
 import pytest
 from transport_cases import (
@@ -19,11 +20,14 @@ from transport_cases import (
     filled,
     flat,
     frame,
+    frame_of,
     join,
     listen,
     make_transports,
     next_event,
+    read_exactly,
     read_to_end,
+    resident_bytes,
     stranger_to,
 )
 
@@ -70,7 +74,7 @@ def test_a_peer_killed_in_mid_transfer_closes_its_link_with_a_reason(listening: 
         b"GET / HTTP/1.1\r\nHost: somewhere\r\nAccept: */*\r\n\r\n",
         bytes(100),
         os.urandom(5000),
-        frame(9),
+        frame(99),
         frame(1)[:-1] + b"?",
     ],
     ids=["http", "zeros", "noise", "unknown type", "bad checksum"],
@@ -176,15 +180,193 @@ def test_a_server_out_of_descriptors_accepts_again_when_some_are_free(listening:
     expect(transport, T.CLOSED, count=2)
 
 
-def test_connections_beyond_the_limit_are_closed_at_once(make: Make) -> None:
-    transport = make(max_links=2)
-    port = transport.listen("127.0.0.1", 0)
-    strangers = [stranger_to(port) for _ in range(3)]
-    expect(transport, T.CONNECTED, count=2)
-    assert read_to_end(strangers[2]) == b""
-    for stranger in strangers:
+# ---- Broken frames and broken connections
+
+DATA, ACK, CANCEL, PING, RESEND = 2, 3, 4, 5, 8
+CHUNK = 65536
+
+
+def waiting_for_data(transport: _C.Transport, port: int) -> tuple[socket.socket, int, Buffer]:
+    """A raw connection whose other end waits for a transfer of four chunks and has said so."""
+    stranger = stranger_to(port)
+    (connected,) = expect(transport, T.CONNECTED)
+    target = Buffer(4 * CHUNK)
+    transport.receive(connected.link, 1, 0, 0, target, flat(4 * CHUNK, CHUNK))
+    read_exactly(stranger, HEADER_BYTES + 8)
+    return stranger, connected.link, target
+
+
+def chunk_frame(index: int, content: bytes) -> bytes:
+    return frame_of(DATA, (1, 0, 0), offset=index * CHUNK, payload=content[index * CHUNK : (index + 1) * CHUNK])
+
+
+@pytest.mark.parametrize("cut", [1, HEADER_BYTES, HEADER_BYTES + 1000])
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_connection_that_ends_in_a_frame_closes_its_link_and_frees_the_buffer(
+    listening: tuple[_C.Transport, int], cut: int, how: str
+) -> None:
+    transport, port = listening
+    stranger, link, target = waiting_for_data(transport, port)
+    stranger.sendall(chunk_frame(0, bytes(4 * CHUNK)) + chunk_frame(1, bytes(4 * CHUNK))[:cut])
+    while transport.stats(link).bytes_in < HEADER_BYTES + CHUNK + cut:
+        assert transport.next_event(0.01) is None
+    if how == "reset":
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stranger.close()
-    expect(transport, T.CLOSED, count=2)
+    else:
+        stranger.shutdown(socket.SHUT_WR)
+    (closed,) = expect(transport, T.CLOSED)
+    assert ("Connection reset" if how == "reset" else "the peer closed the connection") in closed.text
+    assert closed.unfinished == [(1, 0, 0, CHUNK)]
+    assert target.owners == 1
+    stranger.close()
+
+
+def test_an_over_long_frame_ends_its_link_before_anything_of_it_is_read(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    for wire, message in (
+        (frame_of(DATA, (1, 0, 0), length=CHUNK + 1), f"{CHUNK + 1} bytes at 0 are none of its chunks"),
+        (frame_of(DATA, (1, 0, 0), length=2**32 - 1), "4294967295 bytes at 0 are none of its chunks"),
+        (frame_of(1, length=2**32 - 1), "4294967295 bytes where at most 4096"),
+    ):
+        stranger, link, target = waiting_for_data(transport, port)
+        stranger.sendall(wire)
+        (closed,) = expect(transport, T.CLOSED)
+        assert closed.link == link
+        assert message in closed.text
+        assert target.owners == 1
+        stranger.close()
+
+
+def test_a_flipped_bit_on_the_way_is_caught_counted_and_mended(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    content = os.urandom(4 * CHUNK)
+    stranger, link, target = waiting_for_data(transport, port)
+    damaged = bytearray(chunk_frame(1, content))
+    damaged[HEADER_BYTES + 12345] ^= 0x20
+    stranger.sendall(chunk_frame(0, content) + bytes(damaged) + chunk_frame(2, content) + chunk_frame(3, content))
+    while (request := read_exactly(stranger, HEADER_BYTES))[5] == PING:
+        pass
+    assert request[5] == RESEND
+    assert struct.unpack_from("<Q", request, 24) == (CHUNK,)
+    stranger.sendall(chunk_frame(1, content))
+    expect(transport, T.RECEIVED)
+    assert bytes(memoryview(target)) == content
+    assert transport.stats(link).corrupt_chunks == 1
+    stranger.close()
+    expect(transport, T.CLOSED)
+
+
+def test_a_transfer_that_stops_in_the_middle_is_reported_as_stalled_while_the_link_lives(
+    listening: tuple[_C.Transport, int],
+) -> None:
+    transport, port = listening
+    content = bytes(4 * CHUNK)
+    stranger, link, _ = waiting_for_data(transport, port)
+    stranger.sendall(chunk_frame(0, content) + chunk_frame(1, content)[:1000])
+    (stalled,) = expect(transport, T.STALLED)
+    assert (stalled.link, stalled.kind, stalled.round, stalled.block) == (link, 1, 0, 0)
+    assert f"with {CHUNK} of {4 * CHUNK} bytes here" in stalled.text
+    stranger.sendall(chunk_frame(1, content)[1000:] + chunk_frame(2, content) + chunk_frame(3, content))
+    expect(transport, T.RECEIVED)
+    stranger.close()
+    expect(transport, T.CLOSED)
+
+
+def test_a_withdrawn_transfer_is_reported_to_the_receiver_and_frees_both_buffers(make: Make) -> None:
+    a, b = make(), make()
+    link, other = join(a, b)
+    source_buffer, target = Buffer(8 * MIB), Buffer(8 * MIB)
+    source = a.make_source(source_buffer, flat(8 * MIB), False)
+    source.raise_watermark(64)
+    b.receive(other, 1, 0, 0, target, flat(8 * MIB))
+    a.send(link, 1, 0, 0, source)
+    while b.stats(other).bytes_in < MIB:
+        assert b.next_event(0.01) is None
+    a.cancel_send(link, 1, 0, 0)
+    (withdrawn,) = expect(b, T.WITHDRAWN)
+    assert (withdrawn.kind, withdrawn.round) == (1, 0)
+    assert target.owners == 1
+    del source
+    a.send_control(link, b"sent after")
+    expect(b, T.CONTROL)
+    assert source_buffer.owners == 1
+
+
+def _say_hello_and_wait(port: int) -> None:
+    transport = _C.Transport(idle_timeout=1.0)
+    link = transport.connect("127.0.0.1", port, 5.0)
+    transport.send_control(link, b"hello")
+    event = transport.next_event(60.0)
+    assert event is not None
+    assert event.type == T.CLOSED
+    os._exit(0)
+
+
+def test_a_peer_that_is_stopped_for_longer_than_the_idle_time_is_closed_and_finds_out(make: Make) -> None:
+    transport = make(idle_timeout=1.0)
+    port = transport.listen("127.0.0.1", 0)
+    peer = multiprocessing.get_context("spawn").Process(target=_say_hello_and_wait, args=(port,))
+    peer.start()
+    assert peer.pid is not None
+    try:
+        expect(transport, T.CONNECTED)
+        expect(transport, T.CONTROL)
+        os.kill(peer.pid, signal.SIGSTOP)
+        (closed,) = expect(transport, T.CLOSED)
+        assert closed.text == "nothing was heard from the peer for 1 s"
+    finally:
+        os.kill(peer.pid, signal.SIGCONT)
+    peer.join(30.0)
+    assert peer.exitcode == 0
+
+
+# ---- Slow readers
+
+
+def test_messages_to_a_peer_that_does_not_read_end_its_link_at_a_bound(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    with stranger_to(port):
+        (connected,) = expect(transport, T.CONNECTED)
+        transport.trust(connected.link, 5, MIB)
+        before = resident_bytes()
+        message = bytes(256 * 1024)
+        for _ in range(10_000):
+            transport.send_control(connected.link, message)
+            if (event := transport.next_event(0.0)) is not None:
+                break
+        else:
+            event = next_event(transport)
+        assert event.type == T.CLOSED
+        assert "more than 2097152 bytes of messages wait" in event.text
+        assert resident_bytes() - before < 64 * MIB
+
+
+def test_a_slow_reader_of_a_large_transfer_costs_no_memory_and_holds_nobody_up(make: Make) -> None:
+    transport = make()
+    port = transport.listen("127.0.0.1", 0)
+    nbytes = 256 * MIB
+    buffer = Buffer(nbytes)
+    memoryview(buffer)[:] = bytes(MIB) * 256
+    source = transport.make_source(buffer, flat(nbytes), True)
+    with stranger_to(port) as slow:
+        (connected,) = expect(transport, T.CONNECTED)
+        before = resident_bytes()
+        transport.send(connected.link, 1, 0, 0, source)
+        slow.sendall(frame_of(ACK, (1, 0, 0), payload=struct.pack("<Q", nbytes)))
+        friend = make()
+        link, there = join(friend, transport, port)
+        friend.receive(link, 1, 0, 0, Buffer(4 * MIB), flat(4 * MIB))
+        transport.send(there, 1, 0, 0, transport.make_source(Buffer(4 * MIB), flat(4 * MIB), True))
+        expect(friend, T.RECEIVED)
+        expect(transport, T.SENT)
+        assert transport.stats(connected.link).bytes_out < nbytes // 4
+        assert resident_bytes() - before < 32 * MIB
+        slow.sendall(frame_of(CANCEL, (1, 0, 0)))
+        expect(transport, T.REFUSED)
+
+
+# ---- Misuse
 
 
 def test_misuse_of_a_link_closes_it_with_the_reason_and_leaves_the_thread_running(make: Make) -> None:

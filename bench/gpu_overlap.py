@@ -1,0 +1,252 @@
+"""What the hand-over of a block costs the training on a GPU: at a round's boundary, and while transfers go on.
+
+`python -m bench.gpu_overlap --json FILE` prints two results.
+
+Boundary: a client trains a model of three equal blocks on the GPU, one block behind a server in a process of its own on
+the same machine, over loopback. All times are taken between CUDA events on the training stream, from the beginning of
+one step to the beginning of the next. `boundary_s` is by how much the last step of a round and the first of the next
+take longer than two steps in between: everything that the training stream lost at a boundary, communication and the
+change of blocks alike. `waited_s` is for how long the training thread was blocked on communication. Medians; the first
+two rounds do not count.
+
+Beside transfers: the time of a training step while another thread hands a block over again and again, its body goes
+over loopback and comes back to the GPU, against the time without; in alternating windows.
+
+Without a GPU both run to the end with a small model on the CPU, and every figure is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import parablock_rt as pb
+from parablock_rt import _C
+from parablock_rt.staging import Piece, Stager
+from parablock_rt.transport import Transport, body_layout
+
+from .machine import machine
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BLOCKS = 3
+WARM_UP_ROUNDS = 2
+CHUNK = 1 << 18
+BOUNDARY = ("step_s", "round_s", "boundary_s", "boundary_share", "waited_s")
+BESIDE = ("step_s_without", "step_s_with", "ratio", "transfer_gb_per_s")
+
+
+def make_model(width: int, device: str) -> nn.Sequential:
+    """Three square layers, a block each."""
+    layers = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16, device=device) for _ in range(BLOCKS)]
+    with torch.no_grad():
+        for seed, layer in enumerate(layers):
+            generator = torch.Generator(device).manual_seed(seed)
+            layer.weight.normal_(std=width**-0.5, generator=generator)
+    return nn.Sequential(*layers)
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(batch).float().square().mean()
+    return loss
+
+
+def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-6)
+
+
+def _serve(pipe: Any, width: int, settings: dict[str, Any]) -> None:
+    """The server's process. The client's weights come from it."""
+    model = make_model(width, "cpu")
+    plan = pb.BlockPlan.from_model(model, [[str(i)] for i in range(BLOCKS)])
+    with pb.serve(model, plan=plan, **settings) as server:
+        pipe.send(server.address)
+        server.wait()
+
+
+def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str, Any]:
+    """The steps of a run, timed on the device."""
+    settings = {"rounds": rounds, "clients": 1, "local_steps": local_steps, "staleness": 1, "format": "int8"}
+    context = multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe(duplex=False)
+    server = context.Process(target=_serve, args=(there, width, settings), daemon=True)
+    server.start()
+    model, batch = make_model(width, DEVICE), torch.randn(tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    begins: list[tuple[int, Any]] = []
+    waited: list[float] = []
+    try:
+        if not pipe.poll(300.0):
+            raise RuntimeError("the server did not start; see its error above")
+        with pb.join(pipe.recv(), model, optimizer, on_round=lambda report: waited.append(report.exposed_s)) as run:
+            while not run.finished:
+                begin = torch.cuda.Event(enable_timing=True) if GPU else None
+                if begin is not None:
+                    begin.record()
+                report = run.train_step(batch, loss_fn, weight=1.0)
+                begins.append((report.round, begin))
+        server.join(60.0)
+    finally:
+        server.kill()
+    result: dict[str, Any] = {"params_a_block": width * width, "tokens": tokens, "rounds": rounds}
+    result |= {"local_steps": local_steps, **dict.fromkeys(BOUNDARY)}
+    if not GPU:
+        return result | {"note": "no GPU: a small model ran to the end on the CPU, nothing is timed"}
+    torch.cuda.synchronize()
+    taken = [
+        (round, next_round, begin.elapsed_time(end) / 1e3)
+        for (round, begin), (next_round, end) in itertools.pairwise(begins)
+        if round >= WARM_UP_ROUNDS
+    ]
+    ends = [i for i, (round, next_round, _) in enumerate(taken[:-1]) if next_round != round]
+    edges = {*ends, *(i + 1 for i in ends)}
+    step = statistics.median(seconds for i, (*_, seconds) in enumerate(taken) if i not in edges)
+    lost = statistics.median(taken[i][2] + taken[i + 1][2] for i in ends) - 2 * step
+    round_s = step * local_steps + lost
+    figures = (step, round_s, lost, lost / round_s, statistics.median(waited[WARM_UP_ROUNDS:]))
+    return result | dict(zip(BOUNDARY, figures, strict=True))
+
+
+class Traffic:
+    """Hand-overs of one block, over loopback and back, one behind the other for as long as the `with` body runs."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.bytes_per_second = 0.0
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        if not self._ready.wait(120.0) or self.error is not None:
+            raise RuntimeError("no transfers within 120 s") from self.error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(120.0)
+        if self.error is not None:
+            raise RuntimeError("the transfers ended early") from self.error
+
+    def _run(self) -> None:
+        try:
+            if GPU:
+                with torch.cuda.stream(torch.cuda.Stream()):  # not the training's: it is not to be waited for
+                    self._exchange(*_gpu_stager(self._numel))
+            else:
+                self._exchange(Stager(), None)
+        except BaseException as error:
+            self.error = error
+            self._ready.set()
+
+    def _exchange(self, stager: Any, memory: Any) -> None:
+        device = "cpu" if memory is None else "cuda"
+        ref = torch.zeros(self._numel, dtype=torch.bfloat16, device=device)
+        now = torch.randn(self._numel, device=device)
+        layout = body_layout("int8", self._numel, CHUNK)
+        start, moved = 0, 0
+        with Transport() as near, Transport() as far:
+            link = near.connect(far.listen("127.0.0.1:0", protected=True))
+            connected = far.next_event(60.0)
+            assert connected is not None
+            while not self._stop.is_set() or moved == 0:
+                landing = stager.landing(self._numel, "int8", CHUNK)
+                far.native.receive(connected.link, 1, moved, 0, landing.buffer, layout, watermark=landing.watermark)
+                encoding = stager.encode([Piece(now, ref)], "int8", CHUNK, near)
+                near.native.send(link, 1, moved, 0, encoding.source)
+                for transport in (far, near):
+                    event = transport.next_event(60.0)
+                    if event is None or event.type == _C.Event.Type.CLOSED:
+                        raise RuntimeError(f"a transfer did not end: {event and event.text}")
+                landing.body()
+                stager.leave(landing)
+                stager.release(encoding)
+                moved += 1
+                if moved == 1:  # compiled and warm
+                    self._ready.set()
+                    start = _C.monotonic_ns()
+            seconds = (_C.monotonic_ns() - start) / 1e9
+            self.bytes_per_second = 2 * layout.nbytes * (moved - 1) / seconds  # to the host and back to the device
+        stager.close()
+
+
+def _gpu_stager(numel: int) -> tuple[Any, Any]:
+    from parablock_rt.device import CudaDevice
+    from parablock_rt.device_staging import DeviceStager
+    from parablock_rt.pinned import PinnedMemory
+
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    device.warm_up({(torch.float32, torch.bfloat16)}, "int8")
+    memory = PinnedMemory(device.driver, 8 * numel, 8 * numel)
+    return DeviceStager(device, memory), memory
+
+
+def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dict[str, Any]:
+    """The time of a step with and without transfers."""
+    model, batch = make_model(width, DEVICE), torch.randn(tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    trained = optimizer(list(model.parameters()))
+
+    def window() -> float:
+        marks = [torch.cuda.Event(enable_timing=True) if GPU else None for _ in range(2)]
+        for mark, count in zip(marks, (steps, 0), strict=True):
+            if mark is not None:
+                mark.record()
+            for _ in range(count):
+                loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+                trained.step()
+                trained.zero_grad()
+        if marks[0] is None or marks[1] is None:
+            return 0.0
+        marks[1].synchronize()
+        return marks[0].elapsed_time(marks[1]) / 1e3 / steps
+
+    window()
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    rates = []
+    for _ in range(windows):
+        seconds["without"].append(window())
+        with Traffic(numel) as traffic:
+            seconds["with"].append(window())
+        rates.append(traffic.bytes_per_second / 1e9)
+    result: dict[str, Any] = {"params": numel, "windows": windows, "steps": steps, **dict.fromkeys(BESIDE)}
+    if not GPU:
+        return result | {"note": "no GPU: transfers of a small block ran on the CPU, nothing is timed"}
+    without, with_transfers = statistics.median(seconds["without"]), statistics.median(seconds["with"])
+    return result | dict(
+        zip(BESIDE, (without, with_transfers, with_transfers / without, statistics.median(rates)), strict=True)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # 14,768 squared is 218 M parameters a block.
+    parser.add_argument("--width", type=int, default=14_768 if GPU else 32, help="of a square block")
+    parser.add_argument("--tokens", type=int, default=8192 if GPU else 8, help="of a batch")
+    parser.add_argument("--rounds", type=int, default=12 if GPU else 4)
+    parser.add_argument("--local-steps", type=int, default=80 if GPU else 2)
+    parser.add_argument("--windows", type=int, default=5 if GPU else 1)
+    parser.add_argument("--json", type=Path, help="write machine, settings and both results to this file")
+    options = parser.parse_args()
+    about = machine() | {"device": torch.cuda.get_device_name() if GPU else None}
+    print(f"device: {about['device'] or 'none; all figures are absent'}")
+    results = {"boundary": boundary(options.width, options.tokens, options.rounds, options.local_steps)}
+    print(f"boundary: {results['boundary']}")
+    numel = options.width**2 // 128 * 128
+    results["beside"] = beside(options.width // 4, options.tokens, numel, options.windows, 100 if GPU else 2)
+    print(f"beside: {results['beside']}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": about, **results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""A large model trained in all of its parameters, block by block: what it takes in memory, and what a step takes.
+
+`python -m bench.large_model --json FILE` runs a server in a process of its own and a client here, over loopback, with
+random weights of a Llama shape in bf16, activation checkpointing and a full sweep over all blocks, embeddings and head
+included. On a CUDA device the shape is that of Llama 3 8B and torch is kept to `--limit-gib` of device memory; on a
+machine without one a small model of the same proportions takes its place, and the figures that only a device can give
+are null.
+
+Weights are never held in fp32 by the client. It starts from empty memory and has them from the server's snapshot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import parablock_rt as pb
+from parablock_rt import memory
+
+from .machine import machine
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 896,
+        "vocab_size": 8016,
+    },
+}
+GIB = 2**30
+WAIT_S = 600.0
+
+
+def on_meta(shape: str) -> Any:
+    """The model without memory, in bf16, its vocabulary cut into rows so that no parameter is larger than a layer."""
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, use_cache=False, max_position_embeddings=8192)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    pb.split_rows(model, largest_layer(model))
+    return model
+
+
+def largest_layer(model: Any) -> int:
+    """Elements of the largest decoder layer."""
+    return max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+
+
+def plan_of(model: Any) -> pb.BlockPlan:
+    """Every parameter in a block, none larger than a decoder layer."""
+    return pb.BlockPlan.from_model(model, outer="train", outer_limit=largest_layer(model))
+
+
+def with_memory(model: Any, device: str) -> Any:
+    """The model on a device, its weights zero."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)  # its buffers are computed, not loaded
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int = 0) -> None:
+    """Weights as a fresh model has them: N(0, 0.02) in matrices, drawn from a table of 2^20 values; ones in norms."""
+    table = torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        flat = parameter.view(-1)
+        for start in range(0, flat.numel(), len(table)):
+            part = flat[start : start + len(table)]
+            part.copy_(table[: len(part)])
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fused: its multi-tensor form takes another four bytes a parameter inside each step."""
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+
+def serve(shape: str, settings: dict[str, Any], threads: int, pipe: Connection) -> None:
+    """The server's process: sends its address, and its peak of resident memory when the run has ended."""
+    torch.set_num_threads(threads)
+    model = with_memory(on_meta(shape), "cpu")
+    fill(model)
+    with pb.serve(model, plan=plan_of(model), **settings) as server:
+        pipe.send(server.address)
+        server.wait(WAIT_S)
+    pipe.send({"digest": server.outcome.digest, "peak_resident_bytes": peak_resident_bytes()})
+
+
+def peak_resident_bytes() -> int:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass
+class Watch:
+    """What a client holds at its optimiser steps and hand-overs: the most of each item."""
+
+    run: pb.Run | None = None
+    items: dict[str, int] = field(default_factory=dict)
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made = adamw(parameters)
+        made.register_step_post_hook(lambda *_: self.note())
+        return made
+
+    def note(self) -> None:
+        if self.run is not None:
+            for name, nbytes in self.run.holdings().items():
+                self.items[name] = max(self.items.get(name, 0), nbytes)
+
+
+def train(address: str, model: Any, tokens: int) -> tuple[Watch, dict[str, Any]]:
+    """The client: the whole run, on sequences of random tokens."""
+    device = next(model.parameters()).device
+    model.train()
+    checkpoint = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    checkpoint({"use_reentrant": False})
+    watch, rounds = Watch(), []
+    generator = torch.Generator().manual_seed(1)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(device)
+            yield {"input_ids": ids, "labels": ids}
+
+    joined = time.perf_counter()
+    with pb.join(address, model, watch.optimizer, on_round=rounds.append, patience=WAIT_S) as run:
+        watch.run = run
+        began = time.perf_counter()
+        for batch in run.stream(batches()):
+            run.train_step(batch)
+    ended = time.perf_counter()
+    return watch, {
+        "digest": run.digest,
+        "join_s": began - joined,
+        "wall_s": ended - began,
+        "step_s_median": statistics.median(r.compute_s for r in rounds) / run.config.local_steps,
+        "exposed_s_total": run.exposed_s,
+        "exposed_s_a_round_median": statistics.median(r.exposed_s for r in rounds),
+        "bytes_up": run.bytes_up,
+        "bytes_down": run.bytes_down,
+        "loss_first": rounds[0].loss,
+        "loss_last": rounds[-1].loss,
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One run and its figures."""
+    cuda = options.device == "cuda"
+    model = on_meta(options.shape)
+    plan = plan_of(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    rounds = options.rounds or len(plan.blocks) + 1  # every block, and the first again
+    settings = {"rounds": rounds, "clients": 1, "local_steps": options.local_steps, "staleness": 1}
+    settings |= {"format": options.format}
+    predicted = memory.predict(model, plan, pb.RunConfig(**settings), adamw, options.device)
+    if cuda:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit_gib * GIB / total))
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(options.shape, settings, options.server_threads, there), daemon=True
+    )
+    process.start()
+    try:
+        with_memory(model, options.device)
+        watch, figures = train(_next(here), model, options.tokens)
+        server = _next(here)
+    finally:
+        process.join(30.0)
+        process.kill()
+    if server["digest"] != figures["digest"]:
+        raise RuntimeError(f"the server ended on {server['digest']}, the client on {figures['digest']}")
+    resident = sum(watch.items[name] for name in ("weights", "references", "master", "gradients", "optimiser state"))
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    return {
+        "shape": {"name": options.shape, **SHAPES[options.shape]},
+        "parameters": parameters,
+        "trained_parameters": sum(block.numel for block in plan.blocks),
+        "blocks": len(plan.blocks),
+        "settings": {**settings, "tokens": options.tokens, "optimizer": "AdamW, fused", "dtype": "bf16"},
+        "device": torch.cuda.get_device_name() if cuda else None,
+        "limit_gib": options.limit_gib if cuda else None,
+        "predicted": predicted.to_dict(),
+        "held": watch.items,
+        "model_and_training_bytes_a_parameter": resident / parameters,
+        "peak_device_bytes": peak,
+        "peak_device_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        "device_in_use_at_the_end_bytes": in_use() if cuda else None,
+        "beyond_the_prediction_bytes": None if peak is None else peak - predicted.peak("device"),
+        "client_peak_resident_bytes": peak_resident_bytes(),
+        "server_peak_resident_bytes": server["peak_resident_bytes"],
+        **figures,
+    }
+
+
+def in_use() -> int:
+    """Bytes of the device that are in use, by this process and others, CUDA's own included."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _next(pipe: Connection) -> Any:
+    if not pipe.poll(WAIT_S):
+        raise RuntimeError(f"the server's process said nothing for {WAIT_S:g} s")
+    return pipe.recv()
+
+
+def render(result: dict[str, Any]) -> str:
+    """The figures for a reader."""
+    lines = [
+        f"{result['shape']['name']}: {result['parameters']:,} parameters, all trained, in {result['blocks']} blocks",
+        f"{'held':20} {'GB':>9} {'predicted':>9}",
+    ]
+    most = {item["name"]: max(item["bytes"]) / 1e9 for item in result["predicted"]["items"]}
+    for name, nbytes in result["held"].items():
+        lines.append(f"{name:20} {nbytes / 1e9:9.3f} {most.get(name, 0.0):9.3f}")
+    peak = result["peak_device_bytes"]
+    lines += [
+        f"weights and what trains: {result['model_and_training_bytes_a_parameter']:.3f} bytes a parameter",
+        f"peak of device memory: {'no device here' if peak is None else f'{peak / GIB:.2f} GiB, activations included'}",
+        f"a step: {result['step_s_median']:.3f} s; exposed: {result['exposed_s_a_round_median'] * 1e3:.1f} ms a round",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
+    parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on a CUDA device, else small")
+    parser.add_argument("--rounds", type=int, help="default: a sweep over all blocks and one round more")
+    parser.add_argument("--local-steps", type=int, default=2)
+    parser.add_argument("--tokens", type=int, help="of a sequence, one a step; default: 512 on a CUDA device, else 32")
+    parser.add_argument("--format", default="int8")
+    parser.add_argument("--limit-gib", type=float, default=24.0, help="what torch may take of the device's memory")
+    parser.add_argument("--server-threads", type=int, default=max(1, (torch.get_num_threads() or 2) // 2))
+    parser.add_argument("--json", type=Path, help="write machine and figures to this file")
+    options = parser.parse_args()
+    # Blocks of different sizes come and go: without this, freed ranges that do not fit count against the limit.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    options.tokens = options.tokens or (512 if options.device == "cuda" else 32)
+    options.shape = options.shape or ("llama-3-8b" if options.device == "cuda" else "small")
+    about = machine()
+    result = measure(options)
+    print(render(result))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": about, **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""The transport beyond one fast link: lanes, long paths, small messages, and many links into one server.
+
+Each case is a function that returns rows. Paths are made long by the transport's own delay shaper, so that no root is
+needed; it delays frames, not TCP's segments: what several TCP connections gain on a path that loses packets must be
+measured on one (`bench/shaped.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rich.table import Table
+
+from .process import DEADLINE_S, GIB, MIB, cpu_seconds, memory_bytes
+from .result import Result, columns, shown
+
+Row = dict[str, Any]
+
+LANES = (1, 2, 4)
+DELAYS_S = (0.0, 0.01, 0.05)
+LONG_RATE = 100e6 / 8  # bytes a second
+LONG_DELAY_S = 0.05  # one way
+ROUND_TRIPS = 3000
+FAN_IN = ((1, None), (16, None), (16, 2**28))  # links, and bytes of uploads that the server may hold (None: default)
+CASES = ("lanes", "long", "control", "fan-in")
+
+
+def in_two_processes(listens: Callable[..., None], connects: Callable[..., None], *arguments: Any) -> tuple[Row, Row]:
+    """Runs both functions, each in a fresh process, with a pipe to this one and a pipe to each other; returns what
+    they send to this one."""
+    context = multiprocessing.get_context("spawn")
+    between = context.Pipe()
+    pipes, children = [], []
+    for function, other in zip((listens, connects), between, strict=True):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=function, args=(theirs, other, *arguments), daemon=True)
+        child.start()
+        theirs.close()
+        pipes.append(ours)
+        children.append(child)
+    results = []
+    for pipe in pipes:
+        if not pipe.poll(DEADLINE_S):
+            raise RuntimeError(f"{listens.__name__}: no result within {DEADLINE_S:g} s")
+        results.append(pipe.recv())
+    for child in children:
+        child.join(DEADLINE_S)
+    return results[0], results[1]
+
+
+def wait_for(transport: Any, kind: str) -> Any:
+    """The next event of this type; other lanes' coming is passed over."""
+    from parablock_rt import _C
+
+    while True:
+        event = transport.next_event(DEADLINE_S)
+        if event is None or (event.type == _C.Event.Type.CLOSED and "became a lane" not in event.text):
+            raise RuntimeError(f"expected {kind}, found {event and event.text}")
+        if event.type == getattr(_C.Event.Type, kind):
+            return event
+
+
+# ---- Transfers over lanes, rates and delays
+
+
+def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
+    """The listening end: posts, then counts from the sender's start to its own last byte."""
+    from parablock_rt import _C, transport
+
+    with transport.Transport(transport.Shape(rate, delay), lanes=lanes) as here:
+        peer.send(here.listen("127.0.0.1:0", protected=False))
+        link = wait_for(here, "CONNECTED").link
+        offer = here.offer_lanes(link)
+        peer.send(None if offer is None else (offer.most, offer.key))
+        buffer = _C.Buffer(nbytes)
+        seconds, cpu = [], []
+        while (run := peer.recv()) is not None:
+            begin = cpu_seconds()
+            here.native.receive(link, 1, run, 0, buffer, layout_of(nbytes))
+            peer.send("posted")
+            wait_for(here, "RECEIVED")
+            ended = time.monotonic()
+            seconds.append(ended - peer.recv())
+            cpu.append(cpu_seconds() - begin)
+    result.send({"seconds": seconds, "cpu": cpu})
+
+
+def send_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
+    """The connecting end; the first run warms up and does not count."""
+    from parablock_rt import _C, protocol, transport
+
+    with transport.Transport(transport.Shape(rate, delay), lanes=lanes) as here:
+        link = here.connect(peer.recv())
+        if (offer := peer.recv()) is not None:
+            here.open_lanes(link, protocol.Lanes(most=offer[0], key=offer[1]))
+        buffer = _C.Buffer(nbytes)
+        memoryview(buffer)[:] = (os.urandom(MIB) * (nbytes // MIB + 1))[:nbytes]
+        cpu = []
+        for run in range(4):
+            begin = cpu_seconds()
+            peer.send(run)
+            peer.recv()
+            start = time.monotonic()
+            here.native.send(link, 1, run, 0, here.native.make_source(buffer, layout_of(nbytes), True))
+            wait_for(here, "SENT")
+            cpu.append(cpu_seconds() - begin)
+            peer.send(start)
+        peer.send(None)
+        used = len([lane for lane in here.native.stats(link).lanes if lane.bytes_out > MIB])
+    result.send({"cpu": cpu, "lanes_used": used})
+
+
+def layout_of(nbytes: int) -> Any:
+    """Raw bytes in chunks of the default size."""
+    from parablock_rt import transport
+
+    return transport.raw_layout(nbytes, 2**18)
+
+
+def transfer_row(nbytes: int, rate: float, delay: float, lanes: int) -> Row:
+    """One link of this shape: the median of its runs after the first."""
+    received, sent = in_two_processes(receive_transfers, send_transfers, nbytes, rate, delay, lanes)
+    seconds = statistics.median(received["seconds"][1:])
+    cpu = statistics.median(a + b for a, b in zip(received["cpu"][1:], sent["cpu"][1:], strict=True))
+    return {
+        "lanes": lanes,
+        "lanes_used": sent["lanes_used"],
+        "delay_ms": delay * 1e3,
+        "bytes": nbytes,
+        "mib_per_s": nbytes / MIB / seconds,
+        "cpu_s_per_gib": cpu * GIB / nbytes,
+        "seconds": received["seconds"][1:],
+    }
+
+
+def lanes_case(mib: int) -> list[Row]:
+    """Lanes x delay on an otherwise unlimited link."""
+    return [transfer_row(mib * MIB, 0.0, delay, lanes) for delay in DELAYS_S for lanes in LANES]
+
+
+def long_case(mib: int) -> list[Row]:
+    """100 Mbit/s with a round trip of 100 ms: the part of the rate that payload reaches, start and end included."""
+    rows = [transfer_row(mib * MIB, LONG_RATE, LONG_DELAY_S, lanes) for lanes in (1, 2)]
+    return [row | {"part_of_rate": row["mib_per_s"] * MIB / LONG_RATE} for row in rows]
+
+
+# ---- Small messages
+
+
+def answer_messages(result: Connection, peer: Connection) -> None:
+    """Sends back what comes."""
+    from parablock_rt import transport
+
+    with transport.Transport() as here:
+        peer.send(here.listen("127.0.0.1:0", protected=False))
+        link = wait_for(here, "CONNECTED").link
+        for _ in range(2 * ROUND_TRIPS):
+            here.native.send_control(link, wait_for(here, "CONTROL").message)
+        peer.recv()
+    result.send({})
+
+
+def ask_messages(result: Connection, peer: Connection) -> None:
+    """Measures each round trip from one Python program to the other and back."""
+    from parablock_rt import transport
+
+    with transport.Transport() as here:
+        link = here.connect(peer.recv())
+
+        def round_trip() -> None:
+            here.native.send_control(link, b"x" * 64)
+            wait_for(here, "CONTROL")
+
+        found = timed(round_trip)
+        peer.send("done")
+    result.send(found)
+
+
+def answer_bytes(result: Connection, peer: Connection) -> None:
+    """Sends back what comes on a plain blocking socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer.send(listener.getsockname())
+        with listener.accept()[0] as here:
+            here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while data := here.recv(4096):
+                here.sendall(data)
+    result.send({})
+
+
+def ask_bytes(result: Connection, peer: Connection) -> None:
+    """As `ask_messages`, on a plain blocking socket: two wake-ups a round trip, which is as few as there can be."""
+    with socket.create_connection(peer.recv()) as here:
+        here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def round_trip() -> None:
+            here.sendall(b"x" * 64)
+            here.recv(4096)
+
+        result.send(timed(round_trip))
+
+
+def timed(round_trip: Callable[[], None]) -> Row:
+    """Median and 99th percentile of many round trips, after as many that warm up."""
+    micros = []
+    for _ in range(2 * ROUND_TRIPS):
+        start = time.perf_counter_ns()
+        round_trip()
+        micros.append((time.perf_counter_ns() - start) / 1e3)
+    measured = sorted(micros[ROUND_TRIPS:])
+    return {"median_us": statistics.median(measured), "p99_us": measured[int(0.99 * len(measured))]}
+
+
+def control_case() -> list[Row]:
+    """Messages of 64 bytes, one at a time; and what a plain socket takes for as much."""
+    _, asked = in_two_processes(answer_messages, ask_messages)
+    _, plain = in_two_processes(answer_bytes, ask_bytes)
+    about = {"round_trips": ROUND_TRIPS, "bytes": 64}
+    return [{"system": "parablock"} | asked | about, {"system": "plain socket"} | plain | about]
+
+
+# ---- Many links into one server
+
+
+def serve_uploads(
+    result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None
+) -> None:
+    """The real server, on a model of one block. Reports when each round's last upload was in the sum."""
+    import torch
+
+    import parablock_rt as pb
+    from parablock_rt.timeline import Stage
+
+    model = torch.nn.Linear(side, side, bias=False)
+    plan = pb.BlockPlan.from_model(model, [["weight"]])
+    settings = {"rounds": rounds, "clients": clients, "local_steps": 1, "staleness": 0}
+    with pb.serve(model, plan=plan, upload_budget=budget, **settings) as server:
+        base = memory_bytes("VmRSS")
+        begin = cpu_seconds()
+        peer.send((server.address, {k: v.clone() for k, v in model.state_dict().items()}))
+        peer.recv()
+        used = cpu_seconds() - begin
+        peer.send("measured")
+        server.close()
+    folded = [0] * rounds
+    for _, records in server.timeline.threads():
+        for record in records[records["stage"] == Stage.FOLD]:
+            folded[record["round"]] = max(folded[record["round"]], int(record["end_ns"]))
+    result.send({"folded_ns": folded, "cpu": used, "peak_beyond_start_mib": (memory_bytes("VmHWM") - base) / MIB})
+
+
+def upload_all(result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None) -> None:
+    """All clients, each on a link of its own, in one process. In each round they send at once."""
+    import torch
+
+    from parablock_rt import codec
+    from parablock_rt.blocks import BlockPlan
+    from parablock_rt.transport import body_layout
+
+    from .light_client import LightClient, buffer_of, ready_of
+
+    address, state = peer.recv()
+    model = torch.nn.Linear(side, side, bias=False)
+    model.load_state_dict(state)
+    ready = ready_of(model, BlockPlan.from_model(model, [["weight"]]))
+    numel = side * side
+    body = codec.encode(torch.randn(numel) * 1e-3, torch.zeros(numel), None, format="int8").body
+    buffer, layout = buffer_of(body), body_layout("int8", numel, 2**18)
+    started = []
+    with contextlib.ExitStack() as stack:
+        swarm = [stack.enter_context(LightClient(address, ready)) for _ in range(clients)]
+        for client in swarm:
+            client.begin()
+        for round in range(rounds):
+            started.append(time.monotonic_ns())
+            for client in swarm:
+                client.upload(round, 0, buffer, layout)
+            for client in swarm:
+                client.wait_closed(round)
+        peer.send("sent")
+        peer.recv()
+    result.send({"started_ns": started, "bytes": body.numel()})
+
+
+def fan_in_case(side: int, rounds: int) -> list[Row]:
+    """Encoded uploads folded by the real server: from the moment at which all clients send to that at which the last
+    upload is in the sum, next to one link that carries as many bytes and folds nothing. The first round warms up."""
+    body = side * side + side * side // 128 * 2
+    alone = transfer_row(max(clients for clients, _ in FAN_IN) * body, 0.0, 0.0, 1)["mib_per_s"]
+    rows = []
+    for clients, budget in FAN_IN:
+        served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients, budget)
+        pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
+        seconds = [(folded - started) / 1e9 for folded, started in pairs][1:]
+        rate = sent["bytes"] * clients / MIB / statistics.median(seconds)
+        rows.append(
+            {
+                "links": clients,
+                "upload_budget": budget,
+                "rounds": rounds,
+                "upload_mib": sent["bytes"] / MIB,
+                "mib_per_s": rate,
+                "part_of_one_link": rate / alone,
+                "server_cpu_s_per_gib": served["cpu"] * GIB / (sent["bytes"] * clients * (rounds + 1)),
+                "peak_beyond_start_mib": served["peak_beyond_start_mib"],
+                "seconds": seconds,
+            }
+        )
+    return rows
+
+
+# ---- As a benchmark
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases, and how large."""
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
+    parser.add_argument("--mib", type=int, default=64, help="payload of the cases lanes and long")
+    parser.add_argument("--side", type=int, default=4096, help="the fan-in's block is a square of this many parameters")
+    parser.add_argument("--rounds", type=int, default=5, help="of the fan-in")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The rows of every case that was asked for."""
+    measured: dict[str, Callable[[], list[Row]]] = {
+        "lanes": lambda: lanes_case(options.mib),
+        "long": lambda: long_case(options.mib),
+        "control": control_case,
+        "fan-in": lambda: fan_in_case(options.side, options.rounds),
+    }
+    rows = [{"case": case} | row for case in options.only for row in measured[case]()]
+    return {"settings": {name: getattr(options, name) for name in ("only", "mib", "side", "rounds")}, "rows": rows}
+
+
+def tables(result: Result) -> list[Table]:
+    """One table a case."""
+    lanes = columns("lanes and delay", "one-way delay, ms", "lanes", "MiB/s", "CPU s/GiB, both ends")
+    long = columns("100 Mbit/s with a round trip of 100 ms", "lanes", "MiB", "part of the rate that payload reaches")
+    names = ("", "bytes", "round trips", "median µs", "p99 µs")
+    control = columns("messages, from one program to another and back", *names)
+    fan_in = columns(
+        "uploads folded by one server",
+        "links",
+        "held uploads, MiB",
+        "MiB an upload",
+        "MiB/s in all",
+        "/ one link, no fold",
+        "server CPU s/GiB, closing included",
+        "peak - start, MiB",
+    )
+    for row in result["rows"]:
+        if row["case"] == "lanes":
+            cpu = shown(row["cpu_s_per_gib"], ".2f")
+            lanes.add_row(f"{row['delay_ms']:.0f}", str(row["lanes"]), f"{row['mib_per_s']:.0f}", cpu)
+        elif row["case"] == "long":
+            long.add_row(str(row["lanes"]), str(row["bytes"] // MIB), shown(row["part_of_rate"]))
+        elif row["case"] == "control":
+            times = [shown(row[name], ".0f") for name in ("median_us", "p99_us")]
+            control.add_row(row["system"], str(row["bytes"]), str(row["round_trips"]), *times)
+        else:
+            size, rate = shown(row["upload_mib"], ".1f"), shown(row["mib_per_s"], ".0f")
+            peak = shown(row["peak_beyond_start_mib"], ".0f")
+            part, cpu = shown(row["part_of_one_link"]), shown(row["server_cpu_s_per_gib"], ".2f")
+            budget = "default" if row["upload_budget"] is None else str(row["upload_budget"] // MIB)
+            fan_in.add_row(str(row["links"]), budget, size, rate, part, cpu, peak)
+    return [lanes, long, control, fan_in]
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Rates, and round trips a second."""
+    found = {}
+    for row in result["rows"]:
+        if row["case"] == "lanes":
+            found[f"MiB/s, {row['lanes']} lanes, {row['delay_ms']:.0f} ms"] = row["mib_per_s"]
+        elif row["case"] == "long":
+            found[f"part of 100 Mbit/s, {row['lanes']} lanes"] = row["part_of_rate"]
+        elif row["case"] == "control":
+            found[f"messages there and back a second, {row['system']}"] = 1e6 / row["median_us"]
+        else:
+            room = "" if row["upload_budget"] is None else f", {row['upload_budget'] // MIB} MiB held"
+            found[f"MiB/s folded, {row['links']} links{room}"] = row["mib_per_s"]
+    return found
+
+
+def plot(result: Result, figure: Any) -> None:
+    """Speed by lanes, a line for each delay."""
+    rows = [row for row in result["rows"] if row["case"] == "lanes"]
+    axis = figure.subplots()
+    for delay in dict.fromkeys(row["delay_ms"] for row in rows):
+        points = [(row["lanes"], row["mib_per_s"]) for row in rows if row["delay_ms"] == delay]
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{delay:.0f} ms one way")
+    axis.set_xticks(LANES)
+    axis.set_xlabel("lanes")
+    axis.set_ylabel("MiB/s")
+    if rows:
+        axis.legend()
+    figure.suptitle("one link over several connections")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    sys.exit(main(["links", *sys.argv[1:]], "python -m bench"))

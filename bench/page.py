@@ -1,0 +1,107 @@
+"""The figures in docs/, made of bench/results: `python -m bench.page` writes them, `--check` only compares.
+
+docs/benchmarks.md is made as a whole; other pages have tables between `<!-- bench:NAME -->` and `<!-- end -->`.
+
+Every number on the page stands in a result file; nothing is computed here but units and ratios of two such numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .cli import NAMES, load
+from .result import Result
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+APART = {"shaped": "bench.shaped", "peers": "bench.peers.run"}  # need root, or other systems: programs of their own
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Made by `python -m bench.page` from the files in [bench/results](../bench/results); a test holds it against them.
+`make bench` measures again. Figures differ from machine to machine and on a shared one from hour to hour: read the
+ratios, which come from one run each. `parablock bench NAME --compare OLD.json` prints the ratios to an older result and
+exits with 1 where one is below `--threshold` (0.9).
+"""
+
+
+def page(results: Path) -> str:
+    """The page on the results in a folder. What was not measured yet is named."""
+    sections = [HEAD]
+    for name in NAMES:
+        benchmark = load(name)
+        sections.append(f"## {name}\n\n```text\n{(benchmark.__doc__ or '').strip()}\n```\n")
+        sections.append(section(name, results))
+        if (results / f"{name}.png").exists():
+            sections.append(f"![{name}](../bench/results/{name}.png)\n")
+    return "\n".join(sections)
+
+
+def section(name: str, results: Path) -> str:
+    """The tables of one benchmark with its machine, date and command; or that it was not measured."""
+    file = results / f"{name}.json"
+    if not file.exists():
+        command = f"parablock bench {name}" if name in NAMES else f"python -m {APART[name]}"
+        return f"Not measured yet: `{command}` does.\n"
+    result: Result = json.loads(file.read_text())
+    benchmark = load(name) if name in NAMES else import_module(APART[name])
+    tables = [_markdown(table) for table in benchmark.tables(result) if table.row_count]
+    return "\n".join([_about(result["machine"]), *tables])
+
+
+def filled(text: str, results: Path) -> str:
+    """A page with the tables between its markers made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- bench:{match[1]} -->\n{section(match[1], results)}<!-- end -->"
+
+    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def pages() -> dict[Path, str]:
+    """Every page that has figures, as it should be."""
+    others = [file for file in sorted(PAGE.parent.glob("*.md")) if file != PAGE and "<!-- bench:" in file.read_text()]
+    return {PAGE: page(RESULTS)} | {file: filled(file.read_text(), RESULTS) for file in others}
+
+
+def _about(machine: dict[str, Any]) -> str:
+    versions = [f"{name} {machine[name]}" for name in ("torch", "python") if name in machine]
+    parts = [machine["date"][:10], machine["cpu"], f"{machine['cores']} cores", *versions]
+    return f"{', '.join(parts)}; revision `{machine['revision'][:12]}`; `{machine['command']}`\n"
+
+
+def _markdown(table: Table) -> str:
+    """A table as Markdown; rich keeps its cells by column."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    rows = [[str(column.header) for column in table.columns], *map(list, zip(*columns, strict=True))]
+    rows.insert(1, ["---" if i == 0 else "---:" for i in range(len(columns))])
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return f"**{table.title}**\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Writes the pages, or with --check says which are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is out of date")
+    options = parser.parse_args()
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    if options.check:
+        for path in stale:
+            print(f"{path.name} is out of date; run `python -m bench.page`", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in pages().items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

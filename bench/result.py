@@ -1,0 +1,104 @@
+"""A benchmark's result: what all benchmarks have in common, its file, and how it compares with an older one.
+
+A result is a plain dictionary: `benchmark` (its name), `machine`, `settings` and `rows`, and whatever else a benchmark
+adds. Metrics are derived from it, not stored, so that results of older releases can be compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from parablock_rt.errors import ConfigError
+
+Result = dict[str, Any]
+
+
+class Benchmark(Protocol):
+    """What each benchmark's module offers."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The benchmark's own options."""
+
+    def run(self, options: argparse.Namespace) -> Result:
+        """Measures; returns everything but `benchmark` and `machine`."""
+
+    def tables(self, result: Result) -> list[Table]:
+        """The result for a reader."""
+
+    def metrics(self, result: Result) -> dict[str, float]:
+        """What is compared between two results, by name; larger is better."""
+
+    def plot(self, result: Result, figure: Any) -> None:
+        """Draws the result into an empty matplotlib figure."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric in two results. `ratio`: new over old; below 1 it got worse."""
+
+    name: str
+    old: float
+    new: float
+
+    @property
+    def ratio(self) -> float:
+        """New over old. Where the old one is 0 or less, and so has no ratio: 1 if it is the same, infinite if it got
+        better, 0 if it got worse."""
+        if self.old > 0:
+            return self.new / self.old
+        return 1.0 if self.new == self.old else float("inf") if self.new > self.old else 0.0
+
+
+def read(path: Path, name: str) -> Result:
+    """The result of benchmark `name` in a file, or in the file of that name in a folder. Raises ConfigError."""
+    file = path / f"{name}.json" if path.is_dir() else path
+    try:
+        result = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the older result {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"the older result {file} is no JSON: {error}") from error
+    found = result.get("benchmark", name) if isinstance(result, dict) else None
+    if found != name or not isinstance(result.get("rows"), list):
+        raise ConfigError(f"expected a result of `parablock bench {name}` in {file}, found one of {found!r}")
+    return dict(result)
+
+
+def compare(old: dict[str, float], new: dict[str, float]) -> list[Comparison]:
+    """Every metric that both have, the worst first. Raises ConfigError when they have none in common."""
+    common = [Comparison(name, old[name], new[name]) for name in new if name in old]
+    if not common:
+        raise ConfigError("the two results have no metric in common: other settings, or another benchmark")
+    return sorted(common, key=lambda each: each.ratio)
+
+
+def comparison_table(comparisons: list[Comparison], threshold: float) -> Table:
+    """The comparison for a reader; what is below the threshold is marked."""
+    table = Table("metric", title="new over old; larger is better")
+    for name in ("old", "new", "ratio"):
+        table.add_column(name, justify="right")
+    for each in comparisons:
+        mark = "[red]below the threshold[/red] " if each.ratio < threshold else ""
+        table.add_row(each.name, f"{each.old:.4g}", f"{each.new:.4g}", f"{mark}{each.ratio:.3f}")
+    return table
+
+
+def columns(title: str, *names: str) -> Table:
+    """An empty table whose first column is text and the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    return table
+
+
+def shown(value: float | None, form: str = ".3f") -> str:
+    """A number in a table; a dash where there is none."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,267 @@
+"""How a server grows with its clients: 1 to 256 light clients that replay recorded uploads.
+
+The server is a process of its own, fresh for each number of clients. A light client is the real client's end of the
+conversation without a model: what it uploads was recorded once, from one local step on each block, and what it gets it
+acknowledges. So a round has no computation, and all that is measured is the server and the loopback. Two statements
+come out: whether the server's peak memory stays within 5 % of what one client takes, and whether a round's time grows
+with the bytes it moves, and no faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import multiprocessing
+import resource
+import statistics
+import tempfile
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from parablock_rt import aggregate, codec, serve
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.report import folder
+from parablock_rt.run_folder import RunFolder
+from parablock_rt.schedule import block_of
+from parablock_rt.transport import body_layout
+
+from .light_client import DEADLINE_S, LightClient, buffer_of, ready_of
+from .result import Result, columns
+from .transport import memory_bytes
+
+BLOCKS = 4
+MEMORY_TOLERANCE = 0.05
+MIB = 2**20
+CHUNK = 2**18  # elements; the default of a run
+
+
+class Stack(nn.Module):
+    """Blocks of one matrix each; nothing ever runs through them."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ParameterList(torch.randn(numel, generator=generator) * 0.02 for _ in range(BLOCKS))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many clients, how large a block, how long."""
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--params", type=int, default=2**20, help=f"of each of the {BLOCKS} blocks; a multiple of 128")
+    parser.add_argument("--format", default="int8")
+    parser.add_argument("--rounds", type=int, default=8, help="at least 3; the first is not counted")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """One row for each number of clients, and the two statements about how they grow."""
+    if options.rounds < 3 or options.params < 128 or options.params % 128 or min(options.clients) < 1:
+        raise ConfigError(
+            "expected at least 3 rounds, at least 1 client, and params that are a multiple of 128; found "
+            f"{options.rounds}, {min(options.clients)}, {options.params}"
+        )
+    rows = [_measure(clients, options) for clients in sorted(set(options.clients))]
+    settings = {name: getattr(options, name) for name in ("clients", "params", "format", "rounds")}
+    return {"settings": settings, "rows": rows, "growth": growth(rows)}
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows say of memory and time; every figure relative to the row with the fewest clients."""
+    first = rows[0]
+    memory = {row["clients"]: row["peak_memory_mib"] / first["peak_memory_mib"] for row in rows}
+    # The slope on logarithmic axes: 1 means that time grows as the bytes do.
+    slopes = [
+        math.log(b["round_s"] / a["round_s"]) / math.log(b["bytes_a_round"] / a["bytes_a_round"])
+        for a, b in itertools.pairwise(rows)
+    ]
+    seconds_a_byte = {row["clients"]: row["round_s"] / row["bytes_a_round"] for row in rows}
+    return {
+        "memory_over_smallest": memory,
+        "memory_constant": all(abs(ratio - 1) <= MEMORY_TOLERANCE for ratio in memory.values()),
+        "seconds_a_byte_over_smallest": {n: s / seconds_a_byte[first["clients"]] for n, s in seconds_a_byte.items()},
+        "time_exponents": slopes,
+        "time_no_faster_than_bytes": seconds_a_byte[rows[-1]["clients"]] <= seconds_a_byte[first["clients"]],
+    }
+
+
+# ---- The server
+
+
+def _serve(pipe: Connection, clients: int, options: argparse.Namespace, path: Path) -> None:
+    """The body of the server's process. Sends its address, then what a round costs, once it is over."""
+    torch.set_num_threads(1)
+    model = Stack(options.params)
+    run_folder = RunFolder(path)
+    marks: list[float] = []
+
+    def on_round(closed: Any) -> None:
+        run_folder.append_metrics(asdict(closed))
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        marks.append(usage.ru_utime + usage.ru_stime)
+
+    settings = {"rounds": options.rounds, "clients": clients, "staleness": 0, "format": options.format}
+    with serve(model, plan=_plan(model), on_round=on_round, **settings) as server:
+        pipe.send(server.address)
+        outcome = server.wait(DEADLINE_S)
+        peak = memory_bytes("VmHWM")  # of the run; what writes the trace comes after it
+        run_folder.write_trace(server.timeline)
+        pipe.send(
+            {
+                "round_s": statistics.median(closed.open_s for closed in outcome.rounds[1:]),
+                "cpu_s_a_round": (marks[-1] - marks[0]) / (len(marks) - 1),
+                "peak_memory_mib": peak / MIB,
+            }
+        )
+
+
+def _plan(model: nn.Module) -> BlockPlan:
+    return BlockPlan.from_model(model, BLOCKS)
+
+
+def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        server = context.Process(target=_serve, args=(theirs, clients, options, Path(scratch)), daemon=True)
+        server.start()
+        theirs.close()
+        try:
+            _replay(_answer(ours), clients, options)
+            row = _answer(ours)
+            server.join(DEADLINE_S)
+        finally:
+            server.kill()
+        (recorded,) = folder.load(Path(scratch))
+    body = codec.body_bytes(options.params, options.format)
+    folded = [entry["server_stages"]["fold"] for entry in recorded.rounds]
+    return {
+        "clients": clients,
+        "bytes_a_round": 2 * clients * body,
+        **row,
+        "fold_mib_per_s": clients * body / MIB / statistics.median(folded[1:]) if folded[1:] else None,
+    }
+
+
+def _answer(pipe: Connection) -> Any:
+    if not pipe.poll(DEADLINE_S):
+        raise ParaBlockError(f"the server said nothing for {DEADLINE_S:g} s")
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise ParaBlockError("the server failed; its error stands above") from None
+
+
+# ---- The light clients
+
+
+def _record(model: Stack, options: argparse.Namespace) -> list[Any]:
+    """One body a block: the packed change of one local step towards a random target."""
+    bodies = []
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.layers:
+        now = layer.detach().clone().requires_grad_()
+        loss = (now - torch.randn(options.params, generator=generator) * 0.02).square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            now -= 1e-3 * now.grad
+        packed = codec.encode(now.detach(), layer.detach(), format=options.format).body
+        bodies.append(buffer_of(packed))
+    return bodies
+
+
+def _replay(address: str, clients: int, options: argparse.Namespace) -> None:
+    """All light clients, from joining to goodbye."""
+    model = Stack(options.params)
+    plan = _plan(model)
+    ready = ready_of(model, plan)
+    fingerprints = list(ready.fingerprints)
+    layout = body_layout(options.format, options.params, CHUNK)
+    bodies = _record(model, options)
+    with contextlib.ExitStack() as stack:
+        swarm = [stack.enter_context(LightClient(address, ready)) for _ in range(clients)]
+        for client in swarm:
+            client.begin()
+        for index in range(options.rounds):
+            block = block_of("cyclic", 0, index, BLOCKS)
+            for client in swarm:
+                client.expect(index, block, layout)
+                client.upload(index, block, bodies[block], layout)
+            (fingerprints[block],) = {client.apply(index) for client in swarm}
+        for client in swarm:
+            client.end(aggregate.digest(plan, fingerprints))
+
+
+# ---- The result
+
+
+def tables(result: Result) -> list[Table]:
+    """The rows, and the two statements."""
+    names = ("clients", "MB a round", "round, s", "MB/s", "server CPU, s a round", "peak memory, MiB", "fold, MiB/s")
+    table = columns("scale (medians of the rounds after the first)", *names)
+    for row in result["rows"]:
+        rate = row["bytes_a_round"] / 1e6 / row["round_s"]
+        fold = "–" if row["fold_mib_per_s"] is None else f"{row['fold_mib_per_s']:.0f}"
+        table.add_row(
+            str(row["clients"]),
+            f"{row['bytes_a_round'] / 1e6:.1f}",
+            f"{row['round_s']:.3f}",
+            f"{rate:.0f}",
+            f"{row['cpu_s_a_round']:.3f}",
+            f"{row['peak_memory_mib']:.0f}",
+            fold,
+        )
+    grown = result["growth"]
+    statements = columns("growth", "statement", "holds", "figures")
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in grown["memory_over_smallest"].values())
+    holds = {True: "yes", False: "no"}
+    statements.add_row("memory constant, ±5 %", holds[grown["memory_constant"]], ratios)
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in grown["seconds_a_byte_over_smallest"].values())
+    statements.add_row("seconds a byte do not grow", holds[grown["time_no_faster_than_bytes"]], ratios)
+    return [table, statements]
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Bytes a second, memory and CPU time, by number of clients; larger is better."""
+    found = {}
+    for row in result["rows"]:
+        name = f"{row['clients']} clients"
+        found[f"bytes a second, {name}"] = row["bytes_a_round"] / row["round_s"]
+        found[f"bytes a CPU second, {name}"] = row["bytes_a_round"] / row["cpu_s_a_round"]
+        found[f"1 / peak memory, {name}"] = 1 / row["peak_memory_mib"]
+    return found
+
+
+def plot(result: Result, figure: Any) -> None:
+    """Round time against what growing with the bytes would give, and memory."""
+    rows = result["rows"]
+    clients = [row["clients"] for row in rows]
+    times, memory = figure.subplots(1, 2)
+    times.loglog(clients, [row["round_s"] for row in rows], marker="o", label="measured")
+    proportional = [rows[0]["round_s"] * row["bytes_a_round"] / rows[0]["bytes_a_round"] for row in rows]
+    times.loglog(clients, proportional, linestyle="--", color="grey", label="as the bytes")
+    times.set_ylabel("round, s")
+    times.legend()
+    memory.semilogx(clients, [row["peak_memory_mib"] for row in rows], marker="o")
+    smallest = rows[0]["peak_memory_mib"]
+    memory.axhspan(smallest * (1 - MEMORY_TOLERANCE), smallest * (1 + MEMORY_TOLERANCE), color="grey", alpha=0.25)
+    memory.set_ylim(bottom=0)
+    memory.set_ylabel("server's peak memory, MiB")
+    for axis in (times, memory):
+        axis.set_xlabel("clients")
+    figure.suptitle("one server, light clients")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    sys.exit(main(["scale", *sys.argv[1:]], "python -m bench"))

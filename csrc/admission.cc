@@ -1,0 +1,45 @@
+#include "admission.h"
+
+#include <algorithm>
+
+namespace parablock {
+
+Admission::Answer Admission::enter(uint64_t id, const std::string& network) {
+  Answer answer{.goes = to_drop(network)};
+  if (answer.goes) leave(*answer.goes);
+  if (network_of_.size() + proved_.size() >= limits_.links) return {.admitted = false, .goes = {}};  // all are proved
+  strangers_[network].insert(id);
+  network_of_.emplace(id, network);
+  return answer;
+}
+
+// The oldest of the newcomer's network if that has too many, otherwise of the network that has most.
+std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
+  if (network_of_.empty()) return std::nullopt;
+  if (auto own = strangers_.find(network); own != strangers_.end() && own->second.size() >= limits_.strangers_per_network)
+    return *own->second.begin();
+  bool full = network_of_.size() >= limits_.strangers || network_of_.size() + proved_.size() >= limits_.links;
+  if (!full) return std::nullopt;
+  auto fewer = [](const auto& a, const auto& b) { return a.second.size() < b.second.size(); };
+  return *std::max_element(strangers_.begin(), strangers_.end(), fewer)->second.begin();
+}
+
+bool Admission::forget_stranger(uint64_t id) {
+  auto found = network_of_.find(id);
+  if (found == network_of_.end()) return false;
+  auto at = strangers_.find(found->second);
+  at->second.erase(id);
+  if (at->second.empty()) strangers_.erase(at);
+  network_of_.erase(found);
+  return true;
+}
+
+void Admission::prove(uint64_t id) {
+  if (forget_stranger(id)) proved_.insert(id);
+}
+
+void Admission::leave(uint64_t id) {
+  if (!forget_stranger(id)) proved_.erase(id);
+}
+
+}  // namespace parablock

@@ -1,0 +1,97 @@
+// Python bindings of a GPU's copies. Streams and device memory are plain addresses. Every call drops the GIL: the driver
+// may block, and a callback of somebody else's may need it.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "device.h"
+#include "slab.h"
+
+namespace py = pybind11;
+
+namespace parablock {
+namespace {
+
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
+uintptr_t handle(CudaStream stream) { return reinterpret_cast<uintptr_t>(stream); }
+CudaStream stream_of(uintptr_t handle) { return reinterpret_cast<CudaStream>(handle); }
+
+void bind_transfers(py::module_& m) {
+  py::class_<Mark, std::shared_ptr<Mark>>(m, "Mark");
+
+  py::class_<Download, std::shared_ptr<Download>>(m, "Download")
+      .def("wait", [](Download& d, double seconds) { return d.wait(nanoseconds(seconds)); }, ReleaseGil())
+      .def_property_readonly("started_ns", &Download::started_ns)
+      .def_property_readonly("first_copied_ns", &Download::first_copied_ns)
+      .def_property_readonly("finished_ns", &Download::finished_ns);
+
+  py::class_<Upload, std::shared_ptr<Upload>>(m, "Upload")
+      .def_property_readonly("watermark", &Upload::watermark)
+      .def("wait", [](Upload& u, double seconds) { return u.wait(nanoseconds(seconds)); }, ReleaseGil())
+      .def("cancel", &Upload::cancel, ReleaseGil());
+}
+
+}  // namespace
+
+void bind_device(py::module_& m) {
+  py::object base = py::module_::import("parablock_rt.errors").attr("ParaBlockError");
+  py::register_exception<DeviceError>(m, "DeviceError", base);
+  bind_transfers(m);
+
+  py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
+      .def(py::init<const std::string&>(), py::arg("library") = "libcuda.so.1")
+      .def_property_readonly("version", &Driver::version);
+
+  py::class_<Slab, std::shared_ptr<Slab>>(m, "Slab")
+      .def(py::init<std::shared_ptr<Driver>, size_t>(), py::arg("driver").none(false), py::arg("nbytes"), ReleaseGil())
+      .def("take", &Slab::take, ReleaseGil())
+      .def_property_readonly("nbytes", &Slab::size)
+      .def_property_readonly("used", &Slab::used);
+
+  py::class_<Device>(m, "Device")
+      .def(py::init<std::shared_ptr<Driver>, size_t>(), py::arg("driver").none(false), py::arg("copy_bytes"),
+           ReleaseGil())
+      .def_property_readonly("pack", [](const Device& d) { return handle(d.pack()); })
+      .def_property_readonly("down", [](const Device& d) { return handle(d.down()); })
+      .def_property_readonly("up", [](const Device& d) { return handle(d.up()); })
+      .def("mark", [](Device& d, uintptr_t stream) { return d.mark(stream_of(stream)); }, ReleaseGil())
+      .def("wait", [](Device& d, uintptr_t stream, const Mark& mark) { d.wait(stream_of(stream), mark); },
+           ReleaseGil())
+      .def("copy_to_device",
+           [](Device& d, uintptr_t to, uintptr_t from, size_t bytes, uintptr_t stream) {
+             d.copy_to_device(to, reinterpret_cast<const void*>(from), bytes, stream_of(stream));
+           },
+           py::arg("to"), py::arg("source"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def("copy_to_host",
+           [](Device& d, uintptr_t to, uintptr_t from, size_t bytes, uintptr_t stream) {
+             d.copy_to_host(reinterpret_cast<void*>(to), from, bytes, stream_of(stream));
+           },
+           py::arg("to"), py::arg("source"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def("download",
+           [](Device&, std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, uint8_t kind, uint32_t round,
+              uint32_t block) {
+             return std::make_shared<Download>(std::move(source), std::move(ring), TransferKey{kind, round, block});
+           },
+           py::arg("source").none(false), py::arg("ring") = nullptr, py::arg("kind") = 0, py::arg("round") = 0,
+           py::arg("block") = 0)
+      .def("copy_units", &Device::copy_units, py::arg("download").none(false), py::arg("scales"), py::arg("codes"),
+           py::arg("first"), py::arg("units"), ReleaseGil())
+      .def("finish", &Device::finish, py::arg("download").none(false), ReleaseGil())
+      .def("upload",
+           [](Device& d, std::shared_ptr<Buffer> buffer, const Layout& layout, uintptr_t scales, uintptr_t codes,
+              std::shared_ptr<Mark> after) {
+             auto upload = std::make_shared<Upload>(d.mailbox(), std::move(buffer), layout, scales, codes,
+                                                    std::move(after));
+             d.start(upload);
+             return upload;
+           },
+           py::arg("buffer").none(false), py::arg("layout"), py::arg("scales"), py::arg("codes"), py::arg("after"),
+           ReleaseGil())
+      .def("check", &Device::check, ReleaseGil())
+      .def("synchronise", &Device::synchronise, ReleaseGil())
+      .def("close", &Device::close, ReleaseGil());
+}
+
+}  // namespace parablock

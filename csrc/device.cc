@@ -1,0 +1,173 @@
+#include "device.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+
+namespace parablock {
+
+Device::Device(std::shared_ptr<const Driver> driver, size_t copy_bytes)
+    : driver_(std::move(driver)),
+      context_(driver_->current_context()),
+      copy_bytes_(std::max<size_t>(copy_bytes, 1)),
+      events_(std::make_shared<EventPool>(driver_, context_)),
+      mailbox_(std::make_shared<Mailbox>()) {
+  if (context_ == nullptr) throw DeviceError("expected a CUDA context, found none: use the GPU on this thread first");
+  for (int i = 0; i < kStreams; ++i) streams_[i] = driver_->create_stream(i != kPack);
+  down_event_ = events_->take();
+  up_event_ = events_->take();
+  // As the transport's thread: signals are for the program's own threads.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  worker_ = std::thread([this] { work(); });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_setname_np(worker_.native_handle(), "pb-device");
+}
+
+Device::~Device() { close(); }
+
+std::shared_ptr<Mark> Device::mark(CudaStream stream) {
+  ContextScope scope(*driver_, context_);
+  auto mark = std::make_shared<Mark>(events_, events_->take());
+  driver_->record(mark->event(), stream);
+  return mark;
+}
+
+void Device::wait(CudaStream stream, const Mark& mark) {
+  ContextScope scope(*driver_, context_);
+  driver_->wait(stream, mark.event());
+}
+
+void Device::copy_to_device(DeviceAddress to, const void* from, size_t bytes, CudaStream stream) {
+  ContextScope scope(*driver_, context_);
+  driver_->copy_to_device(to, from, bytes, stream);
+}
+
+void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream stream) {
+  ContextScope scope(*driver_, context_);
+  driver_->copy_to_host(to, from, bytes, stream);
+}
+
+// A stream that runs a host function stands still meanwhile. So the copies' stream only records an event, and a second
+// stream waits for it and runs the function, while the next copy goes on.
+void Device::tell(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
+                  uint64_t value) {
+  Mailbox::Errand* errand = mailbox_->errand(std::move(keep), action, value);
+  try {
+    driver_->record(event, streams_[stream]);
+    driver_->wait(streams_[signal], event);
+    driver_->launch(streams_[signal], &Mailbox::run, errand);
+  } catch (...) {
+    mailbox_->drop(errand);
+    throw;
+  }
+}
+
+void Device::copy_units(const std::shared_ptr<Download>& download, DeviceAddress scales, DeviceAddress codes,
+                        uint64_t first, uint64_t units) {
+  ContextScope scope(*driver_, context_);
+  Source& source = download->source();
+  const Layout& layout = source.layout();
+  uint8_t* host_scales = source.body();
+  uint8_t* host_codes = host_scales + layout.units * layout.scale_bytes;
+  uint64_t last = first + units;
+  // The scales are a small part: one copy. The codes then go in pieces that end where a chunk ends.
+  if (layout.scale_bytes > 0)
+    driver_->copy_to_host(host_scales + first * layout.scale_bytes, scales, units * layout.scale_bytes, down());
+  uint64_t step = std::max<uint64_t>(copy_bytes_ / (uint64_t{layout.chunk_units} * layout.code_bytes), 1) *
+                  layout.chunk_units;
+  for (uint64_t at = first; at < last;) {
+    uint64_t next = std::min((at / step + 1) * step, last);
+    driver_->copy_to_host(host_codes + at * layout.code_bytes, codes + (at - first) * layout.code_bytes,
+                          (next - at) * layout.code_bytes, down());
+    uint64_t ready = next == layout.units ? layout.chunks() : next / layout.chunk_units;
+    tell(kDownSignal, kDown, down_event_, download,
+         [](void* object, uint64_t value) { static_cast<Download*>(object)->copied(value); }, ready);
+    at = next;
+  }
+}
+
+void Device::finish(const std::shared_ptr<Download>& download) {
+  ContextScope scope(*driver_, context_);
+  tell(kDownSignal, kDown, down_event_, download,
+       [](void* object, uint64_t) { static_cast<Download*>(object)->finished(); }, 0);
+}
+
+void Device::start(const std::shared_ptr<Upload>& upload) { mailbox_->add(upload); }
+
+void Device::check() {
+  ContextScope scope(*driver_, context_);
+  for (CudaStream stream : streams_) driver_->check(stream);
+}
+
+void Device::synchronise() {
+  ContextScope scope(*driver_, context_);
+  for (CudaStream stream : streams_) driver_->synchronize(stream);
+}
+
+void Device::close() {
+  if (closed_) return;
+  closed_ = true;
+  mailbox_->stop();
+  worker_.join();
+  try {
+    synchronise();
+    ContextScope scope(*driver_, context_);
+    for (CudaStream stream : streams_) driver_->destroy_stream(stream);
+  } catch (const DeviceError&) {  // the device has failed: its streams go with its context
+  }
+  events_->give_back(down_event_);
+  events_->give_back(up_event_);
+  mailbox_->release();
+}
+
+// ---- The worker
+
+void Device::work() {
+  std::vector<std::shared_ptr<Upload>> uploads;
+  bool going_on = true;
+  while (going_on) {
+    going_on = mailbox_->wait(uploads);
+    std::erase_if(uploads, [&](const std::shared_ptr<Upload>& upload) {
+      if (!going_on) upload->cancel();
+      try {
+        ContextScope scope(*driver_, context_);
+        return advance(upload);
+      } catch (const DeviceError& error) {
+        upload->failed(error.what());
+        return true;
+      }
+    });
+  }
+}
+
+bool Device::advance(const std::shared_ptr<Upload>& pointer) {
+  Upload& upload = *pointer;
+  const Layout& layout = upload.layout_;
+  uint64_t received = upload.cancelled_ ? 0 : upload.watermark_->received();
+  uint64_t chunks = received == layout.bytes() ? layout.chunks() : received / layout.chunk_bytes(0);
+  uint64_t ready = std::min(chunks * layout.chunk_units, layout.units);
+  if (ready > upload.units_done_) {
+    if (upload.after_ != nullptr) driver_->wait(up(), upload.after_->event());
+    upload.after_.reset();
+    uint64_t from = upload.units_done_;
+    const uint8_t* scales = upload.buffer_->data();
+    const uint8_t* codes = scales + layout.units * layout.scale_bytes;
+    upload.units_done_ = ready;
+    if (layout.scale_bytes > 0)
+      driver_->copy_to_device(upload.scales_ + from * layout.scale_bytes, scales + from * layout.scale_bytes,
+                              (ready - from) * layout.scale_bytes, up());
+    driver_->copy_to_device(upload.codes_ + from * layout.code_bytes, codes + from * layout.code_bytes,
+                            (ready - from) * layout.code_bytes, up());
+  }
+  bool complete = upload.units_done_ == layout.units;
+  if (!complete && !upload.cancelled_) return false;
+  // The buffer must outlive the copies.
+  if (upload.units_done_ > 0) tell(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
+  if (complete) upload.finished(mark(up()));
+  return true;
+}
+
+}  // namespace parablock

@@ -1,0 +1,103 @@
+// One connection of a link: moves frames between its channel and the link's session. All of it belongs to the loop
+// thread, but for `stats`.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "channel.h"
+#include "loop.h"
+#include "session.h"
+
+namespace parablock {
+
+// Bytes are those of frames, headers included; the rest is the kernel's view of the connection (TCP_INFO).
+struct LaneStats {
+  uint32_t rtt_us = 0;
+  uint32_t rttvar_us = 0;
+  uint32_t retransmits = 0;    // segments, since the connection began
+  uint64_t delivery_rate = 0;  // bytes a second, as last measured by the kernel
+  uint32_t cwnd = 0;           // segments
+  uint64_t bytes_in = 0;
+  uint64_t bytes_out = 0;
+  uint32_t unsent_bytes = 0;  // handed to the socket, not yet sent
+};
+
+// What protects the bytes has failed. `misfit`: it would again.
+struct ChannelError : std::runtime_error {
+  ChannelError(const std::string& why, bool is_misfit) : std::runtime_error(why), misfit(is_misfit) {}
+  bool misfit;
+};
+
+class Lane {
+ public:
+  Lane(Channel channel, size_t index) : channel_(std::move(channel)), index_(index), since_ns_(monotonic_ns()), heard_ns_(since_ns_) {}
+
+  int fd() const { return channel_.fd(); }
+  size_t index() const { return index_; }
+  Channel& channel() { return channel_; }
+  const Channel& channel() const { return channel_; }
+
+  // Both return why the link is over, if it is. Throw ProtocolError, ChannelError and what memory throws.
+  using End = std::optional<std::string>;
+  End read(Session& session, int64_t now_ns);
+  End write(int64_t now_ns);  // what may leave
+  void read_and_forget();     // nothing the peer says matters any more
+  uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
+
+  void put(OutFrame frame, int64_t ready_at_ns);  // it leaves no earlier: the shaper's word
+  void record(Recorder recorder) { recorder_ = recorder; }
+  bool empty() const { return departing_.empty() && !channel_.unsent(); }
+  bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
+  int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
+
+  bool opening() const { return channel_.opening(); }
+  int64_t since_ns() const { return since_ns_; }
+  bool wants_socket() const { return blocked_ && (!opening() || channel_.unsent()); }  // else it is the peer's turn
+
+  int64_t heard_ns() const { return heard_ns_; }  // the last sign of life on it
+  void heard(int64_t now_ns) { heard_ns_ = now_ns; }
+
+  bool ended() const { return ended_; }      // the peer will send nothing more on it
+  bool blocked() const { return blocked_; }  // the socket was full, or it was others' turn
+  void set_blocked(bool blocked) { blocked_ = blocked; }
+
+  Interest watched;  // what the loop was last told; kept by the transport
+
+  LaneStats stats() const;  // any thread
+
+ private:
+  using Vectors = std::array<iovec, 16>;
+  struct Departing {
+    OutFrame frame;
+    int64_t ready_at_ns;
+    int64_t put_ns;  // only where it is recorded
+  };
+
+  std::pair<size_t, size_t> gather(Vectors& out, int64_t now_ns) const;
+  void consumed(size_t bytes);
+  void note_sent(const Departing& departed, int64_t now_ns);
+
+  Channel channel_;
+  size_t index_;
+  int64_t since_ns_;
+  int64_t heard_ns_;
+  std::atomic<uint64_t> bytes_in_{0};
+  std::atomic<uint64_t> bytes_out_{0};
+
+  std::deque<Departing> departing_;
+  size_t departing_bytes_ = 0;
+  size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
+  Recorder recorder_;
+  int64_t write_began_ns_ = 0;  // only where it is recorded, as the next
+  int64_t last_sent_ns_ = 0;    // when the socket had taken the last byte of the frame before
+  bool blocked_ = false;
+  bool ended_ = false;
+};
+
+}  // namespace parablock

@@ -1,0 +1,486 @@
+#include "tls.h"
+
+#ifdef PARABLOCK_TLS
+
+#include <openssl/bio.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509.h>
+#include <openssl/x509v3.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "certificate.h"
+#include "openssl_handles.h"
+
+namespace parablock {
+namespace {
+
+constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS allows
+constexpr size_t kBatchBytes = 32 << 10;    // of records go into one `send`: 16 and 128 KiB cost more CPU time a byte
+constexpr size_t kCertificateBytes = 64 << 10;  // a peer's chain may have
+constexpr size_t kBindingBytes = 32;
+
+// ---- What went wrong, in words
+
+std::string library_error(unsigned long code) {
+  const char* reason = ERR_reason_error_string(code);
+  return reason != nullptr ? reason : "error " + std::to_string(code);
+}
+
+// Bytes were lost or changed on their way, which need not happen again: seen here, or by the peer, which says so.
+bool is_damage(unsigned long code) {
+  switch (ERR_GET_REASON(code)) {
+    case SSL_R_UNEXPECTED_EOF_WHILE_READING:
+    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC:
+    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC:
+    case SSL_R_TLSV1_ALERT_DECODE_ERROR:  // the library's answer to a connection that was cut
+      return true;
+    default: return false;
+  }
+}
+
+// What the library's error means for a user. An alert is what the peer has found wrong.
+std::string explain(unsigned long code, bool opening) {
+  switch (ERR_GET_REASON(code)) {
+    case SSL_R_WRONG_VERSION_NUMBER:
+    case SSL_R_HTTP_REQUEST:
+    case SSL_R_BAD_RECORD_TYPE:
+      return "expected TLS, found something else: the peer does not use TLS, or is no ParaBlock at all; give both sides "
+             "TLS options, or neither";
+    case SSL_R_UNSUPPORTED_PROTOCOL:
+    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
+      return "one side speaks no TLS 1.3, the only version that is used here";
+    case SSL_R_UNEXPECTED_EOF_WHILE_READING:
+      return opening ? "the peer closed the connection in the TLS handshake"
+                     : "the connection was cut: expected TLS's own end, found none, so that bytes may be missing";
+    case SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE:
+      return "expected a client certificate, found none: the client needs --tls-cert and --tls-key";
+    case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
+      return "the server asks for a client certificate: set --tls-cert and --tls-key";
+    case SSL_R_TLSV1_ALERT_UNKNOWN_CA:
+      return "the peer refused this side's certificate: it was signed by a CA that the peer does not trust";
+    case SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED:
+      return "the peer refused this side's certificate: it has expired and must be renewed";
+    case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
+    case SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN:
+    case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
+    case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
+      return "the peer refused this side's certificate (" + library_error(code) + "); its own output says why";
+    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC: return "a TLS record was changed on its way";
+    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC: return "the peer found that a TLS record was changed on its way";
+    case SSL_R_TLSV1_ALERT_DECODE_ERROR: return "the peer found the connection cut in the middle of TLS";
+    default: return "TLS failed: " + library_error(code);
+  }
+}
+
+// ---- A context
+
+[[noreturn]] void unusable(const std::string& what) {
+  std::string why = library_error(ERR_peek_last_error());
+  ERR_clear_error();
+  throw TlsError(what + " (" + why + ")");
+}
+
+int no_passphrase(char*, int, int, void*) { return -1; }  // or the library would ask at the terminal
+
+class OpenSslContext final : public TlsContext {
+ public:
+  explicit OpenSslContext(const TlsSettings& settings);
+
+  std::unique_ptr<TlsStream> connect(int fd, const std::string& host) const override;
+  std::unique_ptr<TlsStream> accept(int fd) const override;
+
+  Ssl new_ssl() const;
+  const TlsSettings& settings() const { return settings_; }
+  const BIO_METHOD* sealed_bytes() const { return sealed_bytes_.get(); }
+
+ private:
+  void load_identity();
+  void load_trust();
+
+  TlsSettings settings_;
+  SslContext context_;
+  Method sealed_bytes_;
+};
+
+class OpenSslStream final : public TlsStream {
+ public:
+  OpenSslStream(const OpenSslContext& context, int fd);
+
+  void start_connecting(const std::string& host);
+  void start_accepting();
+
+  ssize_t read(const iovec* vectors, size_t count) override;
+  ssize_t write(const iovec* vectors, size_t count) override;
+  bool shut_write() override;
+  bool opening() const override { return opening_; }
+  bool unsent() const override { return sent_ < sealed_.size(); }
+  bool unread() const override {
+    bool failure_to_tell = !failure_.empty() && !failure_told_;
+    return failure_to_tell || (!starved_ && SSL_has_pending(ssl_.get()) == 1);
+  }
+  const std::string& failure() const override { return failure_; }
+  bool misfit() const override { return misfit_; }
+  std::shared_ptr<const TlsInfo> info() const override { return info_.load(); }
+
+  bool verify(X509_STORE_CTX* store);
+  bool seal_into_buffer(const char* data, size_t bytes);  // a record of the library's, on its way out
+
+ private:
+  bool shake_hands();
+  bool flush();
+  ssize_t seal(const iovec* vectors, size_t count, size_t skip);
+  ssize_t read_records(const iovec* vectors, size_t count);
+  ssize_t not_now(int result);
+  void fail(std::string why, bool misfit);
+  void note_info();
+
+  const TlsSettings& settings_;
+  int fd_;
+  std::string host_;
+  Ssl ssl_;
+  std::vector<char> sealed_;  // records that wait for the socket, from sent_ on: one `send` takes many
+  size_t sent_ = 0;
+  bool opening_ = true;
+  bool starved_ = false;  // the library has used up all it read but part of a record
+  bool shut_ = false;
+  std::string refused_;  // why the peer's certificate was
+  std::string failure_;
+  bool misfit_ = false;
+  bool failure_told_ = false;
+  std::atomic<std::shared_ptr<const TlsInfo>> info_;
+};
+
+// ---- A stream
+
+int write_sealed(BIO* bio, const char* data, int bytes) {
+  BIO_clear_retry_flags(bio);
+  auto* stream = static_cast<OpenSslStream*>(BIO_get_data(bio));
+  return stream->seal_into_buffer(data, static_cast<size_t>(bytes)) ? bytes : -1;
+}
+
+long control_sealed(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
+
+int verify_peer(X509_STORE_CTX* store, void*) try {
+  auto* ssl = static_cast<SSL*>(X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
+  return static_cast<OpenSslStream*>(SSL_get_app_data(ssl))->verify(store) ? 1 : 0;
+} catch (const std::bad_alloc&) {
+  return 0;
+}
+
+OpenSslStream::OpenSslStream(const OpenSslContext& context, int fd)
+    : settings_(context.settings()), fd_(fd), ssl_(context.new_ssl()) {
+  SSL_set_app_data(ssl_.get(), this);
+  BIO* in = BIO_new_socket(fd, BIO_NOCLOSE);
+  BIO* out = BIO_new(context.sealed_bytes());
+  if (in == nullptr || out == nullptr) throw std::bad_alloc();
+  BIO_set_data(out, this);
+  BIO_set_init(out, 1);
+  SSL_set_bio(ssl_.get(), in, out);
+}
+
+void OpenSslStream::start_connecting(const std::string& host) {
+  host_ = host;
+  SSL_set_connect_state(ssl_.get());
+  SSL_set_verify(ssl_.get(), SSL_VERIFY_PEER, nullptr);
+  X509_VERIFY_PARAM* wanted = SSL_get0_param(ssl_.get());
+  if (X509_VERIFY_PARAM_set1_ip_asc(wanted, host.c_str()) != 1) {
+    ERR_clear_error();
+    X509_VERIFY_PARAM_set_hostflags(wanted, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    if (X509_VERIFY_PARAM_set1_host(wanted, host.c_str(), 0) != 1 || SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
+      unusable("no certificate can be checked against the host name " + host);
+  }
+  shake_hands();  // nothing has come yet: the first message waits in sealed_
+}
+
+void OpenSslStream::start_accepting() {
+  SSL_set_accept_state(ssl_.get());
+  if (settings_.ca_file.empty() && settings_.fingerprint.empty()) return;
+  int mode = SSL_VERIFY_PEER | (settings_.peer_may_be_anonymous ? 0 : SSL_VERIFY_FAIL_IF_NO_PEER_CERT);
+  SSL_set_verify(ssl_.get(), mode, nullptr);
+}
+
+bool OpenSslStream::verify(X509_STORE_CTX* store) {
+  std::optional<std::string> why = why_refused(store, settings_, host_);
+  refused_ = why.value_or("");
+  return !why;
+}
+
+bool OpenSslStream::seal_into_buffer(const char* data, size_t bytes) try {
+  sealed_.insert(sealed_.end(), data, data + bytes);
+  return true;
+} catch (const std::bad_alloc&) {  // must not pass through the library
+  return false;
+}
+
+// Errno says why not.
+bool OpenSslStream::flush() {
+  while (sent_ < sealed_.size()) {
+    ssize_t count = send(fd_, sealed_.data() + sent_, sealed_.size() - sent_, MSG_NOSIGNAL);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) return false;
+    sent_ += static_cast<size_t>(count);
+  }
+  sealed_.clear();
+  sent_ = 0;
+  return true;
+}
+
+void OpenSslStream::fail(std::string why, bool misfit) {
+  misfit_ = misfit;
+  opening_ = false;
+  starved_ = true;
+  failure_ = std::move(why);
+}
+
+// A call of the library did not succeed: 0 at the peer's end; -1 with EAGAIN when it needs more, or once it has failed.
+ssize_t OpenSslStream::not_now(int result) {
+  int system_error = errno;
+  int error = SSL_get_error(ssl_.get(), result);
+  if (error == SSL_ERROR_ZERO_RETURN) return 0;
+  starved_ = true;
+  if (error != SSL_ERROR_WANT_READ) {
+    unsigned long code = ERR_peek_error();
+    bool not_tls = ERR_GET_REASON(code) == SSL_R_WRONG_VERSION_NUMBER || ERR_GET_REASON(code) == SSL_R_HTTP_REQUEST;
+    // The library is silent to who does not seem to speak TLS; a peer of ours in the clear understands this alert.
+    constexpr std::string_view kProtocolVersionAlert("\x15\x03\x03\x00\x02\x02\x46", 7);
+    if (not_tls && opening_) seal_into_buffer(kProtocolVersionAlert.data(), kProtocolVersionAlert.size());
+    if (code == 0) fail(std::string("the connection failed: ") + std::strerror(system_error), false);
+    else fail(refused_.empty() ? explain(code, opening_) : refused_, !is_damage(code));
+    ERR_clear_error();
+  }
+  errno = EAGAIN;
+  return -1;
+}
+
+bool OpenSslStream::shake_hands() {
+  ERR_clear_error();
+  errno = 0;
+  starved_ = false;
+  int result = SSL_do_handshake(ssl_.get());
+  if (result != 1) return not_now(result), false;
+  note_info();
+  opening_ = false;
+  return true;
+}
+
+void OpenSslStream::note_info() {
+  auto info = std::make_shared<TlsInfo>();
+  info->version = SSL_get_version(ssl_.get());
+  info->cipher = SSL_get_cipher_name(ssl_.get());
+  info->binding.resize(kBindingBytes);
+  constexpr std::string_view kLabel = "EXPORTER-Channel-Binding";
+  if (SSL_export_keying_material(ssl_.get(), reinterpret_cast<unsigned char*>(info->binding.data()), kBindingBytes,
+                                 kLabel.data(), kLabel.size(), nullptr, 0, 1) != 1)
+    unusable("TLS gives no channel binding");
+  if (Certificate peer(SSL_get1_peer_certificate(ssl_.get())); peer)
+    describe_certificate(peer.get(), *info);
+  info_.store(std::move(info));
+}
+
+// Until the vectors are full or the library has nothing left, so that a short count means an empty socket.
+ssize_t OpenSslStream::read_records(const iovec* vectors, size_t count) {
+  size_t got = 0;
+  for (size_t i = 0; i < count; ++i) {
+    for (size_t at = 0; at < vectors[i].iov_len;) {
+      ERR_clear_error();
+      errno = 0;
+      starved_ = false;
+      size_t taken = 0;
+      auto* to = static_cast<char*>(vectors[i].iov_base) + at;
+      int result = SSL_read_ex(ssl_.get(), to, vectors[i].iov_len - at, &taken);
+      if (result != 1) {
+        ssize_t why_not = not_now(result);
+        return got > 0 ? static_cast<ssize_t>(got) : why_not;
+      }
+      at += taken;
+      got += taken;
+    }
+  }
+  return static_cast<ssize_t>(got);
+}
+
+ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
+  if (failure_told_) return readv(fd_, vectors, static_cast<int>(count));
+  if (sealed_.size() > kBatchBytes && !flush()) return -1;  // a peer that makes us answer must also listen
+  ssize_t got = -1;
+  if (failure_.empty() && (!opening_ || shake_hands())) {
+    got = read_records(vectors, count);
+    if (got >= 0) return got;
+  }
+  flush();  // of the handshake, or an alert; what the socket does not take, `write` sends
+  failure_told_ = !failure_.empty();
+  errno = failure_told_ ? EPROTO : EAGAIN;
+  return -1;
+}
+
+// Seals what is left of the vectors after `skip` bytes, until a batch is full; returns the bytes sealed. Large pieces
+// are sealed where they lie; what is smaller than a record is collected, so that headers travel in full records.
+ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
+  std::array<char, kRecordBytes> collected;
+  size_t filled = 0;
+  size_t done = 0;
+  auto put = [&](const void* data, size_t bytes) {
+    size_t written = 0;
+    if (SSL_write_ex(ssl_.get(), data, bytes, &written) != 1 || written != bytes) return false;
+    done += bytes;
+    return true;
+  };
+  for (size_t i = 0; i < count; ++i) {
+    if (skip >= vectors[i].iov_len) {
+      skip -= vectors[i].iov_len;
+      continue;
+    }
+    const char* at = static_cast<const char*>(vectors[i].iov_base) + skip;
+    size_t left = vectors[i].iov_len - skip;
+    skip = 0;
+    while (left > 0) {
+      if (filled == 0 && sealed_.size() >= kBatchBytes) return static_cast<ssize_t>(done);
+      size_t taken = std::min(left, kRecordBytes - filled);
+      bool whole = filled == 0 && taken == kRecordBytes;
+      if (!whole) {
+        std::memcpy(collected.data() + filled, at, taken);
+        filled += taken;
+      }
+      if (whole && !put(at, taken)) return -1;
+      if (filled == kRecordBytes) {
+        if (!put(collected.data(), filled)) return -1;
+        filled = 0;
+      }
+      at += taken;
+      left -= taken;
+    }
+  }
+  if (filled > 0 && !put(collected.data(), filled)) return -1;
+  return static_cast<ssize_t>(done);
+}
+
+ssize_t OpenSslStream::write(const iovec* vectors, size_t count) {
+  size_t offered = 0;
+  for (size_t i = 0; i < count; ++i) offered += vectors[i].iov_len;
+  size_t taken = 0;
+  while (flush()) {
+    if (!failure_.empty()) return static_cast<ssize_t>(offered);
+    if (opening_) {
+      errno = EAGAIN;
+      return -1;
+    }
+    if (taken == offered) return static_cast<ssize_t>(taken);
+    ERR_clear_error();
+    ssize_t sealed = seal(vectors, count, taken);
+    if (sealed < 0) {
+      fail("TLS could not write: " + library_error(ERR_peek_error()), false);
+      errno = EPROTO;
+      return -1;
+    }
+    taken += static_cast<size_t>(sealed);
+  }
+  return taken > 0 ? static_cast<ssize_t>(taken) : -1;
+}
+
+bool OpenSslStream::shut_write() {
+  if (!shut_ && failure_.empty() && !opening_) {
+    shut_ = true;
+    ERR_clear_error();
+    SSL_shutdown(ssl_.get());
+  }
+  return flush();
+}
+
+// ---- A context, again
+
+OpenSslContext::OpenSslContext(const TlsSettings& settings)
+    : settings_(settings), context_(SSL_CTX_new(TLS_method())), sealed_bytes_(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "sealed")) {
+  if (!context_ || !sealed_bytes_) throw std::bad_alloc();
+  BIO_meth_set_write(sealed_bytes_.get(), &write_sealed);
+  BIO_meth_set_ctrl(sealed_bytes_.get(), &control_sealed);
+  SSL_CTX* context = context_.get();
+  SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
+  if (SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") != 1)
+    unusable("this machine's OpenSSL allows none of the ciphers of TLS 1.3");
+  SSL_CTX_set_options(context, SSL_OP_CIPHER_SERVER_PREFERENCE | SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION);
+  SSL_CTX_set_num_tickets(context, 0);  // links last for a run: nothing to resume, nothing to replay
+  SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+  SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);  // a silent link holds none
+  SSL_CTX_set_max_cert_list(context, kCertificateBytes);
+  SSL_CTX_set_default_passwd_cb(context, &no_passphrase);
+  SSL_CTX_set_cert_verify_callback(context, &verify_peer, nullptr);
+  load_identity();
+  load_trust();
+}
+
+void OpenSslContext::load_identity() {
+  if (settings_.certificate_file.empty()) return;
+  if (SSL_CTX_use_certificate_chain_file(context_.get(), settings_.certificate_file.c_str()) != 1)
+    unusable("cannot read a PEM certificate from " + settings_.certificate_file);
+  if (SSL_CTX_use_PrivateKey_file(context_.get(), settings_.key_file.c_str(), SSL_FILETYPE_PEM) != 1)
+    unusable("cannot read the private key of " + settings_.certificate_file + ", PEM without a passphrase, from " +
+             settings_.key_file);
+  if (SSL_CTX_check_private_key(context_.get()) != 1)
+    unusable("the key in " + settings_.key_file + " does not belong to the certificate in " + settings_.certificate_file);
+}
+
+void OpenSslContext::load_trust() {
+  if (settings_.ca_file.empty()) return;
+  if (settings_.ca_file == "system") {
+    if (SSL_CTX_set_default_verify_paths(context_.get()) != 1) unusable("this machine has no CAs of its own");
+    return;
+  }
+  if (SSL_CTX_load_verify_file(context_.get(), settings_.ca_file.c_str()) != 1)
+    unusable("cannot read a PEM certificate from the CA file " + settings_.ca_file);
+}
+
+Ssl OpenSslContext::new_ssl() const {
+  Ssl ssl(SSL_new(context_.get()));
+  if (!ssl) throw std::bad_alloc();
+  return ssl;
+}
+
+std::unique_ptr<TlsStream> OpenSslContext::connect(int fd, const std::string& host) const {
+  if (settings_.ca_file.empty() && settings_.fingerprint.empty())
+    throw TlsError("nothing here tells the right server from another: give its CA file or its fingerprint");
+  auto stream = std::make_unique<OpenSslStream>(*this, fd);
+  stream->start_connecting(host);
+  return stream;
+}
+
+std::unique_ptr<TlsStream> OpenSslContext::accept(int fd) const {
+  auto stream = std::make_unique<OpenSslStream>(*this, fd);
+  stream->start_accepting();
+  return stream;
+}
+
+}  // namespace
+
+std::shared_ptr<const TlsContext> make_tls(const TlsSettings& settings) {
+  return std::make_shared<const OpenSslContext>(settings);
+}
+
+const char* tls_library() { return OpenSSL_version(OPENSSL_VERSION); }
+
+}  // namespace parablock
+
+#else
+
+namespace parablock {
+
+std::shared_ptr<const TlsContext> make_tls(const TlsSettings&) {
+  throw TlsError(
+      "this build of parablock-rt lacks TLS: install OpenSSL's headers (libssl-dev on Debian) and build it again");
+}
+
+const char* tls_library() { return ""; }
+
+}  // namespace parablock
+
+#endif

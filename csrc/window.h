@@ -1,0 +1,56 @@
+// How much a sender may have under way: twice what the link delivers in one round trip, so that a sender that the
+// window holds back is given twice as much a round trip later, and one that is not keeps no more under way than it can
+// use.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace parablock {
+
+class Window {
+ public:
+  void measured_round_trip(int64_t ns) {
+    round_trips_[next_++ % round_trips_.size()] = ns;
+    auto known = round_trips_.begin() + std::min(next_, round_trips_.size());
+    round_trip_ns_ = *std::min_element(round_trips_.begin(), known);
+  }
+
+  void arrived(uint64_t bytes, int64_t now_ns) {
+    int64_t interval = std::max(round_trip_ns_, kLeastIntervalNs);
+    if (now_ns - last_ns_ > interval) {  // it was idle: nothing about its speed
+      since_ns_ = now_ns;
+      bytes_ = 0;
+    }
+    last_ns_ = now_ns;
+    bytes_ += bytes;
+    if (now_ns - since_ns_ < interval) return;
+    double sample = 1e9 * static_cast<double>(bytes_) / static_cast<double>(now_ns - since_ns_);
+    bytes_per_second_ = sample > bytes_per_second_ ? sample : bytes_per_second_ + (sample - bytes_per_second_) / 8;
+    since_ns_ = now_ns;
+    bytes_ = 0;
+  }
+
+  // `highest` also bounds the least.
+  uint64_t bytes(uint64_t highest) const {
+    double in_a_round_trip = bytes_per_second_ * static_cast<double>(round_trip_ns_) / 1e9;
+    return std::clamp(static_cast<uint64_t>(2 * in_a_round_trip), std::min(kLeastBytes, highest), highest);
+  }
+
+ private:
+  // Enough that a thread which is not scheduled for a millisecond does not stop a loopback link.
+  static constexpr uint64_t kLeastBytes = 4 << 20;
+  static constexpr int64_t kLeastIntervalNs = 10'000'000;
+
+  std::array<int64_t, 8> round_trips_{};  // the last: the least of them has no queue in it
+  size_t next_ = 0;
+  int64_t round_trip_ns_ = 0;
+  int64_t since_ns_ = 0;
+  int64_t last_ns_ = 0;
+  uint64_t bytes_ = 0;
+  double bytes_per_second_ = 0;
+};
+
+}  // namespace parablock

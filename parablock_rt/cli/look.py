@@ -1,0 +1,232 @@
+"""The commands around a run: what looks, measures or prepares, before it, beside it or after it. None takes part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from parablock_rt import (
+    certs,
+    config,
+    doctor,
+    finetune,
+    handshake,
+    link_check,
+    memory,
+    optimizers,
+    planner,
+    report,
+    top,
+    trace_merge,
+)
+from parablock_rt.blocks import BlockPlan
+from parablock_rt.cli.options import (
+    BatchSize,
+    Blocks,
+    ConfigFile,
+    Delay,
+    Dtype,
+    Format,
+    Json,
+    LocalSteps,
+    Model,
+    Outer,
+    Rate,
+    RowLimit,
+    Schedule,
+    Seed,
+    SeqLen,
+    Staleness,
+    TlsCa,
+    TlsCert,
+    TlsFingerprint,
+    TlsKey,
+    TokenFile,
+    client_tls,
+    plan_of,
+    seconds_of,
+)
+from parablock_rt.cli.output import console
+from parablock_rt.errors import ConfigError
+from parablock_rt.finetune import Workload
+from parablock_rt.run_folder import to_json
+from parablock_rt.transport import Shape
+
+commands = typer.Typer()
+traces = typer.Typer(help="Work with trace files.", no_args_is_help=True)
+
+
+@commands.command("plan", epilog="Example: [b]parablock plan --model smollm2 --rate 50mbit --step-time 0.4[/b]")
+def show_plan(
+    config_file: ConfigFile = None,
+    model: Model = "smollm2",
+    dtype: Dtype = None,
+    blocks: Blocks = None,
+    outer: Outer = "freeze",
+    row_limit: RowLimit = None,
+    format: Format = "int8",
+    staleness: Staleness = 1,
+    schedule: Schedule = "cyclic",
+    seed: Seed = 0,
+    optimizer: Annotated[str, typer.Option(help=f"The clients': {', '.join(optimizers.NAMES)}.")] = "adamw",
+    device: Annotated[str, typer.Option(help="Where the clients' model is: cpu or cuda.")] = "cpu",
+    rate: Rate = "none",
+    delay: Delay = "0ms",
+    step_time: Annotated[float | None, typer.Option(help="Seconds a local step takes; else it is measured.")] = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a model is cut into blocks, what they weigh and take in memory, and what hides their transfer."""
+    workload = Workload.for_model(model, dtype=dtype, batch_size=batch_size, seq_len=seq_len, row_limit=row_limit)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    seconds = seconds_of(step_time)
+    kind = memory.device_kind(device)
+    trained = optimizers.by_name(optimizer)
+    run_config = config.RunConfig(
+        rounds=config.MAX_ROUNDS, clients=1, staleness=staleness, format=format, schedule=schedule, seed=seed
+    )
+    net, _, task = finetune.load(workload)
+    plan = plan_of(net, blocks, outer, row_limit)
+    predictor = memory.Predictor(net, plan, run_config, trained, kind)
+    if shape.rate and seconds is None:
+        seconds = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
+    forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds)
+    if as_json:
+        print(to_json(forecast, indent=2))
+    else:
+        print(planner.render(plan, predictor, forecast))
+
+
+@commands.command(
+    "certs", epilog="Example: [b]parablock certs tls --host server.example.org,203.0.113.7 --clients 2[/b]"
+)
+def make_certs(
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    host: Annotated[str, typer.Option(help="Names and IP addresses by which clients reach the server, with commas.")],
+    clients: Annotated[int, typer.Option(help="Client certificates to make besides.")] = 0,
+    days: Annotated[int, typer.Option(help="Days that the certificates of server and clients are valid.")] = 365,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a CA, a certificate for the server and, if wanted, certificates for clients."""
+    hosts = [name.strip() for name in host.split(",") if name.strip()]
+    deployment = certs.create(folder, hosts, clients=clients, days=days, force=force)
+    if as_json:
+        print(to_json(certs.as_dict(deployment), indent=2))
+    else:
+        print(certs.render(deployment))
+
+
+@commands.command("doctor", epilog="Example: [b]parablock doctor --peer server.example.org:7070 --tls-ca ca.pem[/b]")
+def show_doctor(
+    config_file: ConfigFile = None,
+    peer: Annotated[str | None, typer.Option(help="host:port of a running server: measures the link to it.")] = None,
+    model: Annotated[str | None, typer.Option(help="As of join: is the transfer of its blocks hidden there?")] = None,
+    local_steps: LocalSteps = 4,
+    format: Format = "int8",
+    step_time: Annotated[float | None, typer.Option(help="Seconds a local step takes; else it is measured.")] = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_fingerprint: TlsFingerprint = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine has and what that switches on; with --peer, what the link to a server can carry."""
+    if peer is None:
+        if model is not None:
+            raise ConfigError("--model takes --peer here; `parablock plan --rate` tells it for a rate you name")
+        findings = doctor.examine()
+        print(to_json(findings, indent=2) if as_json else doctor.render(findings))
+        return
+    config.RunConfig(rounds=1, clients=1, local_steps=local_steps, format=format)  # raises for what is none
+    token = handshake.read_token(token_file)
+    tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
+    config.parse_address(peer)
+    report = link_check.check_link(peer, token=token, tls=tls)
+    result = link_check.as_dict(report)
+    lines = [link_check.render(report)]
+    if model is not None:
+        verdict = _forecast_for(report, model, local_steps, format, seconds_of(step_time))
+        result["overlap"] = verdict
+        lines.append(verdict)
+    print(to_json(result, indent=2) if as_json else "\n".join(lines))
+
+
+def _forecast_for(
+    report: link_check.LinkReport, model: str, local_steps: int, format: str, step_s: float | None
+) -> str:
+    workload = Workload.for_model(model)
+    net, _, task = finetune.load(workload)
+    plan = BlockPlan.from_model(net)
+    if step_s is None:
+        step_s = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
+    return planner.verdict(plan, format, local_steps, report.both_ways, report.round_trip_s / 2, step_s)
+
+
+@commands.command("top", epilog="Example: [b]parablock top server.example.org:7070 --token-file token[/b]")
+def show_top(
+    address: Annotated[str, typer.Argument(help="host:port of the server.")],
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_fingerprint: TlsFingerprint = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a running server: rounds, clients, who is slow, rates, what is hidden. Takes no seat, changes nothing."""
+    token = handshake.read_token(token_file)
+    tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
+    config.parse_address(address)
+    if not (once or as_json):
+        top.watch(address, token, interval, Console(), tls=tls)
+        return
+    status = top.look_once(address, token, tls=tls)
+    if as_json:
+        print(to_json(top.figures(status), indent=2))
+    else:
+        Console().print(top.render(status))
+
+
+@commands.command("bench", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def run_bench(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Measure the codec, the transport, the overlap and the server's growth; `parablock bench --help` says more."""
+    from parablock_rt.bench.cli import main as bench_main
+
+    raise typer.Exit(bench_main(arguments or []))
+
+
+@commands.command("report", epilog="Example: [b]parablock report runs/demo-20261122-140000 -o report.html[/b]")
+def write_report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page on one or several runs: a verdict, the timeline, all figures."""
+    text = report.render(runs)
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the report {output}: {error.strerror}") from error
+    console.print(f"Wrote [b]{escape(str(output))}[/b]; open it in a browser")
+
+
+@traces.command(epilog="Example: [b]parablock trace merge runs/a/trace.json profile.json -o both.json[/b]")
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="trace.json of runs, and traces of torch.profiler.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+) -> None:
+    """Put the traces of one machine into one file, on one clock."""
+    named = [(f"{path.parent.name}/{path.stem}", trace_merge.read(path)) for path in files]
+    merged = trace_merge.merge(named)
+    try:
+        output.write_text(to_json(merged))
+    except OSError as error:
+        raise ConfigError(f"cannot write the trace {output}: {error.strerror}") from error
+    console.print(f"Wrote {len(merged['traceEvents'])} events to [b]{output}[/b]")

@@ -1,0 +1,368 @@
+"""The commands that run something: demo, serve, join. They parse, start it, and leave its record in the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from parablock_rt import config, demo, finetune, handshake, meters
+from parablock_rt.checkpoint import Checkpoint
+from parablock_rt.cli.options import (
+    BatchSize,
+    Blocks,
+    Clients,
+    ConfigFile,
+    Delay,
+    Device,
+    Dtype,
+    EvalExamples,
+    Format,
+    Json,
+    Lanes,
+    LearningRate,
+    LocalSteps,
+    Model,
+    Outer,
+    Period,
+    PinnedMemory,
+    Prometheus,
+    Rate,
+    ReportTo,
+    Rounds,
+    RowLimit,
+    RunDir,
+    Schedule,
+    Seed,
+    SeqLen,
+    Staleness,
+    SummaryFile,
+    Task,
+    Threads,
+    TlsCa,
+    TlsCert,
+    TlsFingerprint,
+    TlsKey,
+    TokenFile,
+    Trace,
+    client_tls,
+    plan_of,
+    server_tls,
+)
+from parablock_rt.cli.output import console, deliver, say_what_is_left
+from parablock_rt.cli.record import Record
+from parablock_rt.client import RoundReport, Run
+from parablock_rt.errors import ConfigError
+from parablock_rt.finetune import Workload
+from parablock_rt.outcome import ClosedRound
+from parablock_rt.run_folder import RunFolder
+from parablock_rt.server import serve as start_server
+from parablock_rt.summary import summarise, summarise_client
+from parablock_rt.telemetry import PERIOD_S
+from parablock_rt.transport import Shape
+
+commands = typer.Typer()
+_SETTINGS = "settings.json"  # of a durable run, in its folder
+_STATE = "state"  # likewise
+
+
+def _read_resumed(context: typer.Context, path: Path | None) -> Path | None:
+    """Takes the settings with which the run was started; flags and --config win."""
+    if path is not None:
+        try:
+            settings = json.loads((path / _SETTINGS).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"there is no run to resume in {path} ({error}); expected the run folder of `parablock serve`"
+            ) from error
+        context.default_map = settings | {"run_dir": str(path)} | dict(context.default_map or {})
+    return path
+
+
+@commands.command("demo", epilog="Example: [b]parablock demo --rate 20mbit --rounds 8[/b]")
+def run_demo(
+    config_file: ConfigFile = None,
+    model: Model = "smollm2",
+    rounds: Rounds = 20,
+    clients: Clients = 2,
+    local_steps: LocalSteps = 4,
+    format: Format = "int8",
+    rate: Rate = "50mbit",
+    delay: Delay = "20ms",
+    schedule: Schedule = "cyclic",
+    seed: Seed = 0,
+    blocks: Blocks = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    lr: LearningRate = None,
+    eval_examples: EvalExamples = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the links, with certificates made for the run.")] = False,
+    run_dir: RunDir = None,
+    summary: SummaryFile = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model over a slow link twice, without and with overlap, and compare."""
+    workload = Workload.for_model(
+        model, dtype=dtype, batch_size=batch_size, seq_len=seq_len, lr=lr, eval_examples=eval_examples
+    )
+    settings: dict[str, Any] = {
+        "rounds": rounds,
+        "clients": clients,
+        "local_steps": local_steps,
+        "format": format,
+        "schedule": schedule,
+        "seed": seed,
+    }
+    # A wrong setting is found before a model is loaded.
+    config.RunConfig(**settings)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    folder = _run_folder(run_dir, "demo")
+    plan = demo.Demo(workload, shape.rate, shape.delay, folder, blocks, settings, encrypted=tls)
+    deliver(demo.run(plan, console), summary, as_json)
+
+
+@commands.command(epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --token-file token --clients 2[/b]")
+def serve(
+    config_file: ConfigFile = None,
+    address: Annotated[str, typer.Option(help="host:port to listen on; port 0 takes a free one.")] = "127.0.0.1:7070",
+    model: Model = "smollm2",
+    rounds: Rounds = 20,
+    clients: Clients = 2,
+    local_steps: LocalSteps = 4,
+    staleness: Staleness = 1,
+    format: Format = "int8",
+    schedule: Schedule = "cyclic",
+    seed: Seed = 0,
+    blocks: Blocks = None,
+    outer: Outer = "freeze",
+    row_limit: RowLimit = None,
+    local_view: Annotated[str, typer.Option(help="Weights between hand-over and aggregate: own, reference.")] = "own",
+    fraction: Annotated[float, typer.Option(help="Part of the clients that trains in a round.")] = 1.0,
+    quorum: Annotated[int | None, typer.Option(help="Clients that suffice at the deadline; default half.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds a round may stay open; default: adapts.")] = None,
+    join_timeout: Annotated[float, typer.Option(help="Seconds to wait for all clients.")] = 600.0,
+    server_optimizer: Annotated[str, typer.Option(help="average, momentum, adam or yogi.")] = "average",
+    server_lr: Annotated[float, typer.Option(help="Step size of the server's optimiser.")] = 1.0,
+    task: Task = None,
+    dtype: Dtype = None,
+    seq_len: SeqLen = None,
+    eval_examples: EvalExamples = None,
+    threads: Threads = 1,
+    upload_budget: Annotated[
+        int | None, typer.Option(min=1, help="MiB of unfinished uploads held at once; default: follows the model.")
+    ] = None,
+    rate: Rate = "none",
+    delay: Delay = "0ms",
+    lanes: Lanes = "auto",
+    token_file: TokenFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the CA that signs the clients' certificates: they must show one.")
+    ] = None,
+    tls_clients: Annotated[
+        Literal["required", "optional"],
+        typer.Option(help="optional: a client without a certificate is let in by the token."),
+    ] = "required",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS, or without a token.")
+    ] = False,
+    save_model: Annotated[bool, typer.Option(help="Save the result to the run folder.")] = True,
+    durable: Annotated[bool, typer.Option(help="Keep the run's state in the run folder, to --resume it.")] = True,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of a server that was killed: go on.", is_eager=True, callback=_read_resumed),
+    ] = None,
+    trace: Trace = True,
+    telemetry: Period = PERIOD_S,
+    prometheus: Prometheus = None,
+    report_to: ReportTo = None,
+    run_dir: RunDir = None,
+    summary: SummaryFile = None,
+    as_json: Json = False,
+) -> None:
+    """Run the server of a federated fine-tuning; clients come with `parablock join`."""
+    flags = {
+        name: str(value.absolute()) if isinstance(value, Path) else value
+        for name, value in locals().items()
+        if value is not None and name not in ("config_file", "resume", "run_dir", "summary", "as_json")
+    }
+    settings = {
+        name: value
+        for name, value in locals().items()
+        if name in config.RunConfig.__struct_fields__  # the flags that are named like a setting are that setting
+    }
+    run_config = config.RunConfig(**settings)
+    workload = Workload.for_model(
+        model,
+        task=task,
+        dtype=dtype,
+        seq_len=seq_len,
+        eval_examples=eval_examples,
+        threads=threads,
+        row_limit=row_limit,
+    )
+    token = handshake.read_token(token_file)
+    tls = server_tls(tls_cert, tls_key, tls_client_ca, tls_clients)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    lane_count = config.parse_lanes(lanes)
+    config.parse_address(address)
+    past = [] if resume is None else Checkpoint.closed_rounds(resume / _STATE)
+    folder = _run_folder(run_dir, "serve")
+    for closed in past:
+        folder.append_metrics(msgspec.to_builtins(closed))
+    if durable:
+        folder.write_json(_SETTINGS, flags)
+    record = Record(folder, telemetry, prometheus, report_to)
+    net, tokenizer, examples = finetune.load(workload)
+    plan = plan_of(net, blocks, outer, row_limit)
+    before = finetune.evaluate(net, examples, workload)
+
+    def show(closed: ClosedRound) -> None:
+        record.round(closed)
+        console.print(demo.round_line(closed, rounds, plan.blocks[closed.block].name))
+
+    after = None
+    server = start_server(
+        net,
+        address=address,
+        plan=plan,
+        token=token,
+        tls=tls,
+        insecure=insecure,
+        rate=shape.rate,
+        delay=shape.delay,
+        lanes=lane_count,
+        durable=folder.path / _STATE if durable and resume is None else None,
+        resume=None if resume is None else folder.path / _STATE,
+        on_round=show,
+        trace=trace,
+        upload_budget=None if upload_budget is None else upload_budget * 2**20,
+        **settings,
+    )
+    try:
+        with record.telemetry, server:
+            record.telemetry.start("server", meters.of_this_machine(server.link_stats))
+            if durable:
+                folder.write_json(_SETTINGS, flags | {"address": server.address})  # the port that was taken
+            console.print(f"Listening on [b]{server.address}[/b] for {clients} clients")
+            server.wait()
+        after = finetune.evaluate(net, examples, workload)
+        if save_model:
+            _save(net, tokenizer, folder)
+    finally:
+        result = summarise(
+            run_config, server.outcome, blocks=len(plan.blocks), eval_loss_before=before, eval_loss_after=after
+        )
+        record.finish(result, server.timeline)
+        if not result["complete"]:
+            again = f"; `parablock serve --resume {folder.path}` goes on with it" if durable else ""
+            say_what_is_left(folder, again)
+    deliver(result, summary, as_json)
+
+
+@commands.command(epilog="Example: [b]parablock join server.example.org:7070 --token-file token[/b]")
+def join(
+    address: Annotated[str, typer.Argument(help="host:port of the server.")],
+    config_file: ConfigFile = None,
+    model: Model = "smollm2",
+    task: Task = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    lr: LearningRate = None,
+    threads: Threads = 1,
+    row_limit: RowLimit = None,
+    rate: Rate = "none",
+    delay: Delay = "0ms",
+    lanes: Lanes = "auto",
+    device: Device = "cpu",
+    pinned_memory: PinnedMemory = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_fingerprint: TlsFingerprint = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    reconnect: Annotated[float, typer.Option(help="Seconds to try to replace a connection that broke.")] = 600.0,
+    trace: Trace = True,
+    telemetry: Period = PERIOD_S,
+    prometheus: Prometheus = None,
+    report_to: ReportTo = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Take part in a run as a client, with this machine's shard of the data."""
+    pinned = None if pinned_memory is None else config.parse_bytes(pinned_memory)
+    workload = Workload.for_model(
+        model,
+        task=task,
+        dtype=dtype,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        threads=threads,
+        row_limit=row_limit,
+    )
+    token = handshake.read_token(token_file)
+    tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
+    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    lane_count = config.parse_lanes(lanes)
+    config.parse_address(address)
+    folder = _run_folder(run_dir, "join")
+    record = Record(folder, telemetry, prometheus, report_to)
+    joined: list[Run] = []
+
+    def begin(run: Run) -> None:
+        joined.append(run)
+        record.telemetry.start(f"client {run.client}", meters.of_this_machine(run.link_stats))
+
+    def show(done: RoundReport) -> None:
+        record.round(done)
+        console.print(
+            f"  round {done.round + 1:>3}  block {done.block}  loss {done.loss:6.3f}  "
+            f"compute {done.compute_s:5.2f} s  waited {done.exposed_s:5.2f} s  "
+            f"up {done.bytes_up / 1e6:6.1f} MB  down {done.bytes_down / 1e6:6.1f} MB"
+        )
+
+    console.print(f"Joining [b]{address}[/b] with {workload.model}; training begins when all its clients are there")
+    try:
+        with record.telemetry:
+            finetune.train(
+                address,
+                workload,
+                token=token,
+                tls=tls,
+                rate=shape.rate,
+                delay=shape.delay,
+                lanes=lane_count,
+                reconnect=reconnect,
+                on_round=show,
+                on_join=begin,
+                device=device,
+                pinned_memory=pinned,
+                trace=trace,
+            )
+    finally:
+        for run in joined:
+            result = summarise_client(run)
+            record.finish(result, run.timeline)
+            if not run.finished:
+                say_what_is_left(folder)
+    deliver(result, None, as_json)
+
+
+def _run_folder(path: Path | None, kind: str) -> RunFolder:
+    return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _save(net: Any, tokenizer: Any, folder: RunFolder) -> None:
+    target = folder.path / "model"
+    net.save_pretrained(target)
+    if hasattr(tokenizer, "save_pretrained"):  # the tiny model's bytes need no file
+        tokenizer.save_pretrained(target)
+    console.print(f"Saved the result to [b]{target}[/b]")

@@ -1,0 +1,79 @@
+"""One GPU as staging sees it: streams beside the training's, the encode kernel on one of them, memory.
+
+The only module of the runtime that launches kernels on a stream of its own. The training thread alone uses it. Tests
+put a device in its place whose streams are threads.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from parablock_rt import _C, codec
+
+# Of one device-to-host copy: long against the microsecond between two copies, short against the network's buffers.
+COPY_BYTES = 4 << 20
+
+_compiling = threading.Lock()  # clients in threads of one process, as in tests, would all compile the same
+
+
+class CudaDevice:
+    """A CUDA device with its copy streams."""
+
+    type = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        """Makes the streams. Raises DeviceError when the driver cannot be used."""
+        self.device = device
+        self.driver = _C.Driver()
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)  # the first use makes the context, which the streams belong to
+            self.native = _C.Device(self.driver, COPY_BYTES)
+        self._pack: torch.cuda.Stream = torch.cuda.ExternalStream(self.native.pack, device=device)  # type: ignore[no-untyped-call]
+
+    def training_stream(self) -> int:
+        """The stream that this thread trains on now."""
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory, free to be used by what is queued on the training stream from now on."""
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+    def encode(
+        self,
+        now: Tensor,
+        ref: Tensor,
+        residual: Tensor | None,
+        residual_out: Tensor | None,
+        out: Tensor,
+        bad: Tensor | None,
+        format: str,
+    ) -> Tensor:
+        """Queues one launch of the encode kernel on the pack stream; returns where it counts, `bad` if given."""
+        kernels = codec.kernels()
+        with torch.cuda.stream(self._pack):
+            packed = kernels.encode(now, ref, residual, format=format, residual_out=residual_out, out=out, bad=bad)
+        counted: Tensor = packed.bad
+        return counted
+
+    def warm_up(self, kinds: set[tuple[torch.dtype, torch.dtype]], format: str) -> None:
+        """Compiles what a round needs, for blocks of these dtypes (trained, reference), so that no round waits for it.
+
+        Bodies of both alignments of the scales: those of a whole slice and those of a block's last one.
+        """
+        with _compiling, torch.cuda.device(self.device):
+            for now_dtype, ref_dtype in sorted(kinds, key=str):
+                for numel in (codec.ALIGNMENT, 8 * codec.ALIGNMENT):
+                    now = torch.zeros(numel, dtype=now_dtype, device=self.device)
+                    ref = torch.zeros(numel, dtype=ref_dtype, device=self.device)
+                    rest = torch.zeros(numel, device=self.device)
+                    packed = codec.encode(now, ref, None, format=format, residual_out=rest)
+                    codec.encode(now, ref, rest, format=format)
+                    codec.apply_(ref, packed.body, format=format)
+                    codec.fingerprint(ref)
+
+    def close(self) -> None:
+        """Returns when the streams are idle, and gives them up."""
+        self.native.close()

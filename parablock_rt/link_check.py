@@ -1,0 +1,173 @@
+"""What a link to a running server can carry, measured from the client's end: time, width, TLS, clocks.
+
+Takes no seat and moves at most 64 MiB in each direction. `probe.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parablock_rt import _C, protocol
+from parablock_rt.connection import Connection
+from parablock_rt.errors import HandshakeError, PeerLostError
+from parablock_rt.probe import CHUNK
+from parablock_rt.protocol import Kind
+from parablock_rt.tls import Tls
+from parablock_rt.transport import Transport, raw_layout
+
+_ROUND_TRIPS = 200
+_ROUND_TRIPS_S = 5.0  # fewer of them where they take long
+_FIRST_BYTES = 4 * CHUNK
+_LONG_ENOUGH_S = 0.5
+_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """Times in seconds, rates in bytes a second. `clock_offset_s`: how far the server's clock is ahead of ours."""
+
+    address: str
+    round_trip_s: float
+    round_trip_p99_s: float
+    up: float
+    down: float
+    clock_offset_s: float
+    clock_error_s: float
+    tls: dict[str, str] | None
+
+    @property
+    def both_ways(self) -> float:
+        """The rate at which as much goes up as down takes as long as on this link."""
+        return 2 / (1 / self.up + 1 / self.down)
+
+
+def check_link(address: str, *, token: str | None = None, tls: Tls | None = None) -> LinkReport:
+    """Measures the link to the server at `address`. Raises ConnectError, HandshakeError, PeerLostError, ConfigError."""
+    with Transport(tls=None if tls is None else tls.for_client()) as transport:
+        link = Connection(transport, address)
+        check = _Check(link, link.introduce_probe(token))
+        trips, offset = check.round_trips()
+        trips.sort()
+        median = statistics.median(trips)
+        return LinkReport(
+            address=address,
+            round_trip_s=median,
+            round_trip_p99_s=trips[min(len(trips) - 1, int(0.99 * len(trips)))],
+            up=check.rate("up", median),
+            down=check.rate("down", median),
+            clock_offset_s=offset,
+            clock_error_s=trips[0] / 2,
+            tls=None if link.tls is None else _describe(link.tls),
+        )
+
+
+class _Check:
+    """One measurement on an open link."""
+
+    def __init__(self, link: Connection, welcome: protocol.ProbeWelcome) -> None:
+        self._link = link
+        self._native = link.transport.native
+        self._welcome = welcome
+        self._index = 0
+
+    def round_trips(self) -> tuple[list[float], float]:
+        """Seconds of each, and the clock offset: what the fastest one says, as in NTP."""
+        trips: list[float] = []
+        offset, until = 0.0, time.monotonic() + _ROUND_TRIPS_S
+        while len(trips) < _ROUND_TRIPS and (len(trips) < 3 or time.monotonic() < until):
+            before_ns, start = time.time_ns(), time.monotonic_ns()
+            clock_ns = self._ask(0, "up").clock_ns
+            seconds = (time.monotonic_ns() - start) / 1e9
+            if not trips or seconds < min(trips):
+                offset = (clock_ns - before_ns) / 1e9 - seconds / 2
+            trips.append(seconds)
+        return trips, offset
+
+    def rate(self, direction: Literal["up", "down"], round_trip_s: float) -> float:
+        """Bytes a second, of the last of transfers that double until one takes long enough."""
+        nbytes, left = _FIRST_BYTES, self._welcome.max_total
+        move = self._up if direction == "up" else self._down
+        rate = 0.0
+        while nbytes <= min(left, self._welcome.max_bytes):
+            seconds = move(nbytes)
+            rate = nbytes / max(seconds - (round_trip_s if direction == "up" else 0.0), 1e-9)
+            if seconds >= _LONG_ENOUGH_S:
+                break
+            left -= nbytes
+            nbytes *= 2
+        return rate
+
+    def _up(self, nbytes: int) -> float:
+        """From the first byte that leaves to the acknowledgement of all."""
+        layout = raw_layout(nbytes, CHUNK)
+        source = self._native.make_source(_C.Buffer(nbytes), layout, True)
+        self._ask(nbytes, "up")
+        self._native.send(self._link.link, Kind.PROBE, self._index, 0, source)
+        event = self._wait(_C.Event.Type.SENT)
+        return (event.at_ns - event.first_byte_ns) / 1e9
+
+    def _down(self, nbytes: int) -> float:
+        """From the first chunk to the last, scaled to all of them."""
+        buffer = _C.Buffer(nbytes)
+        self._native.receive(self._link.link, Kind.PROBE, self._index + 1, 0, buffer, raw_layout(nbytes, CHUNK))
+        self._ask(nbytes, "down")
+        event = self._wait(_C.Event.Type.RECEIVED)
+        return (event.at_ns - event.first_byte_ns) / 1e9 * nbytes / (nbytes - CHUNK)
+
+    def _ask(self, nbytes: int, direction: Literal["up", "down"]) -> protocol.Measured:
+        self._index += 1
+        self._link.send(protocol.Measure(index=self._index, nbytes=nbytes, direction=direction))
+        answer = protocol.decode(self._wait(_C.Event.Type.CONTROL).message)
+        if isinstance(answer, protocol.Failure):
+            raise HandshakeError(answer.reason)
+        if not isinstance(answer, protocol.Measured) or answer.index != self._index:
+            raise HandshakeError(f"expected Measured {self._index} from the server, found {answer}")
+        return answer
+
+    def _wait(self, kind: _C.Event.Type) -> _C.Event:
+        event = self._link.transport.next_event(_PATIENCE_S)
+        if event is None:
+            raise PeerLostError(f"the server at {self._link.address} did not answer for {_PATIENCE_S:g} s")
+        if event.type == _C.Event.Type.CLOSED:
+            raise PeerLostError(f"lost the server at {self._link.address} while measuring: {event.text}")
+        if event.type != kind:
+            raise HandshakeError(f"expected {kind.name} while measuring, found {event.type.name} {event.text[:200]}")
+        return event
+
+
+def _describe(info: _C.TlsInfo) -> dict[str, str]:
+    until = datetime.datetime.fromtimestamp(info.not_after, datetime.timezone.utc)
+    return {
+        "version": info.version,
+        "cipher": info.cipher,
+        "certificate": info.subject,
+        "issuer": info.issuer,
+        "expires": until.isoformat(),
+        "fingerprint": info.fingerprint,
+    }
+
+
+def render(report: LinkReport) -> str:
+    """The report for a reader."""
+    lines = [
+        f"server          {report.address}",
+        f"round trip      {report.round_trip_s * 1e3:.2f} ms median, {report.round_trip_p99_s * 1e3:.2f} ms p99",
+        f"up              {report.up * 8 / 1e6:.1f} Mbit/s",
+        f"down            {report.down * 8 / 1e6:.1f} Mbit/s",
+        f"clock           the server's is {abs(report.clock_offset_s) * 1e3:.1f} ms "
+        f"{'ahead' if report.clock_offset_s > 0 else 'behind'} (± {report.clock_error_s * 1e3:.1f} ms)",
+    ]
+    if report.tls is None:
+        lines.append("TLS             none: whoever is on the way can read and change everything")
+    for name, value in (report.tls or {}).items():
+        lines.append(f"TLS {name:<12}{value}")
+    return "\n".join(lines)
+
+
+def as_dict(report: LinkReport) -> dict[str, Any]:
+    """The report for a program; rates in bytes a second."""
+    return {name: getattr(report, name) for name in report.__dataclass_fields__}

@@ -1,0 +1,276 @@
+"""What a report shows, computed from what a run recorded: stages, utilisation, stragglers, the forecast.
+
+Pure functions of a `Recorded`. A figure that cannot be computed is None or absent, never zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+from parablock_rt.report.folder import Recorded, Span, number
+
+TRAINING = ("compute", "apply", "exposed")
+EXCHANGE = ("encode", "copy", "send", "fold", "wait", "receive")
+STAGES = (*TRAINING, *EXCHANGE, "upload", "update", "close")
+BINS = 300
+_FAR_LONGER = 1.5  # a sender's time over the receiver's, from where on the receiver did not see the link being busy
+_LINK_RATE = re.compile(r"link\.[^.]+\.bytes_(in|out)_rate")  # those of its lanes are parts of it
+
+Interval = tuple[float, float]
+
+
+def stage_of(span: Span) -> str:
+    """The stage that a span belongs to: the first word of its track or name that is one; "" when none is.
+
+    On the server a transfer is an "upload" or an "update": a client's sending or receiving, seen from the far end. What
+    else the server does for a round is part of its "close".
+    """
+    words = (span.track.split(" ")[0].lower(), span.name.split(" ")[0].lower())
+    known = (*STAGES, "acknowledged")
+    stage = next((word for word in words if word in known), "")
+    stage = "send" if stage == "acknowledged" else stage
+    if span.process.split(" ")[0] == "server":
+        return {"receive": "upload", "send": "update", "compute": "", "encode": "", "apply": ""}.get(stage, stage)
+    return stage
+
+
+def covered(intervals: Iterable[Interval]) -> list[Interval]:
+    """The union of intervals, in order and without overlaps."""
+    union: list[Interval] = []
+    for start, end in sorted(intervals):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end))
+        else:
+            union.append((start, end))
+    return union
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    """How much the union of intervals covers."""
+    return sum(end - start for start, end in covered(intervals))
+
+
+def rounds(run: Recorded) -> list[dict[str, Any]]:
+    """One entry a round, in order: the figures of metrics.jsonl and `stages`, seconds by stage, means over clients."""
+    entries: dict[int, dict[str, Any]] = {}
+    for line in run.rounds:
+        index = number(line.get("round"))
+        if index is not None:
+            names = ("block", "loss", "compute_s", "exposed_s", "open_s", "skew_s", "bytes_up", "bytes_down")
+            entries[int(index)] = {"round": int(index), **{name: number(line.get(name)) for name in names}}
+            recorded = line.get("stages")
+            entries[int(index)]["stages"] = {
+                stage: seconds
+                for stage, value in (recorded.items() if isinstance(recorded, dict) else ())
+                if stage in (*TRAINING, *EXCHANGE) and (seconds := number(value)) is not None
+            }
+    for index, stages in _stages_of_spans(run.spans).items():
+        entry = entries.setdefault(index, {"round": index, "stages": {}})
+        delivered_s = stages.get("receive", 0.0)
+        entry["stages"] = {**stages, **entry["stages"]}
+        if "receive" in entry["stages"]:
+            entry["stages"]["receive"] = max(entry["stages"]["receive"], delivered_s)
+    for entry in entries.values():
+        for stage, name in (("compute", "compute_s"), ("exposed", "exposed_s")):
+            if entry.get(name) is not None:  # a span of waiting may bear the number of the round that it waited for
+                entry["stages"][stage] = entry[name]
+    return [entries[index] for index in sorted(entries)]
+
+
+def _stages_of_spans(spans: list[Span]) -> dict[int, dict[str, float]]:
+    """Seconds by round and stage: what a stage covers in each process, and of that the mean over processes."""
+    found: dict[tuple[int, str], dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
+    arrived: dict[int, dict[str, float]] = defaultdict(dict)  # when a client's last byte was there
+    delivery: dict[int, dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
+    closing: dict[int, float] = {}
+    for span in spans:
+        stage = stage_of(span)
+        if not stage or span.round is None:
+            continue
+        if stage == "upload":
+            arrived[span.round][span.track] = max(arrived[span.round].get(span.track, 0.0), span.end_us)
+        elif stage == "update":
+            delivery[span.round][span.track].append((span.start_us, span.end_us))
+        elif stage == "close":
+            closing[span.round] = span.start_us
+        else:
+            found[span.round, stage][span.process].append((span.start_us, span.end_us))
+    stages: dict[int, dict[str, float]] = defaultdict(dict)
+    for (index, stage), processes in found.items():
+        stages[index][stage] = mean(length(intervals) for intervals in processes.values()) / 1e6
+    for index, clients in delivery.items():
+        # A client sees a body's first byte only once it has come through a slow link: the sender knows better.
+        seconds = mean(length(intervals) for intervals in clients.values()) / 1e6
+        stages[index]["receive"] = max(stages[index].get("receive", 0.0), seconds)
+    for index, ends in arrived.items():
+        if index in closing:  # a client's upload is there, and its round stays open for the others
+            stages[index].setdefault("wait", mean(max(0.0, closing[index] - end) for end in ends.values()) / 1e6)
+    return stages
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How busy a run was. `series`: by name, the share of each bin (0 to 1); `busy`: the same over all bins."""
+
+    start_us: float
+    bin_us: float
+    series: dict[str, list[float]]
+    busy: dict[str, float]
+    idle_link: float | None
+
+
+def activity(run: Recorded) -> Activity | None:
+    """Shares of the time in which clients computed and their links were busy, means over clients; None without spans.
+
+    A link is busy from the first byte of a body until the last has been acknowledged, in either direction. The sender
+    knows that best: clients of what goes up, the server of what goes down; the receiver's view stands in, unless the
+    clients reported that they sent for much longer, as they do where a program slows the link down.
+    """
+    views = {"compute": ("compute",), "link up": ("send", "upload"), "link down": ("update", "receive")}
+    by_stage: dict[str, dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
+    for span in run.spans:
+        stage = stage_of(span)
+        client = f"client {span.track.split(' ')[-1]}" if stage in ("upload", "update") else span.process
+        by_stage[stage][client].append((span.start_us, span.end_us))
+    found = {name: next((by_stage[s] for s in stages if s in by_stage), {}) for name, stages in views.items()}
+    seen_s = [length(intervals) / 1e6 for intervals in found["link up"].values()]
+    if "send" not in by_stage and seen_s and _sent_s(run) > _FAR_LONGER * mean(seen_s):
+        found["link up"] = {}
+    everything = [interval for processes in found.values() for part in processes.values() for interval in part]
+    if not everything:
+        return None
+    start, end = min(i[0] for i in everything), max(i[1] for i in everything)
+    if end <= start:
+        return None
+    width = (end - start) / BINS
+    series = {name: _shares(list(found[name].values()), start, width) for name in views if found[name]}
+    busy = {name: sum(values) / BINS for name, values in series.items()}
+    up, down = found["link up"], found["link down"]
+    idle = None
+    if up and down:
+        idle = mean(1 - length(up[p] + down.get(p, [])) / (end - start) for p in up)
+    return Activity(start, width, series, busy, idle)
+
+
+def _sent_s(run: Recorded) -> float:
+    """Seconds that a client sent, as the clients told the server; 0 when they did not. Mean over clients."""
+    stages = (line["stages"] for line in run.rounds if isinstance(line.get("stages"), dict))
+    return sum(number(each.get("send")) or 0.0 for each in stages)
+
+
+def _shares(processes: list[list[Interval]], start: float, width: float) -> list[float]:
+    sums = [0.0] * BINS
+    for intervals in processes:
+        for begin, end in covered(intervals):
+            first = int((begin - start) / width)
+            for at in range(first, min(BINS, int((end - start) / width) + 1)):
+                low, high = start + at * width, start + (at + 1) * width
+                sums[at] += max(0.0, min(end, high) - max(begin, low))
+    return [min(1.0, total / width / len(processes)) for total in sums]
+
+
+def clients(run: Recorded) -> list[dict[str, Any]]:
+    """One entry a client, slowest first: mean compute, wait and lateness (seconds a round), and rounds delivered.
+
+    Lateness: how long after the round's first upload this client's was there.
+    """
+    parts: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for line in run.rounds:
+        listed = line.get("parts")
+        for part in listed if isinstance(listed, list) else []:
+            if isinstance(part, dict) and isinstance(seat := part.get("client"), int):
+                parts[seat].append(part)
+    table = []
+    for seat, delivered in parts.items():
+        entry: dict[str, Any] = {"client": seat, "rounds": len(delivered)}
+        for name in ("compute_s", "exposed_s", "late_s"):
+            values = [value for part in delivered if (value := number(part.get(name))) is not None]
+            entry[name] = mean(values) if values else None
+        table.append(entry)
+    return sorted(table, key=lambda entry: (-(entry["late_s"] or 0.0), entry["client"]))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What would hide a run's exchanges. Seconds a round; `measured`: from a run without overlap, not estimated."""
+
+    exchange_s: float
+    step_s: float
+    steps: int
+    measured: bool
+
+    def steps_to_hide(self, staleness: int) -> int:
+        """The fewest local steps behind which an exchange fits, with this staleness (at least 1)."""
+        return max(1, math.ceil(self.exchange_s / max(1, staleness) / self.step_s))
+
+
+def forecast(run: Recorded) -> Forecast | None:
+    """From the run's step time and the time of one exchange; None when either is not known."""
+    entries = [entry for entry in rounds(run) if entry["stages"].get("compute")]
+    steps, count = number(run.summary.get("local_steps")), number(run.summary.get("rounds"))
+    if not entries or not steps or steps < 1:
+        return None
+    step_s = median(entry["stages"]["compute"] for entry in entries) / steps
+    serial = number(run.summary.get("serial_comm_s"))
+    if serial and count:
+        exchange_s, measured = serial / count, True
+    else:
+        # Encoding goes on behind sending, so it is not added.
+        known = [e["stages"] for e in entries if "send" in e["stages"] and "receive" in e["stages"]]
+        if not known:
+            return None
+        exchange_s = median(s["send"] + s.get("fold", 0.0) + s["receive"] for s in known)
+        measured = False
+    if exchange_s <= 0 or step_s <= 0:
+        return None
+    return Forecast(exchange_s, step_s, int(steps), measured)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The share of the communication that was hidden; negative where waiting took longer than all transfers.
+    `measured`: against a run without overlap, else against the durations of this run's own transfers."""
+
+    share: float
+    measured: bool
+
+
+def hidden(run: Recorded) -> Hidden | None:
+    """The summary's overlap efficiency or, where there is none, an estimate; None when neither can be had."""
+    efficiency = number(run.summary.get("overlap_efficiency"))
+    if efficiency is not None:
+        return Hidden(efficiency, True)
+    exposed, ahead = number(run.summary.get("exposed_comm_s")), forecast(run)
+    if exposed is None or ahead is None or not run.rounds:
+        return None
+    return Hidden(1 - exposed / (ahead.exchange_s * len(run.rounds)), False)
+
+
+def telemetry(run: Recorded) -> list[dict[str, Any]]:
+    """What telemetry.jsonl says of GPUs and links, as series of (seconds, value): utilisation in %, rates in MB/s."""
+    series: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for process, samples in run.samples.items():
+        for sample in samples:
+            at = number(sample.get("t_s"))
+            if at is None:
+                continue
+            rates: dict[str, float] = defaultdict(float)
+            for name, raw in sample.items():
+                value = number(raw)
+                if value is None:
+                    continue
+                if name.startswith("gpu.") and name.endswith(".utilization"):
+                    series[f"{process}: GPU {name.split('.')[1]}", "%", "gpu"].append((at, 100 * value))
+                elif _LINK_RATE.fullmatch(name):
+                    rates["out" if name.endswith("out_rate") else "in"] += value / 1e6
+            for direction, rate in rates.items():
+                series[f"{process}: {direction}", "MB/s", "link"].append((at, rate))
+    return [
+        {"name": name, "unit": unit, "kind": kind, "points": points} for (name, unit, kind), points in series.items()
+    ]

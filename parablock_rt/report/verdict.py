@@ -1,0 +1,97 @@
+"""The verdict on a run in words: how much was hidden, what link and clients did, what would hide the rest.
+
+Every number in it comes from the run; what was estimated says so.
+"""
+
+from __future__ import annotations
+
+from parablock_rt.report import figures
+from parablock_rt.report.figures import Activity, Forecast
+from parablock_rt.report.folder import Recorded, number
+
+HIDDEN = 0.95
+"""From here on communication is called hidden: the last exchange of a run has nothing to hide behind in any case."""
+
+STRAGGLER = 0.1
+"""A client is called slow when the round waits for it longer than this share of its length."""
+
+
+def percent(share: float) -> str:
+    """A share for a reader; only what is all or nothing reads as 100 % or 0 %."""
+    text = f"{100 * share:.0f}"
+    if (text == "100") != (share >= 1) or (text in ("0", "-0")) != (share == 0):
+        text = f"{100 * share:.1f}"
+    return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def verdict(run: Recorded) -> str:
+    """One paragraph. Says what is missing instead of guessing."""
+    staleness = number(run.summary.get("staleness"))
+    forecast, busy = figures.forecast(run), figures.activity(run)
+    parts = [_hidden(run, staleness), _busy(busy), _advice(run, forecast, staleness), _slow(run), _outcome(run)]
+    return " ".join(part for part in parts if part)
+
+
+def _hidden(run: Recorded, staleness: float | None) -> str:
+    exposed, compute = number(run.summary.get("exposed_comm_s")), number(run.summary.get("compute_s"))
+    if exposed is None or compute is None:
+        return "How much of the communication was hidden is not known: the summary does not say."
+    waited = f"the training thread waited {exposed:.1f} s beside {compute:.1f} s of computing"
+    if staleness == 0:
+        return f"Nothing was hidden, as staleness 0 wants it: {waited}."
+    found = figures.hidden(run)
+    if found is None:
+        share = percent(exposed / (exposed + compute)) if exposed + compute > 0 else "none"
+        return f"{waited[0].upper()}{waited[1:]} ({share} of its time)."
+    if found.share < 0:
+        return f"Nothing was hidden: {waited}, longer than all transfers take one after another."
+    if not found.measured:
+        return (
+            f"About {percent(found.share)} of the communication was hidden, by the length of its transfers: {waited}."
+        )
+    return f"{percent(found.share)} of the communication was hidden: {waited}."
+
+
+def _busy(busy: Activity | None) -> str:
+    if busy is None or busy.idle_link is None:
+        return ""
+    return f"The link was idle {percent(max(0.0, busy.idle_link))} of the time."
+
+
+def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -> str:
+    if forecast is None or staleness is None:
+        return ""
+    enough = forecast.steps_to_hide(int(staleness))
+    plural = "" if enough == 1 else "s"
+    exchange = f"an exchange takes {'' if forecast.measured else 'about '}{forecast.exchange_s:.2f} s"
+    if staleness == 0:
+        return f"With staleness 1, {enough} local step{plural} a round would hide it: {exchange}."
+    if enough > forecast.steps:
+        return f"{enough} local steps a round instead of {forecast.steps} would hide the rest: {exchange}."
+    found = figures.hidden(run)
+    if enough < forecast.steps and found is not None and found.share < HIDDEN:
+        return f"{exchange[0].upper()}{exchange[1:]}, which {enough} of the {forecast.steps} local steps would hide."
+    if enough < forecast.steps:
+        return f"With {enough} local step{plural} instead of {forecast.steps} it would still be hidden: {exchange}."
+    return f"With fewer than {forecast.steps} local steps it would not be: {exchange}."
+
+
+def _slow(run: Recorded) -> str:
+    table = figures.clients(run)
+    lengths = [value for line in run.rounds if (value := number(line.get("open_s"))) is not None]
+    if len(table) < 2 or not lengths or not table[0]["late_s"]:
+        return ""
+    share = table[0]["late_s"] / (sum(lengths) / len(lengths))
+    if share < STRAGGLER:
+        return ""
+    return (
+        f"Client {table[0]['client']} comes last: its uploads are {table[0]['late_s']:.2f} s behind the first, "
+        f"{percent(share)} of a round."
+    )
+
+
+def _outcome(run: Recorded) -> str:
+    before, after = number(run.summary.get("eval_loss_before")), number(run.summary.get("eval_loss_after"))
+    if before is None or after is None:
+        return ""
+    return f"Held-out loss went from {before:.4f} to {after:.4f}."

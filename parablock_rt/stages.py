@@ -1,0 +1,79 @@
+"""Where the time of a round went: seconds a stage, kept apart from the trace so that they are there without one.
+
+A stage's seconds are those in which it was under way, however many transfers were: overlapping stretches count once.
+Stages overlap each other; that is what the runtime is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+
+class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds a stage; 0 where a side has no such stage.
+
+    On a client: `send` and `receive` from the first byte of a transfer to the last one acknowledged or there, `fold`
+    what the server took to add this client's uploads, `wait` from then until the server closed the round. On the
+    server: `compute` is its optimiser, `wait` goes from a round's first folded upload to its close.
+    """
+
+    compute: float = 0.0
+    encode: float = 0.0
+    copy: float = 0.0
+    send: float = 0.0
+    fold: float = 0.0
+    wait: float = 0.0
+    receive: float = 0.0
+    apply: float = 0.0
+
+
+NO_TIME = StageSeconds()
+STAGES = StageSeconds.__struct_fields__
+
+
+def mean(of: Iterable[StageSeconds]) -> StageSeconds:
+    """The mean of each stage; zeros of none."""
+    listed = list(of)
+    return StageSeconds(**{name: sum(getattr(s, name) for s in listed) / max(1, len(listed)) for name in STAGES})
+
+
+class StageClock:
+    """Adds up one side's seconds. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in STAGES}
+        self._counted_to_ns = dict.fromkeys(STAGES, 0)
+        self._window = dict.fromkeys(STAGES, 0.0)
+        self._before = dict.fromkeys(STAGES, 0.0)
+
+    def add(self, stage: str, start_ns: int, end_ns: int) -> None:
+        """Notes a stretch of a stage that has ended; monotonic clock."""
+        self._stretches[stage].append((start_ns, end_ns))
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Notes seconds that somebody else has measured."""
+        self._window[stage] += seconds
+
+    def take(self) -> StageSeconds:
+        """The seconds of what has ended since the last call."""
+        self._settle()
+        taken = StageSeconds(**self._window)
+        for name in STAGES:
+            self._before[name] += self._window[name]
+            self._window[name] = 0.0
+        return taken
+
+    def total(self) -> StageSeconds:
+        """The seconds of everything so far."""
+        self._settle()
+        return StageSeconds(**{name: self._before[name] + self._window[name] for name in STAGES})
+
+    def _settle(self) -> None:
+        for name, stretches in self._stretches.items():
+            for start, end in sorted(stretches):
+                fresh = max(start, self._counted_to_ns[name])
+                self._window[name] += max(0, end - fresh) / 1e9
+                self._counted_to_ns[name] = max(self._counted_to_ns[name], end)
+            stretches.clear()

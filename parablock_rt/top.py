@@ -1,0 +1,118 @@
+"""`parablock top`: a running server, live. Looks at it again and again and shows what has changed; changes nothing.
+
+The conversation is `Connection.observe`; here is what a reader sees of it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from parablock_rt.connection import Connection
+from parablock_rt.errors import ParaBlockError, PeerLostError
+from parablock_rt.protocol import Status
+from parablock_rt.tls import Tls
+from parablock_rt.transport import Transport
+
+_SLOW = 0.1  # of a round's length, behind the first upload
+_TRIES = 3  # to come back to a server that was seen before
+
+
+def figures(status: Status) -> dict[str, Any]:
+    """The status as plain data, with what follows from it: `hidden`, the share of the last exchanges."""
+    found: dict[str, Any] = msgspec.to_builtins(status)
+    for name in ("type", "mac"):
+        found.pop(name, None)
+    return found | {"hidden": hidden(status)}
+
+
+def hidden(status: Status) -> float | None:
+    """The share of the last rounds' communication that was hidden, estimated from the durations of their transfers."""
+    if not status.exchange_s or status.exposed_s is None:
+        return None
+    return 0.0 if status.staleness == 0 else max(0.0, 1 - status.exposed_s / status.exchange_s)
+
+
+def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group:
+    """The status for a reader. `earlier`: one before it, and the seconds between them, for the rates."""
+    state = "waiting for clients" if status.wall_s is None else f"running for {status.wall_s:.0f} s"
+    state = "finished" if status.round == status.rounds else state
+    head = Text.assemble(
+        (f"round {status.round}/{status.rounds}", "bold"),
+        f"  {state}  {status.present} of {status.seats} clients",
+        f", {status.left} left early" if status.left else "",
+        f"  staleness {status.staleness}, {status.local_steps} local steps, {status.format}",
+    )
+    share = hidden(status)
+    lines = [
+        f"hidden {'–' if share is None else f'{share:.0%}'} of the last exchanges (about {_s(status.exchange_s)} each)",
+        f"a round: {_s(status.round_s)}, of which {_s(status.compute_s)} computing and {_s(status.exposed_s)} waiting; "
+        f"this one is open for {status.open_s:.1f} s",
+        f"loss {'–' if status.loss is None else f'{status.loss:.4f}'}   "
+        f"up {_moved(status, earlier, 'bytes_up')}   down {_moved(status, earlier, 'bytes_down')}",
+    ]
+    table = Table("client", "state", box=None, pad_edge=False)
+    for name in ("computing", "waiting", "behind the first", "updates behind"):
+        table.add_column(name, justify="right")
+    for client in status.clients:
+        slow = status.round_s is not None and client.late_s > _SLOW * status.round_s
+        late = Text(f"{client.late_s:.2f} s{'  slow' if slow else ''}", "yellow" if slow else "")
+        seconds = (f"{client.compute_s:.2f} s", f"{client.exposed_s:.2f} s")
+        table.add_row(str(client.client), client.state, *seconds, late, str(client.behind))
+    more = status.present - len(status.clients)
+    return Group(head, *lines, "", table, *([f"and {more} faster ones"] if more > 0 else []))
+
+
+def _s(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} s"
+
+
+def _moved(status: Status, earlier: tuple[Status, float] | None, name: str) -> str:
+    total = getattr(status, name)
+    text = f"{total / 1e6:.1f} MB"
+    if earlier is None or earlier[1] <= 0:
+        return text
+    return f"{text} ({(total - getattr(earlier[0], name)) * 8 / 1e6 / earlier[1]:.1f} Mbit/s)"
+
+
+def look_once(address: str, token: str | None, *, tls: Tls | None = None) -> Status:
+    """One look. Raises ConnectError, HandshakeError, PeerLostError, ConfigError."""
+    with _transport(tls) as transport:
+        return Connection(transport, address).observe(token)
+
+
+def watch(address: str, token: str | None, interval: float, console: Console, *, tls: Tls | None = None) -> None:
+    """Looks every `interval` seconds until the server ends; comes back when only the connection broke. Ctrl-C ends it
+    earlier. Raises like `look_once` as long as no look has succeeded."""
+    with _transport(tls) as transport:
+        link = Connection(transport, address)
+        status, at = link.observe(token), time.monotonic()
+        with Live(render(status), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                try:
+                    now = link.observe(token)
+                except PeerLostError:
+                    if status.round == status.rounds:
+                        break
+                    try:
+                        link = Connection(transport, address, tries=_TRIES)
+                        now = link.observe(token)
+                    except ParaBlockError:
+                        break
+                elapsed = time.monotonic() - at
+                live.update(render(now, (status, elapsed)), refresh=True)
+                status, at = now, at + elapsed
+    # Whoever looks every second rarely sees the last round closed: what cannot be known is not claimed.
+    how = "has ended" if status.round == status.rounds else "has ended or cannot be reached any more"
+    console.print(f"The server at {address} {how}; seen last after round {status.round} of {status.rounds}")
+
+
+def _transport(tls: Tls | None) -> Transport:
+    return Transport(tls=None if tls is None else tls.for_client())

@@ -1,0 +1,582 @@
+"""Staging of blocks on a GPU, on a fake driver whose streams run late: what is sent, what arrives, what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_device
+import numpy as np
+import pytest
+import torch
+from fake_device import FakeDevice, Stream, control
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_staging import DEADLINE_S, DTYPES, random_piece, statement
+
+from parablock_rt import _C, codec, pinned
+from parablock_rt.device_staging import DeviceStager
+from parablock_rt.errors import CodecError, ConfigError, ParaBlockError
+from parablock_rt.pinned import PinnedMemory
+from parablock_rt.staging import Piece
+from parablock_rt.timeline import RECORD, Stage
+from parablock_rt.transport import Transport, as_tensor, body_layout
+
+NUMEL, CHUNK, SLICE = 128 * 40, 512, 1024
+MEMORY = 1 << 22
+
+
+class Staged:
+    """A fake device with its stager, and a check at the end that nothing forbidden was done."""
+
+    def __init__(
+        self,
+        *,
+        delay_us: int = 0,
+        seed: int = 0,
+        copy_bytes: int = 700,
+        slice_elements: int = SLICE,
+        ring: _C.Ring | None = None,
+    ) -> None:
+        control().fake_reset()
+        control().fake_delay(delay_us, seed)
+        self.device = FakeDevice(copy_bytes)
+        self.memory = PinnedMemory(self.device.driver, MEMORY)
+        self.stager = DeviceStager(self.device, self.memory, slice_elements=slice_elements, ring=ring)
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stager.close()
+        assert control().fake_violations() == 0
+        assert control().fake_unpinned_copies() == 0 or self.memory.nbytes == 0
+
+    def piece(self, numel: int, seed: int, now: torch.dtype = torch.float32, ref: torch.dtype = torch.float32) -> Piece:
+        """A piece whose residuals are in pinned memory."""
+        made = random_piece(numel, now, ref, seed)
+        old, new = self.stager.residual(numel), self.stager.residual(numel)
+        assert made.residual is not None
+        old.copy_(made.residual)
+        new.fill_(7.0)
+        return Piece(made.now, made.ref, old, new)
+
+
+@pytest.fixture
+def staged() -> Iterator[Staged]:
+    with Staged(delay_us=300) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def transport() -> Iterator[Transport]:
+    with Transport() as made:
+        yield made
+
+
+# ---- What is packed
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    dtypes=st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)), min_size=4, max_size=4),
+    format=st.sampled_from(codec.FORMATS),
+    chunk=st.integers(1, 6),
+    slices=st.integers(1, 8),
+    copy_bytes=st.integers(1, 3000),
+    seed=st.integers(0, 1000),
+)
+def test_a_block_packed_in_slices_has_the_bytes_residuals_and_count_of_the_codec(
+    transport: Transport,
+    sizes: list[int],
+    dtypes: list[tuple[torch.dtype, torch.dtype]],
+    format: str,
+    chunk: int,
+    slices: int,
+    copy_bytes: int,
+    seed: int,
+) -> None:
+    with Staged(delay_us=50, seed=seed, copy_bytes=copy_bytes, slice_elements=128 * slices) as here:
+        pieces = [
+            here.piece(128 * size, seed + i, *dtypes[i])
+            if i % 3 != 2 and format != "fp32"
+            else random_piece(128 * size, *dtypes[i], seed + i, residual=False)
+            for i, size in enumerate(sizes)
+        ]
+        pieces[0].now[5] = float("nan")
+        body, residuals, bad = statement(pieces, format)
+        encoding = here.stager.encode(pieces, format, 128 * chunk, transport)
+        encoding.wait()
+        assert torch.equal(encoding.body, body)
+        assert encoding.bad_groups == bad == 1
+        assert encoding.source.ready_chunks == body_layout(format, 128 * sum(sizes), 128 * chunk).chunks
+        for piece, residual in zip(pieces, residuals, strict=True):
+            if piece.residual_out is not None:
+                assert residual is not None
+                assert torch.equal(piece.residual_out.view(torch.int32), residual.view(torch.int32))
+        started, finished = encoding.span_ns
+        assert 0 < started <= finished
+
+
+def test_a_chunk_is_sent_only_when_it_is_on_the_host(staged: Staged, transport: Transport) -> None:
+    # The session is asked for frames all the while; each must already have its final bytes.
+    piece = staged.piece(NUMEL, 3)
+    body, _, _ = statement([piece], "int8")
+    layout = body_layout("int8", NUMEL, CHUNK)
+    sender, receiver, target = _C.Session(), _C.Session(), _C.Buffer(layout.nbytes)
+    receiver.receive(1, 0, 0, target, layout)
+    sender.feed(receiver.next_frame() or b"")
+    encoding = staged.stager.encode([piece], "int8", CHUNK, transport)
+    sender.send(1, 0, 0, encoding.source)
+    assert encoding.source.ready_chunks < layout.chunks  # nothing has waited for the device
+    frames = 0
+    while frames < layout.chunks:
+        if (frame := sender.next_frame()) is not None:
+            frames += 1
+            receiver.feed(frame)
+    assert [event.type for event in receiver.take_events()] == [_C.Event.Type.RECEIVED]
+    assert torch.equal(as_tensor(target, layout.nbytes), body)
+
+
+def test_every_chunk_is_noted_once_when_it_is_on_the_host(transport: Transport) -> None:
+    ring = _C.Ring(1024)
+    with Staged(delay_us=300, ring=ring) as here:
+        piece = here.piece(NUMEL, 1)
+        for round in range(2):
+            encoding = here.stager.encode([piece], "int8", CHUNK, transport, kind=1, round=round, block=7)
+            encoding.wait()
+            records = np.frombuffer(ring.drain(), RECORD)
+            assert set(records["round"]) == {round}
+            assert set(records["block"]) == {7}
+            for stage in (Stage.COPY, Stage.CHECKSUM):
+                assert records["chunk"][records["stage"] == stage].tolist() == list(range(NUMEL // CHUNK))
+            copied = records[records["stage"] == Stage.COPY]
+            assert copied["bytes"].sum() == encoding.nbytes
+            queued, first = encoding.span_ns
+            assert (first, copied["start_ns"][0]) == (copied["end_ns"][0], queued)
+            assert first <= copied["end_ns"][-1] <= encoding.copy_span_ns[1]
+            assert encoding.copy_span_ns[0] == first
+            here.stager.release(encoding)
+    assert ring.lost == 0
+
+
+def test_a_block_is_cut_into_several_launches_of_bounded_number(transport: Transport) -> None:
+    with Staged(slice_elements=1 << 12) as here:
+        here.stager.encode([random_piece(1 << 14, *DTYPES[:2], 0, residual=False)], "int8", CHUNK, transport).wait()
+        assert here.device.launches == 4
+    with Staged() as here:  # one that is smaller than a slice
+        here.stager.encode([random_piece(SLICE, *DTYPES[:2], 0, residual=False)], "int8", CHUNK, transport).wait()
+        assert here.device.launches == 1
+
+
+# ---- Who waits for whom
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("format", codec.FORMATS)
+def test_a_block_that_trains_again_at_once_is_sent_as_it_was_handed_over(
+    format: str, seed: int, transport: Transport
+) -> None:
+    """The training stream, as late as the others, writes the block before each hand-over and again right behind it."""
+    with Staged(delay_us=400, seed=seed) as here:
+        training = Stream()
+        here.device.training = training.handle
+        weights, ref = torch.zeros(NUMEL), torch.zeros(NUMEL)
+        versions = [random_piece(NUMEL, torch.float32, torch.float32, 10 * seed + round).now for round in range(6)]
+        encodings = []
+        residual = None
+        for version in versions:
+            # Training is slower than any of the others: whoever does not wait for it comes first.
+            here.device.launch(training.handle, lambda v=version: (time.sleep(0.01), weights.copy_(v)))
+            kept = None if format == "fp32" else here.stager.residual(NUMEL)
+            encoding = here.stager.encode([Piece(weights, ref, residual, kept)], format, CHUNK, transport)
+            assert not encoding.before_writing()  # never waits on the host
+            here.device.launch(training.handle, lambda: weights.fill_(float("nan")))
+            encodings.append(encoding)
+            residual = kept
+            if residual is not None:
+                encoding.wait()  # a residual is committed only when the server has accepted, so it is on the host
+        expected = None
+        for version, encoding in zip(versions, encodings, strict=True):
+            encoding.wait()
+            before = None if expected is None else expected.clone()
+            expected = None if format == "fp32" else torch.empty(NUMEL)
+            packed = codec.encode(version, ref, before, format=format, residual_out=expected)
+            assert torch.equal(encoding.body, packed.body)
+            assert encoding.bad_groups == 0
+        training.synchronise()
+        training.close()
+
+
+def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrives() -> None:
+    """Bodies land in the same device memory one after another; the stream that applies them runs behind."""
+    with Staged(delay_us=2000) as here, Transport() as server, Transport() as client:
+        training = Stream()
+        here.device.training = training.handle
+        link = client.connect(server.listen("127.0.0.1:0", protected=False))
+        there = server.next_event(DEADLINE_S)
+        assert there is not None
+        layout = body_layout("int8", NUMEL, CHUNK)
+        expected, applied, addresses = [], [], set()
+        for round in range(6):
+            landing = here.stager.landing(NUMEL, "int8", CHUNK)
+            client.native.receive(link, 1, round, 0, landing.buffer, landing.layout, watermark=landing.watermark)
+            outgoing = _C.Buffer(layout.nbytes)
+            as_tensor(outgoing, layout.nbytes).copy_(torch.arange(layout.nbytes) * (round + 3) % 251)
+            server.native.send(there.link, 1, round, 0, server.native.make_source(outgoing, layout, True))
+            arrived = client.next_event(DEADLINE_S)
+            assert arrived is not None
+            assert arrived.type == _C.Event.Type.RECEIVED
+            body, copy = landing.body(), torch.empty(layout.nbytes, dtype=torch.uint8)
+            addresses.add(body.data_ptr())
+            here.device.launch(training.handle, lambda b=body, c=copy: c.copy_(b))
+            here.stager.leave(landing)
+            expected.append(as_tensor(outgoing, layout.nbytes))
+            applied.append(copy)
+        training.synchronise()
+        assert len(addresses) == 1
+        assert addresses.pop() % 16 == -codec.scale_bytes(NUMEL, "int8") % 16  # the codes are aligned
+        for copy, body in zip(applied, expected, strict=True):
+            assert torch.equal(copy, body)
+        training.close()
+
+
+def test_a_round_trip_allocates_nothing_and_never_waits_for_a_stream_once_it_is_warm(transport: Transport) -> None:
+    with Staged(delay_us=100) as here:
+        pieces = [[here.piece(NUMEL, seed)] for seed in range(2)]
+
+        def rounds(count: int) -> tuple[int, int, int]:
+            for round in range(count):
+                encoding = here.stager.encode(pieces[round % 2], "int8", CHUNK, transport)
+                landing = here.stager.landing(NUMEL, "int8", CHUNK)
+                landing.cancel()
+                here.stager.leave(landing)
+                encoding.wait()
+                here.stager.release(encoding)
+            return fake_device.calls("cuEventCreate"), here.memory.used, here.stager.buffers.allocated_bytes
+
+        warm = rounds(6)
+        later = rounds(12)
+        assert later[1:] == warm[1:]
+        assert later[0] - warm[0] <= 2  # a mark more is taken when a thread happens to give one back late
+        assert fake_device.calls("cuStreamSynchronize") == 0
+
+
+def test_the_pack_stream_yields_to_the_training_and_the_copies_do_not(staged: Staged) -> None:
+    native = staged.device.native
+    assert [control().fake_priority(stream) for stream in (native.pack, native.down, native.up)] == [0, -5, -5]
+
+
+# ---- Without the interpreter
+
+
+def _hold_the_interpreter(until: object, seconds: float) -> bool:
+    """Runs Python code that never lets go of the GIL until `until()`; whether that came."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if until():  # type: ignore[operator]
+                return True
+        return False
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_body_goes_from_device_to_device_while_python_holds_its_lock() -> None:
+    """Both ways at once: device, host, socket, host, device. No thread of this needs the GIL."""
+    with Staged(delay_us=200) as here, Transport() as server, Transport() as client:
+        link = client.connect(server.listen("127.0.0.1:0", protected=False))
+        there = server.next_event(DEADLINE_S)
+        assert there is not None
+        layout = body_layout("int8", NUMEL, CHUNK)
+        native = here.device.native
+        landing = here.stager.landing(NUMEL, "int8", CHUNK)
+        target = landing._body
+        server.native.receive(there.link, 1, 0, 0, landing.buffer, layout, watermark=landing.watermark)
+        outgoing = here.stager.buffers.take(layout.nbytes)
+        body = (torch.arange(layout.nbytes) % 249 + 1).to(torch.uint8)
+        body[-1] = 77
+        source = client.native.make_source(outgoing, layout, False)
+        client.native.send(link, 1, 0, 0, source)
+        view = (ctypes.c_uint8 * layout.nbytes).from_address(target.data_ptr())
+        download = native.download(source)
+
+        def whole() -> bool:
+            return view[layout.nbytes - 1] == 77
+
+        assert not whole()
+        split = codec.scale_bytes(NUMEL, "int8")
+        sys.setswitchinterval(1000.0)
+        native.copy_units(download, body.data_ptr(), body.data_ptr() + split, 0, layout.units)
+        native.finish(download)
+        assert _hold_the_interpreter(whole, DEADLINE_S)
+        sys.setswitchinterval(0.005)
+        assert torch.equal(landing.body(), body)
+
+
+# ---- Ends
+
+
+def test_closing_in_the_middle_gives_everything_back(transport: Transport) -> None:
+    gc.collect()
+    threads = _device_threads()
+    pinned_before = control().fake_pinned_bytes()
+    here = Staged(delay_us=3000)
+    with here:
+        assert _device_threads() == threads + 1
+        encoding = here.stager.encode([here.piece(NUMEL, 0)], "int8", CHUNK, transport)
+        for _ in range(2):
+            here.stager.landing(NUMEL, "int8", CHUNK)
+        assert control().fake_pinned_bytes() > pinned_before
+    assert encoding.done  # closing lets what was queued end
+    assert _device_threads() == threads
+    del here, encoding
+    gc.collect()
+    assert control().fake_pinned_bytes() == pinned_before
+
+
+def _device_threads() -> int:
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read())
+    return sum(name.startswith("pb-device") for name in names)
+
+
+def test_a_link_that_goes_in_the_middle_of_a_body_leaves_a_landing_that_can_be_closed() -> None:
+    with Staged(delay_us=200) as here, Transport() as server, Transport() as client:
+        link = client.connect(server.listen("127.0.0.1:0", protected=False))
+        there = server.next_event(DEADLINE_S)
+        assert there is not None
+        layout = body_layout("int8", NUMEL, CHUNK)
+        landing = here.stager.landing(NUMEL, "int8", CHUNK)
+        client.native.receive(link, 1, 0, 0, landing.buffer, layout, watermark=landing.watermark)
+        source = server.native.make_source(_C.Buffer(layout.nbytes), layout, False)
+        server.native.send(there.link, 1, 0, 0, source)
+        source.raise_watermark(3)
+        while landing.watermark is not None and landing.watermark.received == 0:
+            client.next_event(0.01)
+        server.close()
+        closed = client.next_event(DEADLINE_S)
+        assert closed is not None
+        assert closed.type == _C.Event.Type.CLOSED
+        assert landing._upload.wait(0.0) is None
+
+
+# ---- Failures
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuLaunchHostFunc", "cuEventRecord", "cuStreamWaitEvent"],
+)
+def test_a_driver_that_refuses_a_call_is_an_error_with_its_words(function: str, transport: Transport) -> None:
+    with Staged(delay_us=50) as here:
+        piece = here.piece(NUMEL, 0)
+        fake_device.fail(function, 2, after=3)
+        with pytest.raises(_C.DeviceError, match=r"failed: CUDA_ERROR_OUT_OF_MEMORY \(out of memory\)"):
+            here.stager.encode([piece], "int8", CHUNK, transport)
+        fake_device.fail("", 0)
+        assert issubclass(_C.DeviceError, ParaBlockError)
+
+
+def test_a_copy_to_the_device_that_fails_is_told_when_the_body_is_asked_for() -> None:
+    with Staged() as here, Transport() as server, Transport() as client:
+        link = client.connect(server.listen("127.0.0.1:0", protected=False))
+        there = server.next_event(DEADLINE_S)
+        assert there is not None
+        landing = here.stager.landing(NUMEL, "int8", CHUNK)
+        fake_device.fail("cuMemcpyHtoDAsync_v2", 2)
+        client.native.receive(link, 1, 0, 0, landing.buffer, landing.layout, watermark=landing.watermark)
+        outgoing = server.native.make_source(_C.Buffer(landing.layout.nbytes), landing.layout, True)
+        server.native.send(there.link, 1, 0, 0, outgoing)
+        with pytest.raises(_C.DeviceError, match="copying to the GPU failed: CUDA_ERROR_OUT_OF_MEMORY"):
+            landing.body()
+        fake_device.fail("", 0)
+
+
+def test_a_device_that_has_failed_ends_the_wait_for_a_body(transport: Transport) -> None:
+    here = Staged(delay_us=1000)
+    encoding = here.stager.encode([here.piece(NUMEL, 0)], "int8", CHUNK, transport)
+    control().fake_break()
+    with pytest.raises(_C.DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        encoding.wait()
+    here.stager.close()
+    control().fake_reset()
+
+
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_queued(staged: Staged, transport: Transport) -> None:
+    flat = torch.zeros(256)
+    for piece in (
+        Piece(torch.zeros(16, 16), torch.zeros(16, 16)),
+        Piece(torch.zeros(512)[::2], flat),
+        Piece(flat, torch.zeros(128)),
+        Piece(flat.double(), flat),
+        Piece(flat, flat, torch.zeros(256, device="meta")),
+    ):
+        with pytest.raises(CodecError):
+            staged.stager.encode([piece], "int8", 128, transport)
+    assert staged.device.launches == 0
+
+
+# ---- The driver
+
+
+def test_a_machine_without_a_driver_says_so() -> None:
+    with pytest.raises(_C.DeviceError, match=r"expected the CUDA driver, found none .*no-such-driver.*on the CPU"):
+        _C.Driver("no-such-driver.so")
+
+
+def test_a_driver_that_is_too_old_is_named_with_what_it_lacks(tmp_path: Path) -> None:
+    source = tmp_path / "old.cc"
+    names = ["DriverGetVersion", "GetErrorName", "GetErrorString", "CtxGetCurrent", "CtxSetCurrent"]
+    source.write_text("".join(f'extern "C" int cu{name}() {{ return 0; }}\n' for name in names))
+    library = tmp_path / "libold.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True)
+    with pytest.raises(
+        _C.DeviceError, match=r"11\.0 or newer, found that .*libold\.so has no cuCtxGetStreamPriorityRange; update"
+    ):
+        _C.Driver(str(library))
+
+
+def test_a_device_without_a_context_is_refused() -> None:
+    control().fake_reset()
+    control().cuCtxSetCurrent(None)
+    with pytest.raises(_C.DeviceError, match="expected a CUDA context, found none"):
+        _C.Device(_C.Driver(fake_device.library()), 1)
+
+
+# ---- Pinned memory
+
+
+def _driver() -> _C.Driver:
+    control().fake_reset()
+    control().cuCtxSetCurrent(1)
+    return _C.Driver(fake_device.library())
+
+
+def test_refused_pinning_falls_back_to_ordinary_memory_with_one_warning(
+    caplog: pytest.LogCaptureFixture, transport: Transport
+) -> None:
+    control().fake_reset()
+    fake_device.fail("cuMemHostRegister_v2", 2)
+    with caplog.at_level(logging.WARNING, logger="parablock"):
+        here = Staged.__new__(Staged)
+        here.device = FakeDevice(700)
+        here.memory = PinnedMemory(here.device.driver, MEMORY)
+        here.stager = DeviceStager(here.device, here.memory, slice_elements=SLICE)
+        with here:
+            piece = here.piece(NUMEL, 0)
+            body, _, _ = statement([piece], "int8")
+            encoding = here.stager.encode([piece], "int8", CHUNK, transport)
+            encoding.wait()
+            assert torch.equal(encoding.body, body)
+    assert here.memory.nbytes == 0
+    assert len(caplog.records) == 1
+    text = caplog.records[0].getMessage()
+    assert "expected to pin 4.0 MiB" in text
+    assert "CUDA_ERROR_OUT_OF_MEMORY (out of memory)" in text
+    fake_device.fail("", 0)
+
+
+def test_the_cap_holds_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    before = control().fake_pinned_bytes()
+    with caplog.at_level(logging.WARNING, logger="parablock"):
+        memory = PinnedMemory(_driver(), 1 << 20, cap=1 << 16)
+        assert (memory.nbytes, control().fake_pinned_bytes() - before) == (1 << 16, 1 << 16)
+        buffers = [memory.take(1 << 15) for _ in range(4)]
+        assert memory.used == 1 << 16
+        assert all(as_tensor(buffer, 1 << 15).fill_(1).sum() == 1 << 15 for buffer in buffers)
+    assert [record.getMessage()[:39] for record in caplog.records] == ["pinning 0.1 MiB of host memory instead "]
+    assert PinnedMemory(_driver(), 1 << 20, cap=0).nbytes == 0
+    with pytest.raises(ConfigError, match="0 bytes or more; found -1"):
+        PinnedMemory(_driver(), 1, cap=-1)
+
+
+def test_a_slab_that_is_full_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="parablock"):
+        memory = PinnedMemory(_driver(), 1 << 13)
+        kept = [memory.take(1 << 12) for _ in range(4)]
+    assert len(kept) == 4
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "the 0.0 MiB of pinned memory are in use, 0.0 MiB more were asked for"
+    ]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("take"), st.integers(1, 30_000)), st.tuples(st.just("give back"), st.integers(0, 30))
+        ),
+        max_size=60,
+    )
+)
+def test_a_slab_cuts_pieces_that_never_overlap_and_is_whole_again_in_the_end(steps: list[tuple[str, int]]) -> None:
+    before = control().fake_pinned_bytes()
+    slab = _C.Slab(_driver(), 1 << 17)
+    held: list[_C.Buffer] = []
+    for step, value in steps:
+        if step == "take":
+            buffer = slab.take(value)
+            if buffer is not None:
+                assert buffer.address % 4096 == 0
+                assert all(
+                    buffer.address + buffer.nbytes <= other.address or other.address + other.nbytes <= buffer.address
+                    for other in held
+                )
+                held.append(buffer)
+        elif held:
+            held.pop(value % len(held))
+        buffer = None
+        assert slab.used == sum(-(-piece.nbytes // 4096) * 4096 for piece in held)
+    held.clear()
+    assert slab.used == 0
+    whole = slab.take(1 << 17)
+    assert whole is not None
+    assert slab.take(1) is None
+    del whole, slab
+    assert control().fake_pinned_bytes() == before
+
+
+def test_buffers_outlive_the_slab_they_were_cut_from() -> None:
+    before = control().fake_pinned_bytes()
+    slab = _C.Slab(_driver(), 1 << 14)
+    buffer = slab.take(100)
+    assert buffer is not None
+    del slab
+    assert as_tensor(buffer, 100).fill_(3).sum() == 300
+    assert control().fake_pinned_bytes() == before + (1 << 14)
+    del buffer
+    gc.collect()
+    assert control().fake_pinned_bytes() == before
+
+
+def test_what_a_run_pins_is_what_it_is_said_to_need(transport: Transport) -> None:
+    """All residuals, two more under way, and the bodies of four uploads and four landings at staleness 1."""
+    from parablock_rt.blocks import BlockPlan
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    blocks = BlockPlan.from_model(model, [["0"], ["1"], ["2"]]).blocks
+    needed = pinned.bytes_needed(blocks, "int8", 1)
+    numel = blocks[0].flat_numel
+    with Staged() as here:
+        memory = PinnedMemory(here.device.driver, needed)
+        stager = DeviceStager(here.device, memory)
+        stager.fit(codec.body_bytes(numel, "int8"))
+        kept = [stager.residual(numel) for _ in range(len(blocks) + 2)]
+        landings = [stager.landing(128, "int8", CHUNK) for _ in range(4)]
+        bodies = [stager.buffers.take(pinned.buffer_bytes(codec.body_bytes(numel, "int8"))) for _ in range(4)]
+        assert memory.used == memory.nbytes == needed
+        del kept, landings, bodies
+    assert pinned.bytes_needed(blocks, "fp32", 0) < needed

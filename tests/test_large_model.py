@@ -1,0 +1,38 @@
+"""The bench of a large model, in its reduced form: it runs to its end, and what is held is in proportion."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import large_model
+from parablock_rt import BlockPlan, RunConfig, memory
+
+ROOT = Path(__file__).parent.parent
+WHAT_TRAINS = ("weights", "references", "master", "gradients", "optimiser state")
+
+
+def predicted(shape: str) -> float:
+    """Bytes a parameter of the model and what trains."""
+    model = large_model.on_meta(shape)
+    plan: BlockPlan = large_model.plan_of(model)
+    found = memory.predict(model, plan, RunConfig(rounds=100, clients=1), large_model.adamw, "cuda")
+    return sum(map(found.item, WHAT_TRAINS)) / sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_a_small_model_of_the_same_proportions_holds_what_the_large_one_is_predicted_to(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["--shape", "small", "--device", "cpu", "--local-steps", "1", "--rounds", "7", "--tokens", "8"]
+    command = [sys.executable, "-m", "bench.large_model", *arguments, "--json", str(result)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280, capture_output=True)
+    figures = json.loads(result.read_text())
+    assert figures["trained_parameters"] == figures["parameters"]
+    assert figures["peak_device_bytes"] is None
+    small = figures["model_and_training_bytes_a_parameter"]
+    assert small == pytest.approx(predicted("small"), rel=0.001)
+    assert small == pytest.approx(predicted("llama-3-8b"), rel=0.005)

@@ -1,0 +1,146 @@
+"""`parablock doctor --peer`: what it measures, for whom the server answers, and how little that may cost it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from processes import WAIT_S, client, make_model, start_server, starter
+from tls_cases import deployment, needs_tls, server_tls
+from typer.testing import CliRunner
+
+import parablock_rt as pb
+from parablock_rt import probe, protocol
+from parablock_rt.cli import app
+from parablock_rt.connection import Connection
+from parablock_rt.errors import HandshakeError
+from parablock_rt.link_check import LinkReport, check_link
+from parablock_rt.transport import Transport
+
+TOKEN = "correct-horse-battery-staple"
+
+
+def test_a_measurement_sees_the_link_s_delay_and_rate_and_takes_no_seat() -> None:
+    with starter() as start, start_server(clients=1, token=TOKEN, rate=2e6, delay=0.05) as running:
+        report = check_link(running.address, token=TOKEN)
+        assert report.round_trip_s >= 0.05
+        assert report.round_trip_p99_s >= report.round_trip_s
+        assert 1e6 < report.down < 2.1e6  # the server's side alone is slowed down
+        assert report.up > report.down
+        assert abs(report.clock_offset_s) <= 0.05 + report.clock_error_s  # the same clock, seen over one-sided delay
+        assert report.tls is None
+        digest = start(client, running.address, token=TOKEN).expect("done")["digest"]
+        assert running.wait(WAIT_S).digest == digest
+
+
+def test_the_rate_of_both_ways_is_that_of_a_link_as_slow_in_each() -> None:
+    report = LinkReport("", 0.0, 0.0, up=1e6, down=3e6, clock_offset_s=0.0, clock_error_s=0.0, tls=None)
+    assert pytest.approx(2 / report.both_ways) == 1 / 1e6 + 1 / 3e6
+
+
+def test_strangers_are_not_served() -> None:
+    with start_server(token=TOKEN) as running:
+        with pytest.raises(HandshakeError, match="wrong token"):
+            check_link(running.address, token=TOKEN + "x")
+        with pytest.raises(HandshakeError, match="asks for a token"):
+            check_link(running.address)
+
+
+class Prober:
+    """A client that measures as it likes."""
+
+    def __init__(self, address: str) -> None:
+        self.transport = Transport()
+        self.link = Connection(self.transport, address)
+        self.welcome = self.link.introduce_probe(None)
+
+    def ask(self, **fields: object) -> protocol.Message:
+        self.link.send(protocol.Measure(**fields))  # type: ignore[arg-type]
+        return self.link.next_message("an answer")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"index": 1, "nbytes": probe.MAX_BYTES + 256}, "at most 8388608; found 8388864"),
+        ({"index": 1, "nbytes": 100}, "expected a multiple of 256 bytes"),
+        ({"index": 1, "nbytes": -256}, "found -256"),
+        ({"index": 0}, "expected an index from 1 to 1024, found 0"),
+        ({"index": 1025}, "expected an index from 1 to 1024, found 1025"),
+    ],
+)
+def test_what_a_measurement_may_not_ask_ends_it(fields: dict[str, object], reason: str) -> None:
+    with start_server() as running:
+        prober = Prober(running.address)
+        with pytest.raises(HandshakeError, match=reason):
+            prober.ask(**fields)
+        prober.transport.close()
+        Prober(running.address).transport.close()  # the desk is free again
+
+
+def test_a_measurement_moves_no_more_than_its_allowance() -> None:
+    with start_server() as running:
+        prober = Prober(running.address)
+        count = probe.MAX_TOTAL // probe.MAX_BYTES
+        for index in range(1, count + 1):
+            assert isinstance(prober.ask(index=index, nbytes=probe.MAX_BYTES), protocol.Measured)
+        with pytest.raises(HandshakeError, match="at most 0; found 256"):
+            prober.ask(index=count + 1, nbytes=256)
+        prober.transport.close()
+
+
+def test_one_client_measures_at_a_time_and_the_next_when_it_is_gone() -> None:
+    with start_server() as running:
+        first = Prober(running.address)
+        with pytest.raises(HandshakeError, match="another client is measuring"):
+            Prober(running.address)
+        first.transport.close()
+        refused = "not yet tried"
+        while refused:  # until the server has seen the end of the first
+            try:
+                Prober(running.address).transport.close()
+                refused = ""
+            except HandshakeError as error:
+                refused = str(error)
+            assert not refused or "another client is measuring" in refused
+
+
+def test_a_measurement_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_server() as running:
+        prober = Prober(running.address)
+        monkeypatch.setattr(probe, "_MAX_S", 0.0)
+        with pytest.raises(HandshakeError, match="measuring this link took longer than the server allows"):
+            prober.link.next_message("the end")
+        prober.transport.close()
+
+
+def test_a_client_that_measures_cannot_say_what_members_say() -> None:
+    with start_server(clients=1) as running:
+        prober = Prober(running.address)
+        prober.link.send(protocol.Ready(plan_digest="", frozen="", fingerprints=[]))
+        with pytest.raises(HandshakeError, match="Ready has no place in a measurement"):
+            prober.link.next_message("an answer")
+        prober.transport.close()
+        pb.join(running.address, make_model(), torch.optim.SGD).close()
+
+
+@needs_tls
+def test_the_command_shows_the_link_its_tls_and_whether_a_model_is_hidden(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    with start_server(token=TOKEN, tls=server_tls()) as running:
+        ca = str(deployment().ca.certificate_file)
+        common = ["doctor", "--peer", running.address, "--token-file", str(tmp_path / "token"), "--tls-ca", ca]
+        text = CliRunner().invoke(app, common, catch_exceptions=False).output
+        for part in ("round trip", "up ", "down ", "clock", "TLSv1.3", "TLS_AES_128_GCM_SHA256", "parablock server"):
+            assert part in text
+        assert deployment().server.fingerprint in text
+        model = ["--model", "tiny", "--json"]
+        slow = CliRunner().invoke(app, [*common, *model, "--step-time", "1"], catch_exceptions=False)
+        assert re.match(r"hidden: .* 4 local steps take 4\.00 s", json.loads(slow.output)["overlap"])
+        fast = CliRunner().invoke(app, [*common, *model, "--step-time", "0.0000001"], catch_exceptions=False)
+        verdict = json.loads(fast.output)
+        assert re.match(r"not hidden: .* --local-steps \d+ would hide it", verdict["overlap"])
+        assert verdict["up"] > 0

@@ -1,0 +1,157 @@
+"""What the server takes into a round's sum: each upload wholly or not at all, and all that wait in one pass."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_server
+
+import parablock_rt as pb
+from parablock_rt import codec
+from parablock_rt.codec import Accumulator
+from parablock_rt.coordinator import Coordinator
+from parablock_rt.outcome import ClosedRound, Outcome
+from parablock_rt.protocol import Upload
+from parablock_rt.rounds import Delivery, Round
+
+NUMEL = 256
+ROUND, BLOCK = 4, 2
+
+
+def delivery(
+    client: int, value: float = 1.0, *, block: int = BLOCK, weight: float = 1.0, spoilt: bool = False
+) -> Delivery:
+    body = codec.encode(torch.full((NUMEL,), value), torch.zeros(NUMEL), None, format="int8").body
+    if spoilt:
+        body[0:2] = torch.tensor([0x80, 0x7F], dtype=torch.uint8)  # an infinite scale
+    upload = Upload(round=ROUND, block=block, weight=weight, loss=0.5, compute_s=0.0, exposed_s=0.0)
+    return Delivery(client, upload, body, at=float(client))
+
+
+def open_round(cohort: set[int]) -> Round:
+    return Round(ROUND, BLOCK, frozenset(cohort), Accumulator(NUMEL))
+
+
+def test_of_uploads_that_come_together_each_is_judged_alone() -> None:
+    round = open_round({0, 1, 2, 3, 4})
+    together = [
+        delivery(0, 1.0, weight=1.0),
+        delivery(1, 5.0, spoilt=True),
+        delivery(2, 5.0, block=BLOCK + 1),
+        delivery(7, 5.0),
+        delivery(3, 2.0, weight=3.0),
+        delivery(0, 9.0),
+    ]
+    reasons = round.fold(together, "int8")
+    assert [bool(reason) for reason in reasons] == [False, True, True, True, False, True]
+    for reason, why in zip(
+        (reasons[1], reasons[2], reasons[3], reasons[5]),
+        ("impossible values", "trains block 2, not 3", "not in the cohort", "already delivered"),
+        strict=True,
+    ):
+        assert why in reason
+    assert set(round.uploads) == set(round.folded_at) == set(round.fold_span_ns) == {0, 3}
+    assert set(round.refused) == {1, 2, 7}, "the second upload of one who has delivered takes nothing from the first"
+    expected = Accumulator(NUMEL)
+    for one in (together[0], together[4]):
+        expected.add(one.body, one.upload.weight, "int8")
+    assert torch.equal(round.accumulator.mean(), expected.mean())
+
+
+def test_what_comes_together_takes_the_time_of_the_pass_in_equal_shares_that_follow_each_other() -> None:
+    round = open_round({0, 1, 2})
+    before = time.monotonic_ns()
+    round.fold([delivery(client) for client in (2, 0, 1)], "int8")
+    spans = [round.fold_span_ns[client] for client in (2, 0, 1)]
+    assert before <= spans[0][0] < spans[-1][1] <= time.monotonic_ns()
+    assert spans[0][1] == spans[1][0]
+    assert spans[1][1] == spans[2][0]
+    assert len({end - start for start, end in spans}) == 1
+    assert round.fold_s(0) == (spans[1][1] - spans[1][0]) / 1e9
+
+
+class Gathering:
+    """After round 0 the server's thread takes events until all uploads of round 1 have arrived, and folds none.
+
+    `due`: whether that many of them would have been folded at once.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clients: int) -> None:
+        self.due: dict[int, bool] = {}
+        self.passes: dict[int, list[int]] = {}
+        fold, close = Round.fold, Coordinator._close
+
+        def count(round: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
+            self.passes.setdefault(round.index, []).append(len(deliveries))
+            return fold(round, deliveries, format)
+
+        def close_then_gather(server: Coordinator, round: Round) -> None:
+            close(server, round)
+            while round.index == 0 and len(server._arrived.get(1, [])) < clients:
+                server._intake.let_in(1)
+                event = server._transport.next_event(WAIT_S)
+                assert event is not None
+                server._take(event)
+                if 1 in server._arrived:
+                    self.due[len(server._arrived[1])] = server._is_worth_a_pass(1)
+
+        monkeypatch.setattr(Round, "fold", count)
+        monkeypatch.setattr(Coordinator, "_close", close_then_gather)
+
+
+def federate(clients: int, before_step: Callable[[pb.Run], None] = lambda run: None, **settings: Any) -> Outcome:
+    with start_server(rounds=2, clients=clients, local_steps=1, staleness=0, **settings) as server:
+
+        def client(model: torch.nn.Module) -> None:
+            with pb.join(server.address, model, sgd) as run:
+                for batch in run.stream(make_batches(run.client)):
+                    before_step(run)
+                    run.train_step(batch, loss_fn)
+
+        threads = [threading.Thread(target=client, args=(make_model(),)) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        return server.wait(WAIT_S)
+
+
+def test_the_server_folds_all_uploads_that_wait_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathering = Gathering(monkeypatch, 3)
+    outcome = federate(3)
+    assert gathering.passes[1] == [3]
+    assert [closed.contributions for closed in outcome.rounds] == [3, 3]
+
+
+def test_uploads_wait_until_as_many_are_here_as_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathering = Gathering(monkeypatch, 5)
+    federate(5, upload_budget=2**30)
+    assert gathering.due == {1: False, 2: False, 3: True, 4: True, 5: True}
+
+
+def test_uploads_that_take_half_of_the_budget_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathering = Gathering(monkeypatch, 5)
+    federate(5, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
+    assert gathering.due[1] is False
+    assert gathering.due[2] is True
+
+
+def test_what_has_arrived_by_the_deadline_counts_though_nobody_else_comes() -> None:
+    """One of four delivers in round 0; the others do when the server has closed it."""
+    closed = threading.Event()
+
+    def hold(run: pb.Run) -> None:
+        if run.client != 2:
+            assert closed.wait(WAIT_S)
+
+    def note(done: ClosedRound) -> None:
+        closed.set()
+
+    outcome = federate(4, hold, quorum=1, deadline=1.0, on_round=note)
+    assert outcome.rounds[0].contributions == 1
+    assert [part.client for part in outcome.rounds[0].parts] == [2]

@@ -1,0 +1,320 @@
+"""The transport over real sockets: links of several connections."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import struct
+from typing import Any
+
+import pytest
+from federations import Case, assert_equal
+from transport_cases import (
+    DEADLINE_S,
+    HEADER_BYTES,
+    MIB,
+    Make,
+    T,
+    expect,
+    filled,
+    flat,
+    frame_of,
+    join,
+    listen,
+    make_transports,
+    next_event,
+    read_exactly,
+    read_to_end,
+    stranger_to,
+)
+
+from parablock_rt import _C, protocol
+from parablock_rt._C import Buffer
+from parablock_rt.errors import ConfigError
+from parablock_rt.transport import Transport
+
+make = pytest.fixture(make_transports)
+listening = pytest.fixture(listen)
+
+ACK, DATA, PING, ATTACH = 3, 2, 5, 7
+
+
+def widen(a: _C.Transport, link: int, b: _C.Transport, other: int, lanes: int) -> None:
+    """Gives a link, which a opened, this many lanes."""
+    a.attach_lanes(link, b.offer_lanes(other, lanes - 1), lanes - 1, 5.0)
+    events = expect(b, T.CONNECTED, T.CLOSED, count=2 * (lanes - 1))
+    assert [e.text for e in events if e.type == T.CLOSED] == [f"it became a lane of link {other}"] * (lanes - 1)
+
+
+def raw_lane(port: int, key: bytes) -> socket.socket:
+    lane = stranger_to(port)
+    lane.sendall(frame_of(ATTACH, payload=key))
+    return lane
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_transfers_in_both_directions_over_several_lanes(make: Make, lanes: int) -> None:
+    a, b = make(), make(window_bytes=300_000)
+    link, other = join(a, b)
+    widen(a, link, b, other, lanes)
+    sizes = [1, 65536, 65537, 1_000_003, 16 * MIB]
+    expected: list[tuple[Buffer, bytes]] = []
+    for index, size in enumerate(sizes):
+        for sender, sender_link, receiver, receiver_link in ((a, link, b, other), (b, other, a, link)):
+            buffer, content = filled(size, index)
+            target = Buffer(size)
+            layout = flat(size, 1 + size // 70)
+            receiver.receive(receiver_link, 1, index, 0, target, layout)
+            sender.send(sender_link, 1, index, 0, sender.make_source(buffer, layout, True))
+            expected.append((target, content))
+    for transport in (a, b):
+        expect(transport, T.SENT, T.RECEIVED, count=2 * len(sizes))
+    for target, content in expected:
+        assert bytes(memoryview(target)) == content
+    for transport, its_link in ((a, link), (b, other)):
+        stats = transport.stats(its_link)
+        assert len(stats.lanes) == lanes
+        assert stats.bytes_in == sum(lane.bytes_in for lane in stats.lanes)
+        assert stats.bytes_out == sum(lane.bytes_out for lane in stats.lanes)
+        assert all(lane.bytes_out > 65536 for lane in stats.lanes)  # each carried chunks
+
+
+def test_a_lane_that_nobody_reads_holds_up_what_it_holds_and_no_more(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    nbytes = 64 * MIB
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        with raw_lane(port, transport.offer_lanes(connected.link, 1)) as second:
+            expect(transport, T.CONNECTED, T.CLOSED, count=2)
+            buffer, _ = filled(nbytes)
+            transport.send(connected.link, 1, 0, 0, transport.make_source(buffer, flat(nbytes), True))
+            first.sendall(frame_of(ACK, (1, 0, 0), payload=struct.pack("<Q", nbytes)))
+            arrived = 0
+            while select.select([first], [], [], 1.0)[0]:
+                arrived += len(first.recv(MIB))
+            stuck = 0
+            second.settimeout(1.0)
+            while arrived + stuck < nbytes:
+                stuck += len(second.recv(MIB))
+    assert 0 < stuck < nbytes // 4  # what the sockets of one connection hold
+
+
+def test_keys_that_open_nothing_are_refused_and_the_link_goes_on(make: Make) -> None:
+    a, b = make(), make()
+    port = b.listen("127.0.0.1", 0)
+    link, other = join(a, b, port)
+    late = b.offer_lanes(other, 1, within=0.0)
+    with raw_lane(port, late) as lane:
+        expect(b, T.CONNECTED)
+        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        read_to_end(lane)
+    key = b.offer_lanes(other, 1)
+    assert len(key) == 32
+    assert key != late
+    for wrong in (os.urandom(32), key[:31], key[:-1] + bytes([key[-1] ^ 1]), b"", late):
+        with raw_lane(port, wrong) as lane:
+            expect(b, T.CONNECTED)
+            assert "opens nothing" in expect(b, T.CLOSED)[0].text
+            read_to_end(lane)
+    a.attach_lanes(link, key, 1, 5.0)
+    expect(b, T.CONNECTED, T.CLOSED, count=2)
+    with raw_lane(port, key) as one_too_many:
+        expect(b, T.CONNECTED)
+        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        read_to_end(one_too_many)
+    assert [len(b.stats(other).lanes), len(a.stats(link).lanes)] == [2, 2]
+    with pytest.raises(ValueError, match="at most 3 further lanes"):
+        a.attach_lanes(link, key, 4, 5.0)
+    with pytest.raises(ValueError, match="link is gone"):
+        a.attach_lanes(99, key, 1, 5.0)
+    a.send_control(link, b"still there")
+    expect(b, T.CONTROL)
+
+
+def test_the_key_of_a_link_that_ended_opens_nothing(make: Make) -> None:
+    a, b = make(), make()
+    port = b.listen("127.0.0.1", 0)
+    link, other = join(a, b, port)
+    key = b.offer_lanes(other, 3)
+    a.close_link(link, "over")
+    expect(b, T.CLOSED)
+    with raw_lane(port, key) as lane:
+        expect(b, T.CONNECTED)
+        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        read_to_end(lane)
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_lane_that_dies_ends_the_whole_link_with_a_reason(listening: tuple[_C.Transport, int], how: str) -> None:
+    transport, port = listening
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        lane = raw_lane(port, transport.offer_lanes(connected.link, 1))
+        expect(transport, T.CONNECTED, T.CLOSED, count=2)
+        if how == "reset":
+            lane.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        lane.close()
+        (closed,) = expect(transport, T.CLOSED)
+        assert closed.link == connected.link
+        assert ("Connection reset" if how == "reset" else "closed one of the link's lanes") in closed.text
+        read_to_end(first)
+
+
+def test_a_lane_that_falls_silent_ends_the_link_though_the_others_are_alive(make: Make) -> None:
+    """A connection half open: one lane's bytes get nowhere, and nothing but silence tells."""
+    transport = make(idle_timeout=1.0)
+    port = transport.listen("127.0.0.1", 0)
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        with raw_lane(port, transport.offer_lanes(connected.link, 1)):
+            expect(transport, T.CONNECTED, T.CLOSED, count=2)
+            closed = None
+            for _ in range(200):
+                first.sendall(frame_of(PING))
+                if (closed := transport.next_event(0.05)) is not None:
+                    break
+            assert closed is not None
+            assert (closed.type, closed.link) == (T.CLOSED, connected.link)
+            assert closed.text == "nothing was heard from the peer for 1 s on one of the link's lanes"
+
+
+def test_idle_lanes_keep_each_other_awake(make: Make) -> None:
+    a, b = make(idle_timeout=0.6), make(idle_timeout=0.6)
+    link, other = join(a, b)
+    widen(a, link, b, other, 3)
+    assert a.next_event(2.0) is None
+    assert b.next_event(0.0) is None
+
+
+def test_closing_a_link_of_several_lanes_loses_nothing_that_was_sent(make: Make) -> None:
+    a, b = make(), make()
+    link, other = join(a, b)
+    widen(a, link, b, other, 4)
+    buffer, content = filled(8 * MIB)
+    target = Buffer(8 * MIB)
+    layout = flat(8 * MIB)
+    b.receive(other, 1, 0, 0, target, layout)
+    a.send(link, 1, 0, 0, a.make_source(buffer, layout, True))
+    expect(a, T.SENT)
+    a.send_control(link, b"the last words")
+    a.close_link(link, "done")
+    assert [event.type for event in expect(b, T.RECEIVED, T.CONTROL, count=2)] == [T.RECEIVED, T.CONTROL]
+    assert "the peer closed the connection" in expect(b, T.CLOSED)[0].text
+    assert bytes(memoryview(target)) == content
+
+
+def test_single_bytes_on_every_lane_make_whole_transfers(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    layout = flat(600, 50)
+    content = random.Random(0).randbytes(600)
+    chunks = [frame_of(DATA, (1, 0, 0), offset=at, payload=content[at : at + 50]) for at in range(0, 600, 50)]
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        key = transport.offer_lanes(connected.link, 2)
+        lanes = [first, *(raw_lane(port, key) for _ in range(2))]
+        expect(transport, T.CONNECTED, T.CLOSED, count=4)
+        target = Buffer(600)
+        transport.receive(connected.link, 1, 0, 0, target, layout)
+        read_exactly(first, HEADER_BYTES + 8)
+        wires = [b"".join(chunks[index::3]) for index in range(3)]
+        for lane in lanes:
+            lane.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(max(map(len, wires))):
+            for lane, wire in zip(lanes, wires, strict=True):
+                lane.sendall(wire[at : at + 1])
+        expect(transport, T.RECEIVED)
+        assert bytes(memoryview(target)) == content
+        for lane in lanes[1:]:
+            lane.close()
+
+
+def test_chunks_that_come_together_with_the_request_to_become_a_lane_are_the_links(
+    listening: tuple[_C.Transport, int],
+) -> None:
+    transport, port = listening
+    content = random.Random(0).randbytes(100)
+    target = Buffer(100)
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        key = transport.offer_lanes(connected.link, 1)
+        transport.receive(connected.link, 1, 0, 0, target, flat(100, 50))
+        read_exactly(first, HEADER_BYTES + 8)
+        chunks = [frame_of(DATA, (1, 0, 0), offset=at, payload=content[at : at + 50]) for at in (0, 50)]
+        with stranger_to(port) as lane:
+            lane.sendall(frame_of(ATTACH, payload=key) + b"".join(chunks))  # all in one segment
+            events = expect(transport, T.CONNECTED, T.CLOSED, T.RECEIVED, count=3)
+    assert [e.text for e in events if e.type == T.CLOSED] == [f"it became a lane of link {connected.link}"]
+    assert bytes(memoryview(target)) == content
+
+
+def test_the_stats_of_a_lane_tell_what_the_kernel_knows(make: Make) -> None:
+    a, b = make(), make()
+    link, other = join(a, b)
+    buffer, _ = filled(4 * MIB)
+    b.receive(other, 1, 0, 0, Buffer(4 * MIB), flat(4 * MIB))
+    a.send(link, 1, 0, 0, a.make_source(buffer, flat(4 * MIB), True))
+    expect(a, T.SENT)
+    (lane,) = a.stats(link).lanes
+    assert lane.bytes_out == a.stats(link).bytes_out > 4 * MIB
+    assert lane.rtt_us > 0
+    assert lane.rttvar_us > 0
+    assert lane.delivery_rate > 0
+    assert lane.cwnd > 0
+    assert lane.unsent_bytes == 0  # all of it is acknowledged
+    assert lane.retransmits >= 0
+    assert a.stats(99).lanes == []
+
+
+# ---- The Python face
+
+
+def test_lanes_are_offered_and_opened_as_far_as_both_sides_want(make: Make) -> None:
+    for server_lanes, client_lanes, expected in ((4, 3, 3), (2, 4, 2), (4, 1, 1), (1, 4, 1)):
+        with Transport(lanes=server_lanes) as server, Transport(lanes=client_lanes) as client:
+            link = client.connect(server.listen("127.0.0.1:0", protected=False))
+            event = server.next_event(DEADLINE_S)
+            assert event is not None
+            offer = server.offer_lanes(event.link)
+            assert (offer is None) == (server_lanes == 1)
+            if offer is not None:
+                assert offer == protocol.decode(protocol.encode(offer))
+                client.open_lanes(link, offer)
+            expect(server.native, T.CONNECTED, T.CLOSED, count=2 * (expected - 1))
+            assert len(server.native.stats(event.link).lanes) == expected
+
+
+def test_a_client_that_cannot_open_further_lanes_goes_on_with_one(caplog: pytest.LogCaptureFixture) -> None:
+    with Transport(lanes=4) as server, Transport(lanes=4) as client:
+        link = client.connect(server.listen("127.0.0.1:0", protected=False))
+        event = server.next_event(DEADLINE_S)
+        assert event is not None
+        offer = server.offer_lanes(event.link)
+        assert offer is not None
+        server.close()
+        closed = next_event(client.native)
+        assert closed.type == T.CLOSED
+        client.open_lanes(link, offer)
+    assert "the link is gone" in caplog.text
+
+
+def test_a_number_of_lanes_that_cannot_be_is_refused() -> None:
+    for lanes in (0, 5):
+        with pytest.raises(ConfigError, match="from 1 to 4"):
+            Transport(lanes=lanes)
+
+
+def test_a_federation_over_several_lanes_ends_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    attach = Transport.open_lanes
+
+    def spy(self: Transport, link: int, offer: protocol.Lanes) -> None:
+        attach(self, link, offer)
+        opened.append(offer.most)
+
+    monkeypatch.setattr(Transport, "open_lanes", spy)
+    case = Case(settings={"rounds": 6})
+    links: list[dict[str, Any]] = [{"lanes": 3}, {"lanes": 4}, {"lanes": 1}]
+    assert_equal(case.run(links=links), case.simulate())
+    assert opened == [4, 4, 4]

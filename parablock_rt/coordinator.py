@@ -14,23 +14,25 @@ import msgspec
 
 from parablock_rt import _C, checkpoint, comeback, protocol, recovery
 from parablock_rt.aggregate import Master, digest
+from parablock_rt.attendance import Attendance
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.checkpoint import Checkpoint, Past
 from parablock_rt.config import RunConfig
 from parablock_rt.downlink import Downlink
 from parablock_rt.errors import CheckpointError, DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.intake import LARGEST_UPLOAD_BUDGET, Intake
-from parablock_rt.members import Candidate, Identity, Member, Posted
+from parablock_rt.members import Candidate, Identity, Member
 from parablock_rt.outcome import ClosedRound, Outcome
 from parablock_rt.probe import ProbeDesk
 from parablock_rt.protocol import Kind
 from parablock_rt.roster import Roster
-from parablock_rt.rounds import Deadline, Delivery, OpenRounds, Round
+from parablock_rt.rounds import Deadline, OpenRounds, Round
 from parablock_rt.schedule import block_of
 from parablock_rt.staging import Encoding, Stager
 from parablock_rt.throttle import ThrottledLog
 from parablock_rt.timeline import Stage, Timeline
-from parablock_rt.transport import Transport, as_tensor, describe
+from parablock_rt.transport import Transport, describe
+from parablock_rt.uplink import Uplink
 from parablock_rt.watch import Watch
 
 log = logging.getLogger("parablock")
@@ -79,19 +81,18 @@ class Coordinator:
         self._state = state
         self._latest: dict[int, int] = {}  # the last closed round of each block
         self._roster = Roster(transport, identity, self)
+        self._attendance = Attendance(self._roster, self._config)
+        self._rounds = OpenRounds(self._config, self._numel_of)
         self._intake = Intake(transport, stager.buffers, self._roster, self._config, self._numel_of, upload_budget)
+        self._uplink = Uplink(self._intake, self._rounds, self._attendance, self.timeline, self._config.format)
         self._watch = Watch(self._config)
         self._probes = ProbeDesk(transport)
         self._strangers = ThrottledLog(log, _STRANGER_LOG_S)
-        self._absent: set[int] = set()
-        self._rounds = OpenRounds(self._config, self._numel_of)
-        self._arrived: dict[int, list[tuple[Member, Posted, Delivery]]] = {}  # not folded yet, by round
         self._oldest = 0
         self._oldest_since = time.monotonic()
         self._started_at: float | None = None
         self._lonely_since: float | None = None
         self._deadline = Deadline(self._config.deadline)
-        self._bytes_up = 0
         self._stop_reason: str | None = None
         if past is not None and state is not None:
             self._restore(past, state)
@@ -138,11 +139,11 @@ class Coordinator:
                 self.outcome.wall_s = time.monotonic() - self._started_at
             self.outcome.server_stages = self.timeline.stages.total()
             self.outcome.digest = self._digest()
-            self.outcome.left += self._lost()
+            self.outcome.left = self._attendance.gone(self.outcome.left)
 
     def _settle(self) -> None:
         """What follows from the events that were taken, and from the time."""
-        self._fold_arrived(self._is_worth_a_pass)
+        self._fold(self._uplink.is_worth_a_pass)
         self._check_clock()
         self._close_rounds()
         if self._started_at is not None:
@@ -172,7 +173,7 @@ class Coordinator:
     def _take(self, event: _C.Event) -> None:
         kinds = _C.Event.Type
         if event.type == kinds.CLOSED or (event.type == kinds.SENT and event.kind == Kind.SNAPSHOT):
-            self._fold_arrived()  # who goes or begins now does so after what has arrived
+            self._fold()  # who goes or begins now does so after what has arrived
         member = self._roster.on(event.link)
         if event.type == kinds.CONNECTED:
             self._roster.connected(event.link, event.text, time.monotonic())
@@ -201,7 +202,7 @@ class Coordinator:
         try:
             message = protocol.decode(data)
             if not isinstance(message, (protocol.Upload, protocol.Applied)):
-                self._fold_arrived()  # one who comes back, or leaves, is told of what has arrived
+                self._fold()  # one who comes back, or leaves, is told of what has arrived
             if (candidate := self._roster.candidate(link)) is not None:
                 self._take_candidate(candidate, message)
             elif self._watch.serves(link):
@@ -267,8 +268,7 @@ class Coordinator:
             )
         if message.round < self._oldest:
             return  # it was closed meanwhile, and the client has been told
-        waiting = {delivery.client for _, _, delivery in self._arrived.get(message.round, ())}
-        if member.seat in self._rounds.uploads_of(message.round).keys() | waiting:
+        if self._uplink.has(member.seat, message.round):
             raise HandshakeError(f"round {message.round} has an upload of client {member.seat} already")
         member.announced[message.round] = message
         posted = member.posted.get(message.round)
@@ -294,40 +294,15 @@ class Coordinator:
         self._say(member, protocol.Farewell())
 
     def _take_upload(self, member: Member, event: _C.Event) -> None:
-        taken = self._intake.take(member, event)
-        if taken is None:
-            return
-        posted, upload = taken
-        self._bytes_up += posted.nbytes
-        self._watch.uploaded(event.first_byte_ns, event.at_ns)
-        self.timeline.stages.add("receive", event.first_byte_ns, event.at_ns)
-        delivery = Delivery(member.seat, upload, as_tensor(posted.buffer, posted.nbytes), event.at_ns / 1e9)
-        self._arrived.setdefault(posted.round, []).append((member, posted, delivery))
+        if self._uplink.take(member, event):
+            self._watch.uploaded(event.first_byte_ns, event.at_ns)
 
-    def _fold_arrived(self, is_due: Callable[[int], bool] = lambda round: True) -> None:
-        """Folds the uploads that wait, each round's together: the sum is 16 bytes an element, and moving it once for
-        several of them is what lets many clients be folded as fast as they send."""
-        for index in [index for index in self._arrived if is_due(index)]:
-            round, uploads = self._rounds[index], self._arrived.pop(index)
-            reasons = round.fold([delivery for _, _, delivery in uploads], self._config.format)
-            for (member, posted, _), reason in zip(uploads, reasons, strict=True):
-                key = {"kind": Kind.UPLOAD, "round": index, "block": posted.block}
-                if not reason:
-                    span_ns = round.fold_span_ns[member.seat]
-                    self.timeline.add(Stage.FOLD, *span_ns, **key, peer=member.link or 0, bytes=posted.nbytes)
-                self._intake.give_back(posted)
-                if reason or self._state is None:
-                    self._send_verdict(member, index, reason, round.fold_s(member.seat))
-                # else it is told when the round is closed and that is on the disk: until then the client keeps the
-                # upload, and sends it again to a server that was killed meanwhile.
-
-    def _is_worth_a_pass(self, index: int) -> bool:
-        """Whether as many of a round's uploads wait as are still to come, or more than may wait: so each pass takes
-        half of the rest, there are few of them, and the one that the round's end waits for is the shortest."""
-        round, uploads = self._rounds[index], self._arrived[index]
-        here = round.uploads.keys() | round.refused.keys() | {delivery.client for _, _, delivery in uploads}
-        to_come = self._expected(round) - here
-        return len(uploads) >= len(to_come) or self._intake.taken_bytes >= self._intake.budget // 2
+    def _fold(self, is_due: Callable[[int], bool] = lambda round: True) -> None:
+        """Folds the uploads that wait, and says so: with a durable state not before the round is closed and that is on
+        the disk. Until then a client keeps its upload, and sends it again to a server that was killed meanwhile."""
+        for folded in self._uplink.fold(is_due):
+            if folded.reason or self._state is None:
+                self._send_verdict(folded.member, folded.round, folded.reason, folded.fold_s)
 
     def _send_verdict(self, member: Member, round: int, reason: str, fold_s: float = 0.0) -> None:
         if reason:
@@ -369,7 +344,7 @@ class Coordinator:
                 f"only {len(synced)} of {self._config.clients} clients joined within {self._config.join_timeout:g} s, "
                 f"and at least {self._config.quorum_size} are needed; start the missing ones or raise --join-timeout"
             )
-        self._absent = set(range(self._config.clients)) - {m.seat for m in synced}
+        self._attendance.begin_with(synced)
         self._started_at = self._oldest_since = time.monotonic()
         self._note(*[checkpoint.Started(seat=member.seat, first_round=0) for member in synced])
         for member in synced:
@@ -380,17 +355,12 @@ class Coordinator:
         member.next_post = first_round
         member.begun = True
         member.max_lag = _MAX_LAG + self._config.staleness + self._oldest - member.updates_from
-        self._absent.discard(member.seat)
+        self._attendance.takes_part(member)
         self._say(member, protocol.Begin(first_round=first_round, updates_from=member.updates_from))
 
     def _is_needed(self, newcomer: Member) -> bool:
-        """Whether the oldest open round cannot reach its quorum without this member, who could still take part."""
-        if self._oldest == self._config.rounds:
-            return False
-        round = self._rounds[self._oldest]
-        training = {m.seat for m in self._roster.here if m.begun and m.first_round <= round.index}
-        reachable = round.uploads.keys() | (round.cohort & training - round.refused.keys())
-        return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
+        """Whether the oldest open round waits for this very member."""
+        return self._oldest < self._config.rounds and self._attendance.is_needed(newcomer, self._rounds[self._oldest])
 
     def dismiss(self, link: int, error: ParaBlockError) -> None:
         """Tells a client why its conversation ends, and ends it."""
@@ -427,11 +397,6 @@ class Coordinator:
         if member.goodbye is None:
             log.warning("client %d lost its connection (%s); its seat is kept for it", member.seat, event.text)
 
-    def _lost(self) -> list[str]:
-        """Who lost its connection and has not come back, and why."""
-        lost = [m for m in self._roster.members if m.link is None and m.goodbye is None]
-        return [f"client {member.seat}: {member.lost_why}" for member in lost]
-
     def _take_rejoin(self, member: Member, message: protocol.Rejoin) -> None:
         """Goes on with a client on its new connection: says the verdicts that it may have missed, which uploads are
         wanted and from which byte, and sends the aggregates of the rounds since, or their blocks."""
@@ -441,7 +406,7 @@ class Coordinator:
         member.applied = message.applied
         member.updates_from = self._oldest
         member.max_lag = _MAX_LAG + self._config.staleness
-        self._absent.discard(member.seat)
+        self._attendance.takes_part(member)
         self.outcome.reconnects += 1
         for round, reason in comeback.decided(member, message, self._oldest).items():
             self._send_verdict(member, round, comeback.LATE.format(round) if reason is None else reason)
@@ -475,50 +440,37 @@ class Coordinator:
             if member.goodbye is not None:
                 self.outcome.goodbyes[member.seat] = member.goodbye
                 self.outcome.client_digests[member.seat] = member.goodbye.digest
-        self._absent = set(range(self._config.clients)) - {member.seat for member in self._roster.members}
+        self._attendance.begin_with(self._roster.members)
         if self._roster.members or past.closed:
             self._started_at = self._oldest_since
-        self._bytes_up = past.closed[-1].closed.bytes_up if past.closed else 0
+        self._uplink.nbytes = past.closed[-1].closed.bytes_up if past.closed else 0
         kept = recovery.aggregates(past, state, self._master, self._transport, self._downlink.buffers)
         self._downlink.restore(kept, past.closed[-1].closed.bytes_down if past.closed else 0)
 
     # ---- Rounds
-
-    def _expected(self, round: Round) -> set[int]:
-        """The seats whose delivery the round waits for: a seat may be vacant for a while, or begin later."""
-        not_yet = {m.seat for m in self._roster.members if m.first_round > round.index}
-        return set(round.cohort) - self._absent - not_yet
 
     def _close_rounds(self) -> None:
         """Closes the oldest open rounds, in order, as long as nothing more is expected for them."""
         while self._started_at is not None and self._oldest < self._config.rounds:
             round = self._rounds[self._oldest]
             if overdue := time.monotonic() - self._oldest_since >= self._deadline.seconds:
-                self._fold_arrived()
-            waited_for = self._expected(round) - round.uploads.keys() - round.refused.keys()
+                self._fold()
+            waited_for = self._attendance.outstanding(round)
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
                 open_s = time.monotonic() - self._oldest_since
-                lost = {m.seat for m in self._roster.members if m.link is None and m.goodbye is None}
+                lost = {member.seat for member in self._attendance.lost}
                 if waited_for & lost and open_s < self._deadline.without_quorum:
                     return  # they may come back
+                missing = self._attendance.who_is_missing(round, self.outcome.left)
                 raise RoundError(
                     f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients "
                     f"delivered in the {open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
-                    f"({self._who_is_missing(round)}); restart them, or set a lower --quorum or a longer --deadline"
+                    f"({missing}); restart them, or set a lower --quorum or a longer --deadline"
                 )
-            present = {member.seat for member in self._roster.members if member.link is not None}
-            self._absent |= waited_for - present
+            self._attendance.give_up(waited_for)
             self._close(round)
-
-    def _who_is_missing(self, round: Round) -> str:
-        missing = sorted(round.cohort - round.uploads.keys() - round.refused.keys())
-        parts = [f"missing: {missing}"] if missing else []
-        parts += [f"rejected: client {seat} ({reason})" for seat, reason in sorted(round.refused.items())]
-        gone = self.outcome.left + self._lost()
-        parts += [f"gone: {'; '.join(gone)}"] if gone else []
-        return "; ".join(parts)
 
     def _close(self, round: Round) -> None:
         start_ns = time.monotonic_ns()
@@ -537,7 +489,7 @@ class Coordinator:
         closed = round.closed(
             open_s=time.monotonic() - self._oldest_since,
             bad_groups=encoding.bad_groups,
-            bytes_up=self._bytes_up,
+            bytes_up=self._uplink.nbytes,
             bytes_down=self._downlink.nbytes,
             fingerprint=value,
             server_stages=self.timeline.stages.take(),
@@ -602,9 +554,10 @@ class Coordinator:
             self._lonely_since = None
         else:
             self._lonely_since = self._lonely_since or now
-            limit = self._deadline.without_quorum if self._lost() else min(_NOBODY_LEFT_S, self._deadline.seconds)
+            may_return = bool(self._attendance.lost)
+            limit = self._deadline.without_quorum if may_return else min(_NOBODY_LEFT_S, self._deadline.seconds)
             if now - self._lonely_since > limit:
-                gone = "; ".join(self.outcome.left + self._lost())
+                gone = "; ".join(self._attendance.gone(self.outcome.left))
                 raise RoundError(f"no client is left ({gone}); start them and the server again")
 
     def _lags(self, member: Member) -> bool:
@@ -617,11 +570,7 @@ class Coordinator:
     def _over(self) -> bool:
         if self._oldest < self._config.rounds:
             return False
-        waiting = [
-            member
-            for member in self._roster.members
-            if member.begun and member.goodbye is None and (member.here or member.seat not in self._absent)
-        ]
+        waiting = self._attendance.unfinished()
         limit = max(_GOODBYE_S, self._deadline.seconds)
         if waiting and time.monotonic() - self._oldest_since <= limit:
             return False

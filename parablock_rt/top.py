@@ -14,14 +14,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from parablock_rt.connection import Connection
-from parablock_rt.errors import ParaBlockError, PeerLostError
+from parablock_rt.connection import Connection, pause_before
+from parablock_rt.errors import ConnectError, HandshakeError, PeerLostError
 from parablock_rt.protocol import Status
 from parablock_rt.tls import Tls
 from parablock_rt.transport import Transport
 
 _SLOW = 0.1  # of a round's length, behind the first upload
-_TRIES = 3  # to come back to a server that was seen before
+_COME_BACK_S = 3.0  # for how long a server that was seen before is looked for once the connection broke
 
 
 def figures(status: Status) -> dict[str, Any]:
@@ -101,17 +101,32 @@ def watch(address: str, token: str | None, interval: float, console: Console, *,
                 except PeerLostError:
                     if status.round == status.rounds:
                         break
-                    try:
-                        link = Connection(transport, address, tries=_TRIES)
-                        now = link.observe(token)
-                    except ParaBlockError:
+                    if (found := _come_back(transport, address, token)) is None:
                         break
+                    link, now = found
                 elapsed = time.monotonic() - at
                 live.update(render(now, (status, elapsed)), refresh=True)
                 status, at = now, at + elapsed
     # Whoever looks every second rarely sees the last round closed: what cannot be known is not claimed.
     how = "has ended" if status.round == status.rounds else "has ended or cannot be reached any more"
     console.print(f"The server at {address} {how}; seen last after round {status.round} of {status.rounds}")
+
+
+def _come_back(transport: Transport, address: str, token: str | None) -> tuple[Connection, Status] | None:
+    """Another connection and a look through it, or None where the server cannot be found. A connection that is made
+    and then breaks says as little about the server as one that is refused: both are tried again."""
+    deadline, tries = time.monotonic() + _COME_BACK_S, 0
+    while True:
+        try:
+            link = Connection(transport, address, tries=1)
+            return link, link.observe(token)
+        except HandshakeError:
+            return None
+        except (ConnectError, PeerLostError):
+            if time.monotonic() >= deadline:
+                return None
+        time.sleep(pause_before(tries))
+        tries += 1
 
 
 def _transport(tls: Tls | None) -> Transport:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import parablock_rt as pb
 
-WAIT_S = 30.0
+WAIT_S = 90.0  # what takes a second on an idle machine may take long on a busy one
 
 _seeding = threading.Lock()
 

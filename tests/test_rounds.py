@@ -92,13 +92,13 @@ class Gathering:
 
         def close_then_gather(server: Coordinator, round: Round) -> None:
             close(server, round)
-            while round.index == 0 and len(server._arrived.get(1, [])) < clients:
+            while round.index == 0 and len(server._uplink.waiting(1)) < clients:
                 server._intake.let_in(1)
                 event = server._transport.next_event(WAIT_S)
                 assert event is not None
                 server._take(event)
-                if 1 in server._arrived:
-                    self.due[len(server._arrived[1])] = server._is_worth_a_pass(1)
+                if waiting := server._uplink.waiting(1):
+                    self.due[len(waiting)] = server._uplink.is_worth_a_pass(1)
 
         monkeypatch.setattr(Round, "fold", count)
         monkeypatch.setattr(Coordinator, "_close", close_then_gather)

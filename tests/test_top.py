@@ -21,7 +21,7 @@ from parablock_rt import cli, handshake, protocol, top, watch
 from parablock_rt.blocks import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.connection import Connection
-from parablock_rt.errors import HandshakeError
+from parablock_rt.errors import HandshakeError, PeerLostError
 from parablock_rt.members import Candidate, Identity
 from parablock_rt.protocol import ClientStatus, Status
 from parablock_rt.top import hidden, look_once, render
@@ -188,14 +188,20 @@ def test_a_connection_that_breaks_does_not_end_the_watching(
 ) -> None:
     looks: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
+    lost: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+
     class Looking(Connection):
         def observe(self, token: str | None) -> Status:
-            seen = super().observe(token)
+            try:
+                seen = super().observe(token)
+            except PeerLostError:
+                lost.put(self)
+                raise
             looks.put(self)
             return seen
 
     monkeypatch.setattr(top, "Connection", Looking)
-    monkeypatch.setattr(top, "_TRIES", 30)
+    monkeypatch.setattr(top, "_COME_BACK_S", WAIT_S)
     console = Console(width=160, record=True, file=io.StringIO())
     with start_server() as server:
         network = start(relay, server.address)
@@ -205,11 +211,13 @@ def test_a_connection_that_breaks_does_not_end_the_watching(
         first = looks.get(timeout=WAIT_S)
         network.tell(("down", 0, "reset"))
         network.expect("fired")
+        assert lost.get(timeout=WAIT_S) is first
+        assert lost.get(timeout=WAIT_S) is not first  # the first that came back broke, too
         network.tell(("mend",))
         network.expect("mended")
         while looks.get(timeout=WAIT_S) is first:
             pass
-        monkeypatch.setattr(top, "_TRIES", 1)
+        monkeypatch.setattr(top, "_COME_BACK_S", 0.0)
     network.destroy()
     watching.join(WAIT_S)
     assert not watching.is_alive()

@@ -1,6 +1,7 @@
 #include "lane.h"
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 
 namespace parablock {
@@ -8,6 +9,9 @@ namespace {
 
 constexpr int kReadsPerTurn = 16;  // then other lanes get theirs
 constexpr size_t kSegmentsPerFrame = 4;
+constexpr size_t kMostUnsentBytes = 1 << 20;
+constexpr int64_t kRateEveryNs = 4'000'000;
+constexpr int64_t kAheadNs = 1'000'000;
 
 bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
@@ -110,7 +114,23 @@ void Lane::note_sent(const Departing& departed, int64_t now_ns) {
   recorder_.note(Stage::kSend, frame.key, frame.chunk, frame.bytes() - frame.header.size(), start_ns, now_ns, index_);
 }
 
+// A fast connection is fed in larger pieces, which cost both ends less: a millisecond of what it takes, within bounds.
+// A control message waits behind no more than that.
+void Lane::follow_rate(int64_t now_ns) {
+  const int64_t span_ns = now_ns - rate_since_ns_;
+  if (span_ns < kRateEveryNs) return;
+  const uint64_t bytes = bytes_out() - rate_bytes_;
+  rate_since_ns_ = now_ns;
+  rate_bytes_ += bytes;
+  const double taken = static_cast<double>(bytes) * kAheadNs / static_cast<double>(span_ns);
+  const size_t ahead = std::bit_floor(std::clamp<size_t>(static_cast<size_t>(taken), kLeastUnsentBytes, kMostUnsentBytes));
+  if (ahead == ahead_) return;
+  ahead_ = ahead;
+  set_unsent_limit(fd(), ahead);
+}
+
 Lane::End Lane::write(int64_t now_ns) {
+  follow_rate(now_ns);
   while (true) {
     Vectors vectors;
     auto [used, total] = gather(vectors, now_ns);

@@ -49,11 +49,13 @@ class Lane {
   End write(int64_t now_ns);  // what may leave
   void read_and_forget();     // nothing the peer says matters any more
   uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
+  uint64_t bytes_out() const { return bytes_out_.load(std::memory_order_relaxed); }
 
   void put(OutFrame frame, int64_t ready_at_ns);  // it leaves no earlier: the shaper's word
   void record(Recorder recorder) { recorder_ = recorder; }
   bool empty() const { return departing_.empty() && !channel_.unsent(); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
+  size_t ahead() const { return ahead_; }  // bytes to hand to the socket at once, and as many may wait in it unsent
   int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
 
   bool opening() const { return channel_.opening(); }
@@ -81,6 +83,7 @@ class Lane {
 
   std::pair<size_t, size_t> gather(Vectors& out, int64_t now_ns) const;
   void consumed(size_t bytes);
+  void follow_rate(int64_t now_ns);
   void note_sent(const Departing& departed, int64_t now_ns);
 
   Channel channel_;
@@ -92,6 +95,9 @@ class Lane {
 
   std::deque<Departing> departing_;
   size_t departing_bytes_ = 0;
+  size_t ahead_ = kLeastUnsentBytes;
+  int64_t rate_since_ns_ = 0;   // when it was measured last, and what had left by then
+  uint64_t rate_bytes_ = 0;
   size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
   Recorder recorder_;
   int64_t write_began_ns_ = 0;  // only where it is recorded, as the next

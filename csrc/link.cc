@@ -6,8 +6,7 @@ namespace parablock {
 namespace {
 
 constexpr int kTurns = 16;                    // of writing, then other links get theirs
-constexpr size_t kBytesAhead = 128 << 10;     // after which a lane pulls no further frame before its socket takes them
-constexpr size_t kBytesOnLine = 256 << 20;    // likewise with an artificial delay
+constexpr size_t kBytesOnLine = 256 << 20;    // with an artificial delay: of frames that a lane holds
 constexpr int64_t kPingEveryNs = 5'000'000'000;
 constexpr int64_t kMeasureEveryNs = 500'000'000;  // the round trip, while data is expected: the window depends on it
 constexpr int64_t kStallCheckNs = 500'000'000;
@@ -58,6 +57,12 @@ LinkStats Link::stats() const {
   return stats;
 }
 
+uint64_t Link::bytes_moved() const {
+  uint64_t bytes = 0;
+  for (const auto& lane : lanes_) bytes += lane->bytes_in() + lane->bytes_out();
+  return bytes;
+}
+
 // ---- In
 
 bool Link::all_lanes_ended() const {
@@ -98,7 +103,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 // Puts the next frame on a lane; false when there is none or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && lane.opening()) return false;  // lane 0 can take it
-  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : kBytesAhead)) return false;
+  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : lane.ahead())) return false;
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
     return false;

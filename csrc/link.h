@@ -37,6 +37,7 @@ class Link {
   Lane& lane(size_t index) { return *lanes_[index]; }
   // One connection more, until there are kMaxLanes. Nobody may call `stats` meanwhile.
   Lane& add_lane(Channel channel);
+  uint64_t bytes_moved() const;  // of frames, in and out
   LinkStats stats() const;  // any thread
   void record(Ring* ring);  // from now on notes what happens to each chunk; null: no more
 

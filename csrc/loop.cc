@@ -1,5 +1,6 @@
 #include "loop.h"
 
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -52,11 +53,22 @@ void Loop::change(int fd, uint64_t token, Interest interest) {
 
 void Loop::remove(int fd) { checked(epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr), "epoll_ctl"); }
 
-void Loop::wait(int64_t deadline_ns, std::vector<Ready>& ready) {
+// How many events there are, of sockets, the timer and `wake` alike.
+int Loop::look(int64_t alert_ns, Events& events) {
+  const int most = static_cast<int>(events.size());
+  const int64_t until_ns = alert_ns > 0 ? monotonic_ns() + alert_ns : 0;
+  for (int64_t now_ns = 0; now_ns < until_ns; now_ns = monotonic_ns()) {
+    if (int count = epoll_wait(epoll_.get(), events.data(), most, 0); count != 0) return count;
+    sched_yield();
+  }
+  return epoll_wait(epoll_.get(), events.data(), most, -1);
+}
+
+void Loop::wait(int64_t deadline_ns, int64_t alert_ns, std::vector<Ready>& ready) {
   ready.clear();
   set_timer(std::max<int64_t>(deadline_ns, 1));
-  epoll_event events[64];
-  int count = epoll_wait(epoll_.get(), events, 64, -1);
+  Events events;
+  int count = look(alert_ns, events);
   for (int i = 0; i < count; ++i) {
     uint64_t token = events[i].data.u64;
     if (token == kWakeToken) {

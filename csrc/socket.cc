@@ -20,7 +20,6 @@ namespace parablock {
 namespace {
 
 constexpr int kBacklog = 512;
-constexpr int kUnsentBytes = 256 << 10;  // in the kernel, per connection: control messages queue behind no more
 
 std::system_error failure(int error, const std::string& what) {
   return std::system_error(error, std::generic_category(), what);
@@ -150,7 +149,12 @@ void set_link_options(int fd) {
   int on = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   // The buffers' sizes are left to the kernel, which follows bandwidth x delay by itself unless they are set.
-  setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentBytes, sizeof kUnsentBytes);
+  set_unsent_limit(fd, kLeastUnsentBytes);
+}
+
+void set_unsent_limit(int fd, size_t bytes) {
+  const int limit = static_cast<int>(bytes);
+  setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof limit);
 }
 
 void set_user_timeout(int fd, int64_t ns) {

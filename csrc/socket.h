@@ -25,6 +25,8 @@ class Fd {
 
 int64_t monotonic_ns();
 
+constexpr size_t kLeastUnsentBytes = 256 << 10;  // the limit of a new connection
+
 // All throw std::system_error; its message names the address.
 Fd listen_tcp(const std::string& host, uint16_t port);
 Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // tries every address the name has
@@ -33,6 +35,7 @@ Fd duplicate(int fd);
 uint16_t local_port(const Fd& fd);
 
 void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little unsent data in the kernel
+void set_unsent_limit(int fd, size_t bytes);  // in the kernel: what is sent later queues behind no more than that
 void set_user_timeout(int fd, int64_t ns);  // after which the kernel ends a connection whose data nobody acknowledges
 std::string peer_address(int fd);           // "host:port"; "unknown" when the peer is gone
 std::string peer_network(int fd);           // what one user has of addresses: an IPv4 address, or 64 bits of IPv6

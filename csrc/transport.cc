@@ -9,6 +9,7 @@
 #include <chrono>
 #include <future>
 #include <stdexcept>
+#include <utility>
 
 namespace parablock {
 namespace {
@@ -17,6 +18,10 @@ namespace {
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
 constexpr int kAcceptsPerTurn = 64;
+// After a turn that moved this much the next is due within the time that falling asleep and being woken takes, which is
+// most of what a fast link costs. A slow one never moves so much at once, and is slept on.
+constexpr uint64_t kBusyBytes = 64 << 10;
+constexpr int64_t kAlertNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;   // of control frames to one trusted peer, at least
 constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
 
@@ -376,6 +381,7 @@ void Transport::drop_all() {
 // Whatever goes wrong here ends this link alone.
 void Transport::service_link(Link& link, int64_t now_ns) {
   bool going_on = true;
+  const uint64_t before = link.bytes_moved();
   try {
     for (size_t lane = 0; lane < link.lanes() && going_on; ++lane)
       if (readable_.contains(token_of(link.id(), lane)) || link.unread(link.lane(lane)))
@@ -390,6 +396,7 @@ void Transport::service_link(Link& link, int64_t now_ns) {
   } catch (const std::exception& error) {
     going_on = link.fail(error.what());
   }
+  moved_ += link.bytes_moved() - before;
   if (!going_on) over_.push_back(link.id());
 }
 
@@ -426,7 +433,7 @@ void Transport::run() {
   while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
     int64_t wake_at = monotonic_ns() + kHousekeepingNs;
     for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
-    loop_.wait(wake_at, ready);
+    loop_.wait(wake_at, std::exchange(moved_, 0) >= kBusyBytes ? kAlertNs : 0, ready);
     carry_out_commands();
     try {
       service(monotonic_ns(), ready);

@@ -128,6 +128,8 @@ class Transport {
   std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
   std::vector<uint64_t> over_;   // links that ended
 
+  uint64_t moved_ = 0;           // bytes of frames, in and out
+
   bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;
   std::mutex close_mutex_;

@@ -120,7 +120,8 @@ class Coordinator:
                 if self._stop_reason is not None:
                     raise ParaBlockError(f"the server was stopped: {self._stop_reason}")
                 turn, before = time.monotonic(), turn
-                if turn - before > _PAUSED_S:  # what clients said meanwhile is still to be read: they are not late
+                # What clients said meanwhile is still to be read: they are not late.
+                if turn - before > min(_PAUSED_S, self._deadline.seconds / 2):
                     self._oldest_since += turn - before
                 for at_once in range(_EVENTS_AT_ONCE):
                     event = self._transport.next_event(0.0 if at_once else 0.05)

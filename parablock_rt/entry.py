@@ -30,6 +30,7 @@ class Entry:
         self._token = token
         self._reconnect_s = reconnect
         self._former: Seat | None = None
+        self._answered = False  # there is a server of ours, as an earlier try has shown if not this one
         self._broke_at: float | None = None
         self._tries = 0
 
@@ -43,18 +44,17 @@ class Entry:
         """
         while True:
             transport = make_transport()
-            answered = self._former is not None
             try:
                 connection = Connection(transport, self._address, tries=8 if self._broke_at is None else 1)
                 try:
                     welcome = connection.introduce(self._token, self._former)
                 finally:
-                    answered = answered or connection.run != 0
+                    self._answered = self._answered or connection.run != 0
                 self._former, self._broke_at = Seat(welcome.client, welcome.secret), None
                 return begin(connection, welcome)
             except BaseException as error:
                 transport.close(flush=1.0)
-                if not (answered and isinstance(error, ParaBlockError) and self._may_try_again(error)):
+                if not (self._answered and isinstance(error, ParaBlockError) and self._may_try_again(error)):
                     raise
                 log.warning("%s; the run had not begun here, joining once more", error)
             time.sleep(pause_before(self._tries))

@@ -128,7 +128,7 @@ class Coordinator:
                     if event is None:
                         break
                     self._take(event)
-                self._settle()
+                self._settle(idle=event is None and at_once == 0)
         except ParaBlockError as error:
             self._tell_all(error)
             raise
@@ -142,9 +142,9 @@ class Coordinator:
             self.outcome.digest = self._digest()
             self.outcome.left = self._attendance.gone(self.outcome.left)
 
-    def _settle(self) -> None:
-        """What follows from the events that were taken, and from the time."""
-        self._fold(self._uplink.is_worth_a_pass)
+    def _settle(self, *, idle: bool = False) -> None:
+        """What follows from the events that were taken, and from the time. `idle`: there was none for a while."""
+        self._fold(lambda round: idle or self._uplink.is_worth_a_pass(round))
         self._check_clock()
         self._close_rounds()
         if self._started_at is not None:

@@ -19,6 +19,8 @@ from parablock_rt.rounds import Delivery, OpenRounds
 from parablock_rt.timeline import Stage, Timeline
 from parablock_rt.transport import as_tensor
 
+_TOGETHER = 8  # uploads in one pass: there the sum weighs no more than they do, and a round's end waits for no more
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -68,11 +70,12 @@ class Uplink:
         return seat in self._rounds.uploads_of(round) or seat in self.waiting(round)
 
     def is_worth_a_pass(self, round: int) -> bool:
-        """Whether as many of a round's uploads wait as are still to come, or more than may wait: so each pass takes
-        half of the rest, there are few of them, and the one that the round's end waits for is the shortest."""
+        """Whether so many of a round's uploads wait that moving the sum for them costs little, or no more are to come
+        or may wait. Fewer are worth it only to a server that has nothing else to do."""
         waiting = self.waiting(round)
-        to_come = self._attendance.outstanding(self._rounds[round]) - waiting
-        return len(waiting) >= len(to_come) or self._intake.taken_bytes >= self._intake.budget // 2
+        if len(waiting) >= _TOGETHER or self._intake.taken_bytes >= self._intake.budget // 2:
+            return True
+        return self._attendance.outstanding(self._rounds[round]) <= waiting
 
     def fold(self, is_due: Callable[[int], bool] = lambda round: True) -> list[Folded]:
         """Folds the uploads that wait, each round's together. `is_due`: whether a round's are to be folded yet."""

@@ -128,10 +128,34 @@ def test_the_server_folds_all_uploads_that_wait_in_one_pass(monkeypatch: pytest.
     assert [closed.contributions for closed in outcome.rounds] == [3, 3]
 
 
-def test_uploads_wait_until_as_many_are_here_as_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    gathering = Gathering(monkeypatch, 5)
-    federate(5, upload_budget=2**30)
-    assert gathering.due == {1: False, 2: False, 3: True, 4: True, 5: True}
+@pytest.mark.parametrize(("clients", "enough"), [(5, 5), (10, 8)])
+def test_uploads_wait_until_eight_are_here_or_none_is_to_come(
+    monkeypatch: pytest.MonkeyPatch, clients: int, enough: int
+) -> None:
+    gathering = Gathering(monkeypatch, clients)
+    federate(clients, upload_budget=2**30)
+    assert gathering.due == {waiting: waiting >= enough for waiting in range(1, clients + 1)}
+
+
+def test_a_server_that_has_nothing_else_to_do_folds_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second client sends nothing before the first one's upload is in the sum."""
+    folded = threading.Event()
+    passes: list[int] = []
+    fold = Round.fold
+
+    def note(round: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
+        if round.index == 0:
+            passes.append(len(deliveries))
+            folded.set()
+        return fold(round, deliveries, format)
+
+    def hold(run: pb.Run) -> None:
+        assert run.client == 0 or folded.wait(WAIT_S)
+
+    monkeypatch.setattr(Round, "fold", note)
+    outcome = federate(2, hold)
+    assert passes == [1, 1]
+    assert [closed.contributions for closed in outcome.rounds] == [2, 2]
 
 
 def test_uploads_that_take_half_of_the_budget_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ prints nothing of its own.
 from __future__ import annotations
 
 import logging
+import signal
 from typing import Annotated, NoReturn
 
 import typer
@@ -32,6 +33,7 @@ app.add_typer(look.traces, name="trace")
 def main() -> NoReturn:
     """The entry point; never returns."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager ends a run as Ctrl-C does
     try:
         app(prog_name="parablock")  # ends with SystemExit: 0, or 2 after a usage error
     except ConfigError as error:

@@ -22,7 +22,7 @@ from parablock_rt.rounds import Delivery, Round
 THREE = [["0"], ["2"], ["4"]]
 TWO = [["0", "2"], ["4"]]
 ONE = [["0", "2", "4"]]
-WAIT_S = 30.0
+WAIT_S = 90.0
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

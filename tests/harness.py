@@ -85,7 +85,7 @@ def run_federation(
     links: Sequence[dict[str, float]] = (),
     server_link: dict[str, float] | None = None,
     check: bool = True,
-    limit_s: float = 60.0,
+    limit_s: float = 120.0,
     **settings: Any,
 ) -> FederationResult:
     """Runs a federation to its end and returns what came of it.

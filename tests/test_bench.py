@@ -113,12 +113,11 @@ def test_what_is_no_older_result_is_a_clear_error(tmp_path: Path, content: str) 
 
 def test_the_installed_program_has_the_benchmarks() -> None:
     program = [sys.executable, "-m", "parablock_rt", "bench", "scale", "--help"]
-    shown = subprocess.run(program, capture_output=True, text=True, timeout=100, check=True, cwd="/")
+    shown = subprocess.run(program, capture_output=True, text=True, timeout=300, check=True, cwd="/")
     assert "--clients" in shown.stdout
     assert "usage: parablock bench scale" in shown.stdout
 
 
-@pytest.mark.timeout(300)
 def test_the_overlap_sweep_fills_every_cell_with_ideal_round_stages_and_break_even(tmp_path: Path) -> None:
     flags = "--model tiny --rounds 5 --rates 40mbit 80mbit --local-steps 1 2 --formats int8 --staleness 1 --delay 1ms"
     code, result = bench(tmp_path, "overlap", *flags.split(), "--no-interference", "--no-baselines")
@@ -153,7 +152,6 @@ def test_a_rate_that_is_none_is_a_clear_error() -> None:
         cli.main(["overlap", "--model", "tiny", "--rounds", "2"])
 
 
-@pytest.mark.timeout(300)
 def test_scale_counts_every_byte_and_states_how_memory_and_time_grow(tmp_path: Path) -> None:
     flags = "--clients 3 1 --params 65536 --rounds 3"
     code, result = bench(tmp_path, "scale", *flags.split())

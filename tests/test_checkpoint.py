@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import client, make_model, start_server, starter
+from processes import WAIT_S, client, make_model, start_server, starter
 
 import parablock_rt as pb
 from parablock_rt import checkpoint, protocol
@@ -148,13 +148,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "state"
     with starter() as start, start_server(rounds=2, clients=1, durable=folder) as running:
         start(client, running.address).expect("done")
-        running.wait(30)
+        running.wait(WAIT_S)
     return folder
 
 
 def test_a_finished_run_resumes_to_its_result(finished: Path) -> None:
     with start_server(resume=finished) as running:
-        outcome = running.wait(30)
+        outcome = running.wait(WAIT_S)
         assert outcome.client_digests == {0: outcome.digest}
         assert [closed.round for closed in outcome.rounds] == [0, 1]
 

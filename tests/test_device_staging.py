@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
-import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from fake_device import FakeDevice, Stream, control
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leftovers import settles, threads
 from test_staging import DEADLINE_S, DTYPES, random_piece, statement
 
 from parablock_rt import _C, codec, pinned
@@ -67,6 +69,17 @@ class Staged:
         old.copy_(made.residual)
         new.fill_(7.0)
         return Piece(made.now, made.ref, old, new)
+
+
+@contextlib.contextmanager
+def nothing_packed(device: FakeDevice) -> Iterator[None]:
+    """Whatever is handed to the stream that packs waits for the end of the context."""
+    gate = threading.Event()
+    device.launch(device.native.pack, lambda: gate.wait(DEADLINE_S))
+    try:
+        yield
+    finally:
+        gate.set()
 
 
 @pytest.fixture
@@ -134,9 +147,11 @@ def test_a_chunk_is_sent_only_when_it_is_on_the_host(staged: Staged, transport: 
     sender, receiver, target = _C.Session(), _C.Session(), _C.Buffer(layout.nbytes)
     receiver.receive(1, 0, 0, target, layout)
     sender.feed(receiver.next_frame() or b"")
-    encoding = staged.stager.encode([piece], "int8", CHUNK, transport)
-    sender.send(1, 0, 0, encoding.source)
-    assert encoding.source.ready_chunks < layout.chunks  # nothing has waited for the device
+    with nothing_packed(staged.device):
+        encoding = staged.stager.encode([piece], "int8", CHUNK, transport)
+        sender.send(1, 0, 0, encoding.source)
+        assert encoding.source.ready_chunks == 0  # nothing has waited for the device
+        assert sender.next_frame() is None
     frames = 0
     while frames < layout.chunks:
         if (frame := sender.next_frame()) is not None:
@@ -263,10 +278,11 @@ def test_a_round_trip_allocates_nothing_and_never_waits_for_a_stream_once_it_is_
                 here.stager.release(encoding)
             return fake_device.calls("cuEventCreate"), here.memory.used, here.stager.buffers.allocated_bytes
 
-        warm = rounds(6)
-        later = rounds(12)
-        assert later[1:] == warm[1:]
-        assert later[0] - warm[0] <= 2  # a mark more is taken when a thread happens to give one back late
+        # When a thread gives something back late, one more of it is taken; more than a few are never under way.
+        warm, later, tries = None, rounds(6), 1
+        while later != warm:
+            assert tries <= 10
+            warm, later, tries = later, rounds(12), tries + 1
         assert fake_device.calls("cuStreamSynchronize") == 0
 
 
@@ -329,28 +345,21 @@ def test_a_body_goes_from_device_to_device_while_python_holds_its_lock() -> None
 
 def test_closing_in_the_middle_gives_everything_back(transport: Transport) -> None:
     gc.collect()
-    threads = _device_threads()
+    before = threads("pb-device")  # of those that other tests have not let go of yet
     pinned_before = control().fake_pinned_bytes()
     here = Staged(delay_us=3000)
     with here:
-        assert _device_threads() == threads + 1
+        ours = threads("pb-device") - before
+        assert len(ours) == 1
         encoding = here.stager.encode([here.piece(NUMEL, 0)], "int8", CHUNK, transport)
         for _ in range(2):
             here.stager.landing(NUMEL, "int8", CHUNK)
         assert control().fake_pinned_bytes() > pinned_before
     assert encoding.done  # closing lets what was queued end
-    assert _device_threads() == threads
+    assert settles(lambda: not ours & threads("pb-device"))
     del here, encoding
     gc.collect()
     assert control().fake_pinned_bytes() == pinned_before
-
-
-def _device_threads() -> int:
-    names = []
-    for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/comm") as comm:
-            names.append(comm.read())
-    return sum(name.startswith("pb-device") for name in names)
 
 
 def test_a_link_that_goes_in_the_middle_of_a_body_leaves_a_landing_that_can_be_closed() -> None:
@@ -407,8 +416,9 @@ def test_a_copy_to_the_device_that_fails_is_told_when_the_body_is_asked_for() ->
 
 def test_a_device_that_has_failed_ends_the_wait_for_a_body(transport: Transport) -> None:
     here = Staged(delay_us=1000)
-    encoding = here.stager.encode([here.piece(NUMEL, 0)], "int8", CHUNK, transport)
-    control().fake_break()
+    with nothing_packed(here.device):
+        encoding = here.stager.encode([here.piece(NUMEL, 0)], "int8", CHUNK, transport)
+        control().fake_break()
     with pytest.raises(_C.DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
         encoding.wait()
     here.stager.close()

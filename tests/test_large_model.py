@@ -24,12 +24,11 @@ def predicted(shape: str) -> float:
     return sum(map(found.item, WHAT_TRAINS)) / sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.timeout(300)
 def test_a_small_model_of_the_same_proportions_holds_what_the_large_one_is_predicted_to(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     arguments = ["--shape", "small", "--device", "cpu", "--local-steps", "1", "--rounds", "7", "--tokens", "8"]
     command = [sys.executable, "-m", "bench.large_model", *arguments, "--json", str(result)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=280, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500, capture_output=True)
     figures = json.loads(result.read_text())
     assert figures["trained_parameters"] == figures["parameters"]
     assert figures["peak_device_bytes"] is None

@@ -20,7 +20,6 @@ WITHIN = 0.05
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
@@ -63,7 +62,7 @@ def run_on_gpu(
                 for name, nbytes in run.holdings().items():
                     held.items[name] = max(held.items.get(name, 0), nbytes)
             peak = torch.cuda.max_memory_allocated() - besides
-        server.wait(60.0)
+        server.wait(90.0)
     return peak, held, predicted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,13 +77,26 @@ def run_watched(dtype: torch.dtype, count: int, optimizer: Any, **settings: Any)
     predicted = memory.predict(server_model, plan, pb.RunConfig(**settings), optimizer, "cpu")
     gc.collect()  # what earlier tests left behind must not go while this one counts
     # A network slower than the computation, also of several rounds: whatever may be under way is.
-    delay = 0.3 if settings.get("staleness", 1) > 1 else 0.05
+    delay = max(0.3 if settings.get("staleness", 1) > 1 else 0.05, 5 * round_s(dtype, count, optimizer, settings))
     with pb.serve(server_model, plan=plan, delay=delay, **settings) as server:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
             train(make_model(dtype), server.address, optimizer, held)
-        server.wait(30.0)
+        server.wait(90.0)
     held.peak += peak_of(recorder)
     return held, predicted
+
+
+def round_s(dtype: torch.dtype, count: int, optimizer: Any, settings: dict[str, Any]) -> float:
+    """How long the local steps of a round take here and now."""
+    model = make_model(dtype)
+    batch = torch.ones(1, WIDTH, dtype=dtype)
+    trained = optimizer(list(model[: LAYERS // count].parameters()))
+    begin = time.monotonic()
+    for _ in range(settings["local_steps"]):
+        squared_error(model, batch).backward()
+        trained.step()
+        trained.zero_grad()
+    return time.monotonic() - begin
 
 
 def peak_of(recorder: profile) -> int:

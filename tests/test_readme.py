@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import WAIT_S
 from torch import nn
 from typer.testing import CliRunner
 
@@ -61,9 +62,9 @@ def test_the_custom_loop_trains_two_clients_to_the_server_s_bits() -> None:
     with server:
         for thread in threads:
             thread.start()
-        outcome = server.wait(timeout=60)
+        outcome = server.wait(WAIT_S)
         for thread in threads:
-            thread.join(60)
+            thread.join(WAIT_S)
     losses = [closed.loss for closed in outcome.rounds]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
@@ -157,11 +158,6 @@ def test_every_file_of_the_project_that_is_named_exists() -> None:
     assert [(page, path) for page, path in named if not (ROOT / path).exists()] == []
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 def own_model(folder: Path) -> None:
     """A checkpoint that is none of ours, with a tokenizer of its own."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
@@ -173,31 +169,38 @@ def own_model(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
-@pytest.mark.timeout(300)
 def test_three_commands_lead_to_a_report_of_one_s_own_model(tmp_path: Path) -> None:
     section = README.split("## Your model, your link, a report")[1].split("\n## ")[0]
     install, serve, join = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)[0].strip().splitlines()
     assert install == "make install && . .venv/bin/activate"
     own_model(tmp_path / "checkpoint")
-    port = free_port()
-    places = {
-        "path/to/checkpoint": "checkpoint",
-        "0.0.0.0:7070": f"0.0.0.0:{port}",
-        "server.example.org:7070": f"127.0.0.1:{port}",
-    }
     quick = "--task additions --seq-len 24"  # the data of the demo is no part of every installation
-    processes = []
-    for line, more in ((serve, f"{quick} --rounds 3 --run-dir served"), (join, f"{quick} --run-dir joined")):
-        for text, place in places.items():
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(line: str, more: str, places: dict[str, str]) -> None:
+        for text, place in {"path/to/checkpoint": "checkpoint", **places}.items():
+            assert text in line
             line = line.replace(text, place)
-        program, *words = f"{line} {more}".split()
+        program, *words = f"{line} {quick} {more}".split()
         assert program == "parablock"
-        processes.append(subprocess.Popen([sys.executable, "-m", "parablock_rt", *words], cwd=tmp_path))
-    try:
-        assert [process.wait(240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+        command = [sys.executable, "-m", "parablock_rt", *words]
+        processes.append(subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT))
+
+    said = tmp_path / "said"
+    with said.open("w") as output:
+        try:
+            start(serve, "--rounds 3 --run-dir served", {"0.0.0.0:7070": "0.0.0.0:0"})
+            deadline = time.monotonic() + 2 * WAIT_S
+            while (port := re.search(r"Listening on 0\.0\.0\.0:(\d+) ", said.read_text())) is None:
+                assert time.monotonic() < deadline
+                assert processes[0].poll() is None, said.read_text()
+                time.sleep(0.05)
+            start(join, "--run-dir joined", {"server.example.org:7070": f"127.0.0.1:{port[1]}"})
+            assert [process.wait(2 * WAIT_S) for process in processes] == [0, 0], said.read_text()
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     for folder in ("served", "joined"):
         (data,) = re.findall(r'id="data">(.*?)</script>', (tmp_path / folder / "report.html").read_text(), re.DOTALL)
         (run,) = json.loads(data)["runs"]

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from processes import client, start_server, starter
+from processes import WAIT_S, client, start_server, starter
 from test_bad_input import RawClient, announcement, good_body
 
 from parablock_rt import handshake, protocol
@@ -100,7 +100,7 @@ def test_an_upload_that_is_announced_again_after_it_was_folded_ends_the_link_and
         assert "round 0 has an upload of client" in failure.reason
         other.let_go()
         digest = other.expect("done")["digest"]
-        outcome = running.wait(30)
+        outcome = running.wait(WAIT_S)
     assert digest == outcome.digest
     assert outcome.rounds[0].contributions == 2
     assert outcome.rounds[0].weight == 3.0  # 1 of the first, and 2 steps of the other
@@ -122,7 +122,7 @@ def test_an_upload_that_is_announced_again_while_it_waits_to_be_folded_ends_the_
         for other in others:
             other.let_go()
         digests = [other.expect("done")["digest"] for other in others]
-        outcome = running.wait(60)
+        outcome = running.wait(WAIT_S)
     assert digests == [outcome.digest] * 2
     assert outcome.rounds[0].contributions == 3
     assert outcome.rounds[0].weight == 5.0  # 1 of the first, and 2 steps of each other

@@ -326,7 +326,8 @@ def lane_stats() -> types.SimpleNamespace:
 
 def test_a_wall_clock_that_jumps_moves_nothing_but_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
     walls = iter([2e9, 1e9, 3e9, *[0.0] * 10_000])
-    monkeypatch.setattr("parablock_rt.telemetry.time.time", lambda: next(walls))
+    clocks = types.SimpleNamespace(time=lambda: next(walls), monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr("parablock_rt.telemetry.time", clocks)
     with Telemetry([collector := Collector()], FAST_S) as watch:
         watch.start("server", [ProcessMeter()])
         samples = [collector.next() for _ in range(3)]

@@ -18,7 +18,7 @@ from parablock_rt.staging import Piece, Stager
 from parablock_rt.timeline import RECORD, Stage, Timeline
 from parablock_rt.transport import Transport
 
-WAIT_S = 30.0
+WAIT_S = 90.0
 
 
 def write(ring: _C.Ring, number: int) -> None:

@@ -99,7 +99,7 @@ def test_messages_that_share_a_record_are_all_read_though_the_socket_is_empty(ma
         assert [int(expect(server, T.CONTROL)[0].message) for _ in range(300)] == list(range(300))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sizes=st.lists(st.integers(1, 70_000), min_size=1, max_size=6), chunk=st.integers(1, 40_000))
 def test_transfers_of_any_size_arrive_whole(pair: Pair, sizes: list[int], chunk: int) -> None:
     client, server = pair

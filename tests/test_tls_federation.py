@@ -205,30 +205,30 @@ def test_no_secret_is_in_outputs_process_lists_or_run_folders(tmp_path: Path) ->
     ours = certs.create(tmp_path / "tls", ["127.0.0.1"], clients=1)
     token = handshake.nonce().hex()
     (tmp_path / "token").write_text(token)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     common = ["--model", "tiny", "--token-file", "token", "--threads", "1"]
-    serve = ["serve", "--address", f"127.0.0.1:{port}", "--clients", "1", "--rounds", "2", "--eval-examples", "0"]
+    serve = ["--address", "127.0.0.1:0", "--clients", "1", "--rounds", "2", "--eval-examples", "0"]
     serve += ["--tls-cert", "tls/server.pem", "--tls-key", "tls/server.key", "--tls-client-ca", "tls/ca.pem"]
-    take_part = ["join", f"127.0.0.1:{port}", "--tls-ca", "tls/ca.pem"]
-    take_part += ["--tls-cert", "tls/client-1.pem", "--tls-key", "tls/client-1.key"]
+    take_part = ["--tls-ca", "tls/ca.pem", "--tls-cert", "tls/client-1.pem", "--tls-key", "tls/client-1.key"]
     processes = []
     command_lines = ""
     try:
+        address = ""
         for name, arguments in (("serve", serve), ("join", take_part)):
+            arguments = [name, *([address] if address else []), *arguments]
             command = [sys.executable, "-m", "parablock_rt", *arguments, *common, "--run-dir", f"{name}-run"]
             with (tmp_path / f"{name}.out").open("w") as output:
                 processes.append(
                     psutil.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[no-untyped-call]
                 )
             command_lines += " ".join(processes[-1].cmdline())
-            deadline = time.monotonic() + 3 * WAIT_S
-            while name == "serve" and "Listening" not in (tmp_path / "serve.out").read_text():
+            deadline = time.monotonic() + 2 * WAIT_S
+            while not (said := re.search(r"Listening on (\S+) ", (tmp_path / "serve.out").read_text())):
                 assert time.monotonic() < deadline
                 assert processes[0].poll() is None, (tmp_path / "serve.out").read_text()
                 time.sleep(0.05)
+            address = said[1]
         for process, name in zip(processes, ("serve", "join"), strict=True):
-            assert process.wait(3 * WAIT_S) == 0, (tmp_path / f"{name}.out").read_text()
+            assert process.wait(2 * WAIT_S) == 0, (tmp_path / f"{name}.out").read_text()
     finally:
         for process in processes:
             if process.poll() is None:

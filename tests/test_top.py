@@ -71,7 +71,7 @@ def test_an_observer_sees_the_run_before_and_while_it_goes_on(
         assert seen.exchange_s is not None
         for process in clients:
             process.let_go()
-        assert len(server.wait(30).rounds) == 6
+        assert len(server.wait(WAIT_S).rounds) == 6
         assert server.outcome.left == []
 
 
@@ -83,7 +83,7 @@ def test_an_observer_takes_no_seat_and_none_away(start: Callable[..., Process]) 
         process = start(client, server.address)
         assert process.expect("joined") == 0
         process.expect("done")
-        assert server.wait(30).client_digests.keys() == {0}
+        assert server.wait(WAIT_S).client_digests.keys() == {0}
 
 
 @pytest.mark.parametrize("token", [None, "another token, long enough"])
@@ -174,41 +174,60 @@ def test_the_command_speaks_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "mac" not in shown
 
 
-def test_watching_ends_when_the_server_does(start: Callable[..., Process]) -> None:
+class Watching:
+    """`top.watch` in a thread of its own. `looks` and `lost`: the connections that showed the server, or broke."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looks: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self.lost: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._console = Console(width=160, record=True, file=io.StringIO())
+        looks, lost = self.looks, self.lost
+
+        class Looking(Connection):
+            def observe(self, token: str | None) -> Status:
+                try:
+                    seen = super().observe(token)
+                except PeerLostError:
+                    lost.put(self)
+                    raise
+                looks.put(self)
+                return seen
+
+        monkeypatch.setattr(top, "Connection", Looking)
+
+    def begin(self, address: str) -> Connection:
+        """Returns the connection that saw the server first."""
+        self._thread = threading.Thread(target=top.watch, args=(address, None, 0.05, self._console), daemon=True)
+        self._thread.start()
+        return self.looks.get(timeout=WAIT_S)
+
+    def shown(self) -> str:
+        """What it has shown, once it is over."""
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        return self._console.export_text()
+
+
+def test_watching_ends_when_the_server_does(start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = Watching(monkeypatch)
     with start_server(rounds=4) as server:
+        watching.begin(server.address)
         for _ in range(2):
             start(client, server.address)
-        console = Console(width=160, record=True, file=io.StringIO())
-        top.watch(server.address, None, 0.1, console)
-        assert "has ended" in console.export_text()
+        server.wait(WAIT_S)
+    assert f"The server at {server.address} has ended" in watching.shown()
 
 
 def test_a_connection_that_breaks_does_not_end_the_watching(
     start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-
-    lost: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-
-    class Looking(Connection):
-        def observe(self, token: str | None) -> Status:
-            try:
-                seen = super().observe(token)
-            except PeerLostError:
-                lost.put(self)
-                raise
-            looks.put(self)
-            return seen
-
-    monkeypatch.setattr(top, "Connection", Looking)
+    watching = Watching(monkeypatch)
+    looks, lost = watching.looks, watching.lost
     monkeypatch.setattr(top, "_COME_BACK_S", WAIT_S)
-    console = Console(width=160, record=True, file=io.StringIO())
     with start_server() as server:
         network = start(relay, server.address)
         address = network.expect("address")
-        watching = threading.Thread(target=top.watch, args=(address, None, 0.05, console), daemon=True)
-        watching.start()
-        first = looks.get(timeout=WAIT_S)
+        first = watching.begin(address)
         network.tell(("down", 0, "reset"))
         network.expect("fired")
         assert lost.get(timeout=WAIT_S) is first
@@ -219,9 +238,7 @@ def test_a_connection_that_breaks_does_not_end_the_watching(
             pass
         monkeypatch.setattr(top, "_COME_BACK_S", 0.0)
     network.destroy()
-    watching.join(WAIT_S)
-    assert not watching.is_alive()
-    assert f"The server at {address} has ended or cannot be reached any more" in console.export_text()
+    assert f"The server at {address} has ended or cannot be reached any more" in watching.shown()
 
 
 @needs_tls

@@ -7,6 +7,7 @@ import random
 import select
 import socket
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -59,6 +60,24 @@ def test_transfers_in_both_directions_over_several_lanes(make: Make, lanes: int)
     a, b = make(), make(window_bytes=300_000)
     link, other = join(a, b)
     widen(a, link, b, other, lanes)
+
+    def each_carried_chunks() -> bool:
+        ends = (a.stats(link), b.stats(other))
+        return all(lane.bytes_out > 65536 for stats in ends for lane in stats.lanes)
+
+    round, deadline = 0, time.monotonic() + DEADLINE_S
+    while round == 0 or not each_carried_chunks():  # which lane takes a chunk is nobody's promise
+        assert time.monotonic() < deadline
+        transfer_both_ways(a, link, b, other, round)
+        round += 1
+    for transport, its_link in ((a, link), (b, other)):
+        stats = transport.stats(its_link)
+        assert len(stats.lanes) == lanes
+        assert stats.bytes_in == sum(lane.bytes_in for lane in stats.lanes)
+        assert stats.bytes_out == sum(lane.bytes_out for lane in stats.lanes)
+
+
+def transfer_both_ways(a: _C.Transport, link: int, b: _C.Transport, other: int, round: int) -> None:
     sizes = [1, 65536, 65537, 1_000_003, 16 * MIB]
     expected: list[tuple[Buffer, bytes]] = []
     for index, size in enumerate(sizes):
@@ -66,19 +85,13 @@ def test_transfers_in_both_directions_over_several_lanes(make: Make, lanes: int)
             buffer, content = filled(size, index)
             target = Buffer(size)
             layout = flat(size, 1 + size // 70)
-            receiver.receive(receiver_link, 1, index, 0, target, layout)
-            sender.send(sender_link, 1, index, 0, sender.make_source(buffer, layout, True))
+            receiver.receive(receiver_link, 1, round, index, target, layout)
+            sender.send(sender_link, 1, round, index, sender.make_source(buffer, layout, True))
             expected.append((target, content))
     for transport in (a, b):
         expect(transport, T.SENT, T.RECEIVED, count=2 * len(sizes))
     for target, content in expected:
         assert bytes(memoryview(target)) == content
-    for transport, its_link in ((a, link), (b, other)):
-        stats = transport.stats(its_link)
-        assert len(stats.lanes) == lanes
-        assert stats.bytes_in == sum(lane.bytes_in for lane in stats.lanes)
-        assert stats.bytes_out == sum(lane.bytes_out for lane in stats.lanes)
-        assert all(lane.bytes_out > 65536 for lane in stats.lanes)  # each carried chunks
 
 
 def test_a_lane_that_nobody_reads_holds_up_what_it_holds_and_no_more(listening: tuple[_C.Transport, int]) -> None:
@@ -92,13 +105,14 @@ def test_a_lane_that_nobody_reads_holds_up_what_it_holds_and_no_more(listening: 
             transport.send(connected.link, 1, 0, 0, transport.make_source(buffer, flat(nbytes), True))
             first.sendall(frame_of(ACK, (1, 0, 0), payload=struct.pack("<Q", nbytes)))
             arrived = 0
-            while select.select([first], [], [], 1.0)[0]:
+            while arrived < nbytes - nbytes // 4:  # the rest is more than the sockets of one connection hold
                 arrived += len(first.recv(MIB))
             stuck = 0
-            second.settimeout(1.0)
             while arrived + stuck < nbytes:
-                stuck += len(second.recv(MIB))
-    assert 0 < stuck < nbytes // 4  # what the sockets of one connection hold
+                for lane in select.select([first, second], [], [], DEADLINE_S)[0]:
+                    taken = len(lane.recv(MIB))
+                    arrived, stuck = arrived + taken * (lane is first), stuck + taken * (lane is second)
+    assert stuck > 0
 
 
 def test_keys_that_open_nothing_are_refused_and_the_link_goes_on(make: Make) -> None:
@@ -164,28 +178,29 @@ def test_a_lane_that_dies_ends_the_whole_link_with_a_reason(listening: tuple[_C.
 
 def test_a_lane_that_falls_silent_ends_the_link_though_the_others_are_alive(make: Make) -> None:
     """A connection half open: one lane's bytes get nowhere, and nothing but silence tells."""
-    transport = make(idle_timeout=1.0)
+    transport = make(idle_timeout=3.0)
     port = transport.listen("127.0.0.1", 0)
     with stranger_to(port) as first:
         (connected,) = expect(transport, T.CONNECTED)
         with raw_lane(port, transport.offer_lanes(connected.link, 1)):
             expect(transport, T.CONNECTED, T.CLOSED, count=2)
-            closed = None
-            for _ in range(200):
+            deadline = time.monotonic() + DEADLINE_S
+            while (closed := transport.next_event(0.05)) is None:
+                assert time.monotonic() < deadline
                 first.sendall(frame_of(PING))
-                if (closed := transport.next_event(0.05)) is not None:
-                    break
-            assert closed is not None
             assert (closed.type, closed.link) == (T.CLOSED, connected.link)
-            assert closed.text == "nothing was heard from the peer for 1 s on one of the link's lanes"
+            assert closed.text == "nothing was heard from the peer for 3 s on one of the link's lanes"
 
 
-def test_idle_lanes_keep_each_other_awake(make: Make) -> None:
-    a, b = make(idle_timeout=0.6), make(idle_timeout=0.6)
-    link, other = join(a, b)
-    widen(a, link, b, other, 3)
-    assert a.next_event(2.0) is None
+def test_idle_but_living_peers_keep_each_other_awake_on_every_lane(make: Make) -> None:
+    a, b = make(idle_timeout=5.0), make(idle_timeout=5.0)
+    port = b.listen("127.0.0.1", 0)
+    narrow, (wide, other) = join(a, b, port)[0], join(a, b, port)
+    widen(a, wide, b, other, 3)
+    assert a.next_event(6.0) is None
     assert b.next_event(0.0) is None
+    for link in (narrow, wide):
+        assert a.stats(link).round_trip_ns > 0
 
 
 def test_closing_a_link_of_several_lanes_loses_nothing_that_was_sent(make: Make) -> None:

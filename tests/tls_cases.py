@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from parablock_rt import _C, certs
 from parablock_rt.tls import Tls
 
-WAIT_S = 30.0
+WAIT_S = 90.0
 TOKEN = "correct-horse-battery-staple"
 
 needs_tls = pytest.mark.skipif(not _C.TLS_LIBRARY, reason="this build lacks TLS: libssl-dev was missing")

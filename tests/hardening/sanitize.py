@@ -43,7 +43,7 @@ FEDERATION = [
 ]
 FUZZ_TARGETS = ("frame", "session", "codec")
 STRESS_ROUNDS, SHORT_STRESS_ROUNDS = 100, 20
-LIMIT_S = 900
+LIMIT_S = 3600
 OURS = ("parablock::", "parablock_rt/_C", "csrc/")  # in a stack, with debug information and without
 
 
@@ -124,7 +124,7 @@ def check(variant: Variant, short: bool) -> bool:
     toolchain.build_module(variant)
     # -P: the package of the working directory must not hide the instrumented one.
     pytest = [sys.executable, "-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())"]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=300"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=600"]
     tests = [ROOT / "tests" / name for name in (SHORT_TESTS if short else TESTS) + FEDERATION]
     passed.append(run(variant, [*pytest, *options, *tests], "pytest"))
     return all(passed)

@@ -84,6 +84,7 @@ def run_federation(
     latecomers: Sequence[threading.Event] = (),
     links: Sequence[dict[str, float]] = (),
     server_link: dict[str, float] | None = None,
+    prepare: Callable[[pb.Server], None] | None = None,
     check: bool = True,
     limit_s: float = 120.0,
     **settings: Any,
@@ -100,6 +101,7 @@ def run_federation(
         client_models: makes the model of client thread i where given, instead of `make_model`.
         latecomers: for each, a further client that joins once the event is set.
         links, server_link: `rate` and `delay` of client thread i and of the server.
+        prepare: called with the server before any client starts.
         check: stop at the first client's error and raise it, or the server's. Otherwise errors are in the result.
         limit_s: seconds for everything.
         settings: the fields of `RunConfig`.
@@ -116,6 +118,8 @@ def run_federation(
     server = pb.serve(
         model, plan=plan, clients=clients, on_round=on_round, **{"chunk": 256, **settings}, **(server_link or {})
     )
+    if prepare is not None:
+        prepare(server)
 
     def client(index: int) -> None:
         result, start = results[index], starts[index]

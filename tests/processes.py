@@ -209,11 +209,13 @@ def server(pipe: Connection, settings: dict[str, Any], die: tuple[str, int] | No
         pipe.send(("error", (type(error).__name__, str(error))))
 
 
-def command(pipe: Connection, arguments: list[str], folder: str) -> None:
+def command(pipe: Connection, arguments: list[str], folder: str, die: tuple[str, int] | None = None) -> None:
     """The body of a `parablock` process: what the installed script does, in a folder that gets its `output` and
-    `errors`. Its exit code is the process's."""
+    `errors`. Its exit code is the process's. `die`: as for a server."""
     from parablock_rt.cli import main
 
+    if die is not None:
+        prepare(*die, lambda: pipe.send(("dying", die[0])))
     os.chdir(folder)
     for number, name in ((1, "output"), (2, "errors")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

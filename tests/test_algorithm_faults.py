@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deadlines import do_not_wait_for
 from federations import (
     ONE,
     THREE,
@@ -74,9 +75,8 @@ def test_an_upload_that_comes_after_the_deadline_leaves_no_trace(
     result = case.run(
         before_step=hold,
         on_round=lambda report: closed.set() if report.round == held else None,
+        prepare=lambda server: do_not_wait_for(server, lambda round: {1} if round == held else ()),
         quorum=1,
-        deadline=1.5,
-        limit_s=25.0,
     )
     assert (held, 0) in folded
     assert (held, 1) not in folded
@@ -207,7 +207,8 @@ def test_only_the_active_block_has_gradients_and_an_optimizer(dtype: torch.dtype
     assert all(p.grad is None for p in client.parameters())
 
 
-def test_a_client_that_leaves_in_the_middle_gets_its_model_back_trainable() -> None:
+def test_a_client_that_leaves_in_the_middle_gets_its_model_back_trainable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parablock_rt.coordinator._NOBODY_LEFT_S", 0.0)
     flags: list[list[bool]] = []
 
     def leave(run: Run, step: int) -> None:
@@ -218,7 +219,7 @@ def test_a_client_that_leaves_in_the_middle_gets_its_model_back_trainable() -> N
             raise Leave
 
     with pytest.raises(Exception, match="no client is left"):
-        Case(clients=1, settings={"deadline": 0.5}).run(before_step=leave)
+        Case(clients=1, settings={"deadline": 300.0}).run(before_step=leave)
     assert flags == [[False, False, True, True, False, False], [True] * 6]
 
 
@@ -281,9 +282,8 @@ def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
     result = Case(blocks, clients=2, settings={"staleness": 1, "local_steps": 1, "rounds": 6}).run(
         before_step=hold,
         on_round=lambda report: closed.set() if report.round == held else None,
+        prepare=lambda server: do_not_wait_for(server, lambda round: {0} if round == held else ()),
         quorum=1,
-        deadline=1.5,
-        limit_s=40.0,
     )
     assert closed.is_set()
     assert max(most) == 1
@@ -300,10 +300,11 @@ def test_a_client_that_leaves_more_aggregates_lying_than_the_budget_is_dismissed
         original(self, *args, **named, update_budget=0)
 
     monkeypatch.setattr(Coordinator, "__init__", without_room)
-    ended = threading.Event()
+    held, ended = threading.Event(), threading.Event()
 
     def hold(run: Run, step: int) -> None:
         if run.client == 0 and run._round is not None and run._round.index == 1:
+            held.set()
             assert ended.wait(WAIT_S)
 
     def look(report: ClosedRound) -> None:
@@ -311,7 +312,11 @@ def test_a_client_that_leaves_more_aggregates_lying_than_the_budget_is_dismissed
             ended.set()
 
     result = Case(THREE, clients=2, settings={"staleness": 0, "local_steps": 1, "rounds": 8}).run(
-        before_step=hold, on_round=look, check=False, quorum=1, deadline=1.0, limit_s=40.0
+        before_step=hold,
+        on_round=look,
+        prepare=lambda server: do_not_wait_for(server, lambda round: {0} if held.is_set() else ()),
+        check=False,
+        quorum=1,
     )
     assert ended.is_set()
     assert len(result.outcome.rounds) == 8

@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from deadlines import do_not_wait_for, do_not_wait_for_the_gone
 from processes import WAIT_S, Process, client, make_model, start_server, starter
 from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C, aggregate, codec, handshake, protocol
-from parablock_rt.errors import HandshakeError, PeerLostError, PlanMismatchError
+from parablock_rt.errors import HandshakeError, PeerLostError, PlanMismatchError, RoundError
 from parablock_rt.protocol import Kind
 from parablock_rt.transport import BufferPool, Transport, as_tensor, body_layout
 
@@ -191,17 +192,31 @@ def test_an_upload_whose_body_comes_before_its_announcement_is_folded_when_that_
 
 
 def test_an_upload_that_is_never_announced_is_refused_at_the_deadline(start: Start) -> None:
-    with start_server(rounds=1, quorum=1, deadline=3.0) as running, RawClient(running.address) as hostile:
+    given_up: set[int] = set()
+    with start_server(rounds=1, quorum=1) as running, RawClient(running.address) as hostile:
+        do_not_wait_for(running, lambda round: given_up)
         honest = start(client, running.address, data=0)
-        hostile.begin()
+        seat = hostile.begin().client
         hostile.send_body(0, good_body())
         hostile.until_sent()
+        given_up.add(seat)
         verdict = hostile.hear(protocol.Verdict)
         assert not verdict.accepted
         assert "without this upload" in verdict.reason
         hostile.say(protocol.Goodbye(digest="", reason="done with it", compute_s=0.0, exposed_s=0.0))
         honest.expect("done")
         assert [closed.contributions for closed in running.wait(WAIT_S).rounds] == [1]
+
+
+def test_a_client_that_never_sends_an_upload_is_waited_for_until_the_deadline_of_the_settings() -> None:
+    with start_server(clients=1, deadline=0.3) as running, RawClient(running.address) as silent:
+        silent.begin()
+        with pytest.raises(RoundError, match=r"round 0 cannot be closed: 0 of 1 clients delivered in the") as failure:
+            running.wait(WAIT_S)
+        assert answer(silent).reason == str(failure.value)
+    open_s = re.search(r"in the ([0-9.]+) s it was open", str(failure.value))
+    assert open_s is not None
+    assert float(open_s[1]) >= 0.3
 
 
 # ---- Messages that have no place, or no sense
@@ -322,7 +337,8 @@ def test_a_client_that_breaks_the_rules_loses_its_seat_and_hears_why(start: Star
     ids=["a round far ahead", "bits of a round that is open", "no round at all"],
 )
 def test_a_lie_in_the_middle_of_a_run_ends_the_liar_only(start: Start, message: protocol.Message, reason: str) -> None:
-    with start_server(quorum=1, deadline=0.5, rounds=3) as running, RawClient(running.address) as liar:
+    with start_server(quorum=1, rounds=3) as running, RawClient(running.address) as liar:
+        do_not_wait_for_the_gone(running)
         honest = start(client, running.address, stop_before=[0])
         liar.begin()
         liar.say(message)

@@ -321,7 +321,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
             [sys.executable, "-m", "parablock_rt", "demo", *arguments], stdout=out, stderr=err, cwd=folder
         )
     try:
-        deadline = time.monotonic() + 100.0
+        deadline = time.monotonic() + 400.0
         while process.poll() is None:
             assert time.monotonic() < deadline
             for one in [process, *process.children(recursive=True)]:
@@ -438,11 +438,11 @@ def test_ctrl_c_ends_a_demonstration_with_a_partial_summary_and_no_process_left(
 # ---- Server and clients by hand
 
 
-def serve(start: Start, folder: Path, *arguments: object) -> tuple[Process, str]:
-    """`parablock serve` on a free port, and its address."""
+def serve(start: Start, folder: Path, *arguments: object, die: tuple[str, int] | None = None) -> tuple[Process, str]:
+    """`parablock serve` on a free port, and its address. `die`: as for a server process."""
     folder.mkdir()
     flags = ["--model", "tiny", "--address", "127.0.0.1:0", "--run-dir", "run"]
-    process = start(command, ["serve", *flags, *map(str, arguments)], str(folder))
+    process = start(command, ["serve", *flags, *map(str, arguments)], str(folder), die)
 
     def address() -> str | None:
         said = (folder / "errors").read_text() if (folder / "errors").exists() else ""
@@ -546,7 +546,7 @@ def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
 
 
 def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
-    flags = "--rounds 100000 --blocks 2 --quorum 1 --deadline 1 --eval-examples 0"
+    flags = "--rounds 100000 --blocks 2 --quorum 1 --deadline 60 --eval-examples 0"
     server, address = serve(start, tmp_path / "server", *flags.split())
     leaver, stayer = (join(start, tmp_path / name, address) for name in ("leaver", "stayer"))
     metrics = tmp_path / "leaver" / "run" / "metrics.jsonl"

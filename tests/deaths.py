@@ -15,6 +15,7 @@ from parablock_rt.checkpoint import Checkpoint
 from parablock_rt.coordinator import Coordinator
 from parablock_rt.members import Member
 from parablock_rt.rounds import Delivery, Round
+from parablock_rt.transport import Transport
 
 
 def prepare(where: str, round: int, last_words: Callable[[], None]) -> None:
@@ -83,8 +84,13 @@ def _before_the_record(round: int, die: Callable[[], NoReturn]) -> None:
 
 
 def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
-    """The journal ends in the middle of the record that the round is closed."""
-    append = Checkpoint.append
+    """The journal ends in the middle of the record that the round is closed. The aggregate's bytes have left."""
+    append, make_durable = Checkpoint.append, Coordinator._make_durable
+    transports: list[Transport] = []
+
+    def note_transport(self: Coordinator, *args: Any) -> None:
+        transports.append(self._transport)
+        make_durable(self, *args)
 
     def append_half(self: Checkpoint, *records: checkpoint.Record) -> None:
         before = os.fstat(self._journal).st_size
@@ -92,8 +98,10 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
         if any(isinstance(record, checkpoint.Closed) and record.closed.round == round for record in records):
             after = os.fstat(self._journal).st_size
             os.ftruncate(self._journal, (before + after) // 2)
+            transports[-1].close(flush=1.0)
             die()
 
+    Coordinator._make_durable = note_transport  # type: ignore[method-assign]
     Checkpoint.append = append_half  # type: ignore[method-assign]
 
 

@@ -545,7 +545,7 @@ def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
     assert "seconds between two samples" in main(name, *address, "--model", "tiny", "--telemetry", "-1").err
 
 
-def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_client_and_sigterm_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
     flags = "--rounds 100000 --blocks 2 --quorum 1 --deadline 60 --eval-examples 0"
     server, address = serve(start, tmp_path / "server", *flags.split())
     leaver, stayer = (join(start, tmp_path / name, address) for name in ("leaver", "stayer"))
@@ -559,7 +559,7 @@ def test_ctrl_c_ends_a_client_and_then_the_server_with_partial_summaries(start: 
     said = tmp_path / "server" / "errors"
     wait_for(lambda: "is gone: stopped by KeyboardInterrupt" in said.read_text(), server.pause)
     wait_for((tmp_path / "server" / "run" / "metrics.jsonl").read_text, server.pause)
-    server.signal(signal.SIGINT)
+    server.signal(signal.SIGTERM)
     assert server.wait() > 0
     summary = read(tmp_path / "server" / "run" / "summary.json")
     assert summary["complete"] is False

@@ -98,6 +98,8 @@ class ParaBlockEnd(End):
 
     def _wait(self, kind: object) -> Any:
         event = self._transport.next_event(DEADLINE_S)
+        while event is not None and event.type == self._module.Event.Type.STALLED:  # new memory can take seconds to get
+            event = self._transport.next_event(DEADLINE_S)
         if event is None or event.type != kind:
             raise RuntimeError(f"expected {kind}, found {event and (event.type, event.text)}")
         return event

@@ -127,7 +127,10 @@ void Receiver::chunk_arrived(const FrameHeader& header, uint32_t crc, int64_t no
   if (sink.watermark != nullptr) sink.watermark->raise(sink.received());
   bool complete = sink.next_chunk == sink.chunks.size();
   uint64_t news = sink.received() - sink.acknowledged;
-  if (complete || news >= window(sink) / 4 || (news > 0 && now_ns - sink.acknowledged_ns >= kAcknowledgeNs)) {
+  // The window may have grown since the last word, but the sender has no more than that granted.
+  bool all_granted = sink.granted == sink.layout.bytes();
+  uint64_t under_way = all_granted ? window(sink) : std::min(window(sink), sink.granted - sink.acknowledged);
+  if (complete || (news > 0 && news >= under_way / 4) || (news > 0 && now_ns - sink.acknowledged_ns >= kAcknowledgeNs)) {
     acknowledge(header.key, sink);
     sink.acknowledged_ns = now_ns;
   }

@@ -14,6 +14,7 @@ from session_cases import (
     CONTROL,
     DATA,
     HEADER_BYTES,
+    PING,
     PONG,
     Frame,
     Key,
@@ -175,6 +176,29 @@ def test_ping_measures_the_round_trip_and_only_the_last_answer_counts() -> None:
 
 
 # ---- Credit and watermark
+
+
+def test_a_round_trip_that_grows_does_not_stop_a_sender_that_was_granted_less_before() -> None:
+    a, b = Session(), Session()
+    layout = Layout(units=16 * 2**20, scale_bytes=0, code_bytes=1, chunk_units=2**16)
+    source, content = make_source(layout, 4)
+    buffer = Buffer(layout.nbytes)
+    b.receive(1, 0, 0, buffer, layout)
+    a.feed(b.next_frame() or b"")
+    a.send(1, 0, 0, source)
+    b.ping(1)
+    assert decode(b.next_frame() or b"").type == PING
+    ms = 1_000_000
+    for at in range(12):
+        b.feed(a.next_frame() or b"", at * ms)
+    assert b.next_frame() is None  # too little to acknowledge
+    now = 400 * ms  # too early to acknowledge for the time that has passed
+    b.feed(Frame(PONG, offset=1).encode(), now)
+    while frame := a.next_frame():
+        b.feed(frame, now)
+        while answer := b.next_frame():
+            a.feed(answer, now)
+    assert bytes(memoryview(buffer)) == content
 
 
 @settings(deadline=None, max_examples=100)

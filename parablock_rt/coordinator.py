@@ -40,6 +40,7 @@ log = logging.getLogger("parablock")
 _STRANGER_LOG_S = 1.0
 _NOBODY_LEFT_S = 30.0
 _GOODBYE_S = 60.0
+_TURN_S = 0.05  # the longest that the loop waits for an event
 _PAUSED_S = 5.0  # a turn of the loop that took longer than this was a stopped process or a sleeping machine
 _MAX_LAG = 32  # rounds that a connected client may leave its aggregates lying
 UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave lying, the newest ones apart
@@ -121,10 +122,10 @@ class Coordinator:
                     raise ParaBlockError(f"the server was stopped: {self._stop_reason}")
                 turn, before = time.monotonic(), turn
                 # What clients said meanwhile is still to be read: they are not late.
-                if turn - before > min(_PAUSED_S, self._deadline.seconds / 2):
+                if turn - before > min(_PAUSED_S, max(self._deadline.seconds / 2, 10 * _TURN_S)):
                     self._oldest_since += turn - before
                 for at_once in range(_EVENTS_AT_ONCE):
-                    event = self._transport.next_event(0.0 if at_once else 0.05)
+                    event = self._transport.next_event(0.0 if at_once else _TURN_S)
                     if event is None:
                         break
                     self._take(event)

@@ -130,7 +130,8 @@ void Receiver::chunk_arrived(const FrameHeader& header, uint32_t crc, int64_t no
   // The window may have grown since the last word, but the sender has no more than that granted.
   bool all_granted = sink.granted == sink.layout.bytes();
   uint64_t under_way = all_granted ? window(sink) : std::min(window(sink), sink.granted - sink.acknowledged);
-  if (complete || (news > 0 && news >= under_way / 4) || (news > 0 && now_ns - sink.acknowledged_ns >= kAcknowledgeNs)) {
+  bool due = news >= under_way / 4 || now_ns - sink.acknowledged_ns >= kAcknowledgeNs;
+  if (complete || (news > 0 && due)) {
     acknowledge(header.key, sink);
     sink.acknowledged_ns = now_ns;
   }

@@ -18,8 +18,8 @@ namespace {
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
 constexpr int kAcceptsPerTurn = 64;
-// After a turn that moved this much the next is due within the time that falling asleep and being woken takes, which is
-// most of what a fast link costs. A slow one never moves so much at once, and is slept on.
+// After a turn that moved this much on a fast link the next is due within the time that falling asleep and being woken
+// takes. On a slow one turns that move so much are few, and so is the time that is spent in vain.
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kAlertNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;   // of control frames to one trusted peer, at least

@@ -1,8 +1,8 @@
 """What the clients send to the server: complete uploads, which wait to be folded into their round's sum together.
 
-The sum is 16 bytes an element: moving it once for several uploads is what lets many clients be folded as fast as they
-send. Owns the uploads that have arrived and are not folded yet. Decides neither who may send nor when a round closes,
-and says nothing to anybody. The server's thread alone uses it.
+The sum is 16 bytes an element, so it is moved once for several uploads. Owns the uploads that have arrived and are not
+folded yet. Decides neither who may send nor when a round closes, and says nothing to anybody. The server's thread alone
+uses it.
 """
 
 from __future__ import annotations
@@ -85,12 +85,11 @@ class Uplink:
     def _fold_round(self, index: int) -> list[Folded]:
         round, uploads = self._rounds[index], self._waiting.pop(index)
         reasons = round.fold([delivery for _, _, delivery in uploads], self._format)
+        folded = []
         for (member, posted, _), reason in zip(uploads, reasons, strict=True):
             if not reason:
                 key = {"kind": Kind.UPLOAD, "round": index, "block": posted.block, "bytes": posted.nbytes}
                 self._timeline.add(Stage.FOLD, *round.fold_span_ns[member.seat], peer=member.link or 0, **key)
             self._intake.give_back(posted)
-        return [
-            Folded(member, index, reason, round.fold_s(member.seat))
-            for (member, _, _), reason in zip(uploads, reasons, strict=True)
-        ]
+            folded.append(Folded(member, index, reason, round.fold_s(member.seat)))
+        return folded

@@ -43,17 +43,14 @@ fuzz: install  ## coverage-guided fuzzing of what reads a peer's bytes; FUZZ_SEC
 	-$(PIP) install --constraint constraints.txt atheris
 	$(BIN)/python tests/hardening/fuzz.py --seconds $(FUZZ_SECONDS) $(ARGS)
 
-bench: install bench-gpu  ## all benchmarks; results and plots in bench/results/, the tables of docs/ from them
+bench: install  ## all benchmarks that need no GPU; results and plots in bench/results/, the tables of docs/ from them
 	$(BIN)/parablock bench all --out bench/results
 	$(BIN)/python -m bench.page
 
-# Without a GPU each runs to its end in a reduced form and states no figures.
-bench-gpu: install  ## the benchmarks of the GPU data path; results in bench/results/
-	$(BIN)/python -m bench.kernels --json bench/results/kernels.json
-	$(BIN)/python -m bench.roofline bench/results/kernels.json bench/results/kernels.svg
-	$(BIN)/python -m bench.staging --json bench/results/staging.json
-	$(BIN)/python -m bench.gpu_overlap --json bench/results/gpu_overlap.json
-	$(BIN)/python -m bench.large_model --json bench/results/large_model.json
+# Each in a process of its own: what one leaves on the GPU is nobody else's.
+bench-gpu: install  ## the benchmarks of the GPU data path, on a machine with one; likewise
+	for name in kernels staging gpu-overlap large-model; do $(BIN)/parablock bench $$name --out bench/results || exit; done
+	$(BIN)/python -m bench.page
 
 bench-peers: install  ## the transport on shaped links (root), and next to Flower, NVFlare, gloo and iperf3
 	$(BIN)/python -m bench.shaped --json bench/results/shaped.json

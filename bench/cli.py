@@ -21,12 +21,13 @@ from .result import Benchmark, Result, compare, comparison_table, read
 
 WIDTH = 150  # of a table; a narrower terminal wraps it instead of losing figures
 NAMES = ("codec", "transport", "links", "overlap", "scale", "telemetry")
+GPU_NAMES = ("kernels", "staging", "gpu-overlap", "large-model")  # without a GPU they run in a reduced form, untimed
 
 
 def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
     """Runs what the arguments ask for and returns the exit code. Raises ConfigError for settings that no run can use,
     and SystemExit for help and wrong usage."""
-    name = next((word for word in arguments if word in (*NAMES, "all")), None)
+    name = next((word for word in arguments if word in (*NAMES, *GPU_NAMES, "all")), None)
     options = _parser(program, name).parse_args(arguments)
     names = NAMES if options.benchmark == "all" else (options.benchmark,)
     older = {each: read(options.compare, each) for each in names} if options.compare else {}
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
         about = machine()
         own = options if len(names) == 1 else _defaults(benchmark)
         result = {"benchmark": each, "machine": about, **benchmark.run(own)}
-        console.print(f"[b]{each}[/b]: {about['cpu']}, {about['cores']} cores, {about['instruction_set']}")
+        device = f", {about['gpu']}" if "gpu" in about else ""
+        console.print(f"[b]{each}[/b]: {about['cpu']}, {about['cores']} cores, {about['instruction_set']}{device}")
+        if each in GPU_NAMES and "gpu" not in about:
+            console.print("no GPU here: a reduced form ran to its end, what only a GPU can tell is left empty")
         for table in benchmark.tables(result):
             if table.row_count:
                 console.print(table)
@@ -52,25 +56,27 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
 
 def load(name: str) -> Benchmark:
     """The module of a benchmark; imported only now, for each has its own needs."""
-    return cast(Benchmark, import_module(f".{name}", __package__))
+    return cast(Benchmark, import_module(f".{name.replace('-', '_')}", __package__))
 
 
 def _parser(program: str, name: str | None) -> argparse.ArgumentParser:
     """All commands; the options of the one that is asked for."""
     parser = argparse.ArgumentParser(
         program,
-        description="Measure the codec, the transport, the overlap, the server's growth and telemetry on this machine.",
+        description="Measure the codec, the transport, the overlap, the server's growth, telemetry and the GPU's data "
+        "path on this machine.",
         epilog="Example: parablock bench overlap --model tiny --rates 20mbit 1x --compare older/overlap.json",
     )
-    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="|".join((*NAMES, "all")))
-    for each in (*NAMES, "all"):
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="|".join((*NAMES, *GPU_NAMES, "all")))
+    for each in (*NAMES, *GPU_NAMES, "all"):
         if each == name and each != "all":
             benchmark = load(each)
             text = benchmark.__doc__ or ""
             command = commands.add_parser(each, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
             benchmark.add_arguments(command)
         else:
-            command = commands.add_parser(each, help="all of them, as they are by default" if each == "all" else None)
+            text = f"{', '.join(NAMES)}, as they are by default" if each == "all" else None
+            command = commands.add_parser(each, help=text)
         command.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for JSON and plot")
         command.add_argument("--compare", type=Path, metavar="OLD", help="an older result (file or folder)")
         command.add_argument(

@@ -1,7 +1,5 @@
 """What the hand-over of a block costs the training on a GPU: at a round's boundary, and while transfers go on.
 
-`python -m bench.gpu_overlap --json FILE` prints two results.
-
 Boundary: a client trains a model of three equal blocks on the GPU, one block behind a server in a process of its own on
 the same machine, over loopback. All times are taken between CUDA events on the training stream, from the beginning of
 one step to the beginning of the next. `boundary_s` is by how much the last step of a round and the first of the next
@@ -19,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import statistics
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 
 import parablock_rt as pb
@@ -34,7 +31,7 @@ from parablock_rt import _C
 from parablock_rt.staging import Piece, Stager
 from parablock_rt.transport import Transport, body_layout
 
-from .machine import machine
+from .result import Result, columns, shown
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -112,7 +109,7 @@ def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str
     lost = statistics.median(taken[i][2] + taken[i + 1][2] for i in ends) - 2 * step
     round_s = step * local_steps + lost
     figures = (step, round_s, lost, lost / round_s, statistics.median(waited[WARM_UP_ROUNDS:]))
-    return result | dict(zip(BOUNDARY, figures, strict=True))
+    return result | dict(zip(BOUNDARY, figures, strict=True)) | {"steps_s": [seconds for *_, seconds in taken]}
 
 
 class Traffic:
@@ -227,26 +224,73 @@ def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dic
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the batch, how many rounds and windows."""
     # 14,768 squared is 218 M parameters a block.
     parser.add_argument("--width", type=int, default=14_768 if GPU else 32, help="of a square block")
     parser.add_argument("--tokens", type=int, default=8192 if GPU else 8, help="of a batch")
     parser.add_argument("--rounds", type=int, default=12 if GPU else 4)
     parser.add_argument("--local-steps", type=int, default=80 if GPU else 2)
     parser.add_argument("--windows", type=int, default=5 if GPU else 1)
-    parser.add_argument("--json", type=Path, help="write machine, settings and both results to this file")
-    options = parser.parse_args()
-    about = machine() | {"device": torch.cuda.get_device_name() if GPU else None}
-    print(f"device: {about['device'] or 'none; all figures are absent'}")
-    results = {"boundary": boundary(options.width, options.tokens, options.rounds, options.local_steps)}
-    print(f"boundary: {results['boundary']}")
+    parser.add_argument("--steps", type=int, default=400 if GPU else 2, help="of a window")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The boundary, then the windows beside transfers, on a model of a fourth of the width."""
     numel = options.width**2 // 128 * 128
-    results["beside"] = beside(options.width // 4, options.tokens, numel, options.windows, 100 if GPU else 2)
-    print(f"beside: {results['beside']}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, **results}, indent=2) + "\n")
+    rows = [
+        {"case": "boundary", **boundary(options.width, options.tokens, options.rounds, options.local_steps)},
+        {
+            "case": "beside transfers",
+            **beside(options.width // 4, options.tokens, numel, options.windows, options.steps),
+        },
+    ]
+    names = ("width", "tokens", "rounds", "local_steps", "windows", "steps")
+    return {"settings": {name: getattr(options, name) for name in names}, "rows": rows}
 
 
-if __name__ == "__main__":
-    main()
+def tables(result: Result) -> list[Table]:
+    """The two results."""
+    at, along = result["rows"]
+    boundary = columns(
+        "at a round's boundary, block of 218 M parameters by default",
+        "million parameters",
+        "step, ms",
+        "round, s",
+        "lost at a boundary, ms",
+        "of the round",
+        "waited for communication, ms",
+    )
+    if at["step_s"] is not None:
+        boundary.add_row(
+            shown(at["params_a_block"] / 1e6, ".0f"),
+            shown(at["step_s"] * 1e3, ".2f"),
+            shown(at["round_s"]),
+            shown(at["boundary_s"] * 1e3, ".2f"),
+            shown(at["boundary_share"], ".2%"),
+            shown(at["waited_s"] * 1e3, ".2f"),
+        )
+    beside = columns("a step beside transfers", "without, ms", "with, ms", "ratio", "transfers, GB/s")
+    if along["ratio"] is not None:
+        times = (shown(along[name] * 1e3, ".3f") for name in BESIDE[:2])
+        beside.add_row(*times, shown(along["ratio"]), shown(along["transfer_gb_per_s"], ".2f"))
+    return [boundary, beside]
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Steps a second beside transfers over those without, and rounds a second."""
+    at, along = result["rows"]
+    found = {} if along["ratio"] is None else {"steps beside transfers": 1 / along["ratio"]}
+    return found if at["round_s"] is None else found | {"rounds": 1 / at["round_s"]}
+
+
+def plot(result: Result, figure: Any) -> None:
+    """Every step of the run, so that the boundaries can be seen."""
+    at = result["rows"][0]
+    figure.suptitle(f"steps of a run on {result['machine'].get('gpu', 'no GPU: nothing was timed')}")
+    if not at.get("steps_s"):
+        return
+    axes = figure.subplots()
+    axes.plot([seconds * 1e3 for seconds in at["steps_s"]], linewidth=0.8)
+    axes.set(xlabel="step after the warm-up rounds", ylabel="ms")
+    axes.set_ylim(bottom=0)

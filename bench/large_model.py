@@ -1,10 +1,9 @@
 """A large model trained in all of its parameters, block by block: what it takes in memory, and what a step takes.
 
-`python -m bench.large_model --json FILE` runs a server in a process of its own and a client here, over loopback, with
-random weights of a Llama shape in bf16, activation checkpointing and a full sweep over all blocks, embeddings and head
-included. On a CUDA device the shape is that of Llama 3 8B and torch is kept to `--limit-gib` of device memory; on a
-machine without one a small model of the same proportions takes its place, and the figures that only a device can give
-are null.
+Runs a server in a process of its own and a client here, over loopback, with random weights of a Llama shape in bf16,
+activation checkpointing and a full sweep over all blocks, embeddings and head included. On a CUDA device the shape is
+that of Llama 3 8B and torch is kept to `--limit-gib` of device memory; on a machine without one a small model of the
+same proportions takes its place, and the figures that only a device can give are null.
 
 Weights are never held in fp32 by the client. It starts from empty memory and has them from the server's snapshot.
 """
@@ -12,7 +11,6 @@ Weights are never held in fp32 by the client. It starts from empty memory and ha
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -21,17 +19,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import parablock_rt as pb
 from parablock_rt import memory
 
-from .machine import machine
+from .result import Result, columns, shown
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {
@@ -235,26 +233,8 @@ def _next(pipe: Connection) -> Any:
     return pipe.recv()
 
 
-def render(result: dict[str, Any]) -> str:
-    """The figures for a reader."""
-    lines = [
-        f"{result['shape']['name']}: {result['parameters']:,} parameters, all trained, in {result['blocks']} blocks",
-        f"{'held':20} {'GB':>9} {'predicted':>9}",
-    ]
-    most = {item["name"]: max(item["bytes"]) / 1e9 for item in result["predicted"]["items"]}
-    for name, nbytes in result["held"].items():
-        lines.append(f"{name:20} {nbytes / 1e9:9.3f} {most.get(name, 0.0):9.3f}")
-    peak = result["peak_device_bytes"]
-    lines += [
-        f"weights and what trains: {result['model_and_training_bytes_a_parameter']:.3f} bytes a parameter",
-        f"peak of device memory: {'no device here' if peak is None else f'{peak / GIB:.2f} GiB, activations included'}",
-        f"a step: {result['step_s_median']:.3f} s; exposed: {result['exposed_s_a_round_median'] * 1e3:.1f} ms a round",
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shape, the run, the limit."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on a CUDA device, else small")
@@ -264,20 +244,51 @@ def main() -> None:
     parser.add_argument("--format", default="int8")
     parser.add_argument("--limit-gib", type=float, default=24.0, help="what torch may take of the device's memory")
     parser.add_argument("--server-threads", type=int, default=max(1, (torch.get_num_threads() or 2) // 2))
-    parser.add_argument("--json", type=Path, help="write machine and figures to this file")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> Result:
+    """One run."""
     # Blocks of different sizes come and go: without this, freed ranges that do not fit count against the limit.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if options.device == "cpu":
         torch.set_num_threads(1)
     options.tokens = options.tokens or (512 if options.device == "cuda" else 32)
     options.shape = options.shape or ("llama-3-8b" if options.device == "cuda" else "small")
-    about = machine()
-    result = measure(options)
-    print(render(result))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, **result}, indent=2) + "\n")
+    names = ("device", "shape", "rounds", "local_steps", "tokens", "format", "limit_gib", "server_threads")
+    return {"settings": {name: getattr(options, name) for name in names}, "rows": [measure(options)]}
 
 
-if __name__ == "__main__":
-    main()
+def tables(result: Result) -> list[Table]:
+    """What was held next to what is predicted, and what the run took."""
+    row = result["rows"][0]
+    most = {item["name"]: max(item["bytes"]) / 1e9 for item in row["predicted"]["items"]}
+    title = f"{row['shape']['name']}: {row['parameters']:,} parameters, all trained, in {row['blocks']} blocks"
+    held = columns(title, "held at most", "GB", "predicted, GB")
+    for name, nbytes in row["held"].items():
+        held.add_row(name, shown(nbytes / 1e9), shown(most.get(name, 0.0)))
+    taken = columns("the run", "", "")
+    peak, limit = row["peak_device_bytes"], row["limit_gib"]
+    if peak is not None:
+        taken.add_row(f"peak of device memory, activations included, of {limit:g} GiB", f"{peak / GIB:.2f} GiB")
+    taken.add_row("model and what trains, bytes a parameter", shown(row["model_and_training_bytes_a_parameter"]))
+    taken.add_row("a step", f"{row['step_s_median'] * 1e3:.1f} ms")
+    taken.add_row("exposed communication a round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
+    return [held, taken]
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Steps a second, and parameters a byte of device memory."""
+    row = result["rows"][0]
+    found = {"steps a second": 1 / row["step_s_median"]}
+    peak = row["peak_device_bytes"]
+    return found if peak is None else found | {"parameters a byte": row["parameters"] / peak}
+
+
+def plot(result: Result, figure: Any) -> None:
+    """What was held, by item."""
+    row = result["rows"][0]
+    axes = figure.subplots()
+    axes.barh(list(row["held"]), [nbytes / 1e9 for nbytes in row["held"].values()])
+    axes.invert_yaxis()
+    axes.set_xlabel("GB held at most")
+    figure.suptitle(f"{row['shape']['name']} on {row['device'] or 'the CPU'}")

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from parablock_rt import _C
 from parablock_rt.version import __version__
 
@@ -25,6 +27,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        **_gpu(),
         "kernel": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg(),
         "instruction_set": _C.instruction_set(),
@@ -44,6 +47,15 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
+def _gpu() -> dict[str, object]:
+    """The GPU that torch uses, if there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    about = {"gpu": found.name, "gpu_memory_bytes": found.total_memory, "gpu_l2_bytes": found.L2_cache_size}
+    return about | {"gpu_processors": found.multi_processor_count, "cuda": torch.version.cuda}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -52,12 +64,13 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str:
-    """The revision of the checkout that this file belongs to; "unknown" for an installed package, also where it is
-    installed below somebody else's checkout."""
+    """The revision of the checkout that this file belongs to; of a copy without git what PARABLOCK_REVISION says, else
+    "unknown": also for a package that is installed below somebody else's checkout."""
     file = Path(__file__)
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
-        return "unknown"
-    return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40") or "unknown"
+    found = None
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None:
+        found = _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40")
+    return found or os.environ.get("PARABLOCK_REVISION") or "unknown"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

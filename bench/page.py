@@ -50,10 +50,10 @@ def section(name: str, results: Path) -> str:
     """The tables of one benchmark with its machine, date and command; or that it was not measured."""
     file = results / f"{name}.json"
     if not file.exists():
-        command = f"parablock bench {name}" if name in NAMES else f"python -m {APART[name]}"
+        command = f"python -m {APART[name]}" if name in APART else f"parablock bench {name}"
         return f"Not measured yet: `{command}` does.\n"
     result: Result = json.loads(file.read_text())
-    benchmark = load(name) if name in NAMES else import_module(APART[name])
+    benchmark = import_module(APART[name]) if name in APART else load(name)
     tables = [_markdown(table) for table in benchmark.tables(result) if table.row_count]
     return "\n".join([_about(result["machine"]), *tables])
 
@@ -64,7 +64,7 @@ def filled(text: str, results: Path) -> str:
     def made(match: re.Match[str]) -> str:
         return f"<!-- bench:{match[1]} -->\n{section(match[1], results)}<!-- end -->"
 
-    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+    return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
@@ -75,7 +75,8 @@ def pages() -> dict[Path, str]:
 
 def _about(machine: dict[str, Any]) -> str:
     versions = [f"{name} {machine[name]}" for name in ("torch", "python") if name in machine]
-    parts = [machine["date"][:10], machine["cpu"], f"{machine['cores']} cores", *versions]
+    device = [machine["gpu"]] if "gpu" in machine else []
+    parts = [machine["date"][:10], *device, machine["cpu"], f"{machine['cores']} cores", *versions]
     return f"{', '.join(parts)}; revision `{machine['revision'][:12]}`; `{machine['command']}`\n"
 
 

@@ -1,15 +1,7 @@
-"""A plot of what `bench.kernels` measured: bandwidth by size of block, against the device's copy and its peak.
-
-`python -m bench.roofline bench/results/kernels.json FILE.svg`. Needs matplotlib (`pip install matplotlib`); without it,
-or without figures (no GPU), it says so and writes nothing.
-"""
+"""A plot of what `bench.kernels` measured: bandwidth by size of block, against the device's copy and its peak."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 
@@ -36,40 +28,19 @@ def peak_gb_per_s() -> float | None:
     return float(clock * 1e6 * 2 * width / 8 / 1e9)
 
 
-def draw(lines: dict[str, list[tuple[int, float]]], peak: float | None, device: str, target: Path) -> None:
-    """Writes the plot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Draws a result of `bench.kernels` into an empty matplotlib figure; one without figures leaves it at a word."""
+    lines = series(result["rows"])
+    figure.suptitle(f"kernels on {result['machine'].get('gpu', 'no GPU: nothing was timed')}")
+    if not lines:
+        return
+    axes = figure.subplots()
     for name, points in lines.items():
         style = {"color": "black", "linewidth": 2.5} if name.startswith("copy") else {"marker": "o"}
         axes.plot(*zip(*points, strict=True), label=name, **style)
+    peak = result["peak_gb_per_s"]
     if peak is not None:
         axes.axhline(peak, linestyle="--", color="grey", label=f"peak {peak:,.0f}")
-    axes.set(xscale="log", xlabel="parameters a block", ylabel="GB/s, bytes read and written once", title=device)
+    axes.set(xscale="log", xlabel="parameters a block", ylabel="GB/s, bytes read and written once")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=2)
-    figure.savefig(target)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("plot", type=Path)
-    options = parser.parse_args()
-    content = json.loads(options.results.read_text())
-    lines = series(content["rows"])
-    if not lines:
-        print(f"{options.results} has no figures: it was made without a GPU; no plot")
-    elif find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install matplotlib)")
-    else:
-        draw(lines, peak_gb_per_s(), str(content["machine"]["device"]), options.plot)
-        print(f"wrote {options.plot}")
-
-
-if __name__ == "__main__":
-    main()

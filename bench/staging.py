@@ -1,9 +1,10 @@
 """How fast a packed block gets from the GPU into pinned memory, and what queueing that costs the training thread.
 
-`python -m bench.staging --json FILE` prints a table. On a GPU, for each size of body:
+For each size of body, on a GPU:
 
 chunked / whole: the time of one large pinned copy over the time of the same bytes in the runtime's copies, each of
-which raises a watermark on the host. Both are taken between CUDA events on the copy stream, in turns.
+which raises a watermark on the host. Both are taken between CUDA events on the copy stream, in turns. At one size also
+in pieces of other lengths, which is what the runtime's was chosen by.
 pageable / pinned: what the fallback costs, likewise.
 hand-over: a block encoded and copied as the runtime does it, residuals in pinned memory, against its encoding alone and
 the copies of its body and residual alone; `queued_s` is how long the calling thread was busy with it.
@@ -14,23 +15,23 @@ Without a GPU the same steps run once on a small block with the host's stager; e
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from parablock_rt import _C, codec
 from parablock_rt.staging import Piece, Stager
 from parablock_rt.transport import Transport, body_layout
 
-from .machine import machine
+from .result import Result, columns, shown
 
 GPU = torch.cuda.is_available()
 BODIES = (16 << 20, 64 << 20, 256 << 20)  # bytes, about
+PIECES = tuple(mib << 20 for mib in (1, 2, 4, 8, 16))  # bytes of one copy
 BLOCKS = (15_000_064, 218_000_000 // 128 * 128)  # elements
 TINY = 128 * 40
 CHUNK = 1 << 18
@@ -65,11 +66,13 @@ def in_turns(cases: dict[str, Callable[[], float]], repetitions: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def copies(stager: Any, device: Any, nbytes: int, repetitions: int, transport: Transport) -> dict[str, Any]:
-    """One large copy, the runtime's copies and one copy to pageable memory, of the same body."""
+def copies(
+    stager: Any, native: _C.Device, piece: int, nbytes: int, repetitions: int, transport: Transport
+) -> dict[str, Any]:
+    """One large copy, the runtime's copies in pieces of about `piece` bytes and one copy to pageable memory, of the
+    same body."""
     numel = nbytes // 130 * 128
     layout = body_layout("int8", numel, CHUNK)
-    native = device.native
     there = torch.randint(0, 255, (layout.nbytes,), dtype=torch.uint8, device="cuda")
     pinned, pageable = stager.memory.take(layout.nbytes), _C.Buffer(layout.nbytes)
     source = transport.native.make_source(pinned, layout, False)
@@ -92,6 +95,7 @@ def copies(stager: Any, device: Any, nbytes: int, repetitions: int, transport: T
     return {
         "case": "device to host",
         "body_bytes": layout.nbytes,
+        "piece_bytes": piece,
         "whole_gb_per_s": layout.nbytes / seconds["whole"] / 1e9,
         "chunked_gb_per_s": layout.nbytes / seconds["chunked"] / 1e9,
         "chunked_over_whole": seconds["whole"] / seconds["chunked"],
@@ -149,7 +153,7 @@ def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport:
 
 
 def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[str, Any]]:
-    from parablock_rt.device import CudaDevice
+    from parablock_rt.device import COPY_BYTES, CudaDevice
     from parablock_rt.device_staging import DeviceStager
     from parablock_rt.pinned import PinnedMemory
 
@@ -161,7 +165,12 @@ def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[s
     with Transport() as transport:
         try:
             for nbytes in sizes:
-                rows.append(copies(stager, device, nbytes, repetitions, transport))
+                rows.append(copies(stager, device.native, COPY_BYTES, nbytes, repetitions, transport))
+            for piece in PIECES:
+                if piece != COPY_BYTES:
+                    native = _C.Device(device.driver, piece)
+                    rows.append(copies(stager, native, piece, max(sizes), repetitions, transport))
+                    native.close()
             for numel in blocks:
                 rows.append(hand_over(stager, device, numel, repetitions, transport))
         finally:
@@ -183,23 +192,61 @@ def on_cpu() -> list[dict[str, Any]]:
     return [copied, {"case": "hand-over", "params": TINY, **dict.fromkeys(HAND_OVER), "note": note}]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The bodies, the blocks, the repetitions."""
     parser.add_argument("--bodies", type=int, nargs="+", default=list(BODIES), help="bytes of the bodies to copy")
     parser.add_argument("--params", type=int, nargs="+", default=list(BLOCKS), help="elements of the blocks")
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write machine, settings and all rows to this file")
-    options = parser.parse_args()
-    about = machine() | {"device": torch.cuda.get_device_name() if GPU else None}
-    print(f"device: {about['device'] or 'none; all figures are absent'}")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The copies of every body and the hand-over of every block."""
     rows = on_gpu(options.bodies, options.params, options.repetitions) if GPU else on_cpu()
-    for row in rows:
-        shown = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in row.items())
-        print("  ".join(f"{name} {value}" for name, value in shown))
-    if options.json:
-        settings = {"repetitions": options.repetitions, "chunk": CHUNK, "format": "int8"}
-        options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=2) + "\n")
+    settings = {"bodies": options.bodies, "params": options.params, "repetitions": options.repetitions}
+    return {"settings": settings | {"chunk": CHUNK, "format": "int8"}, "rows": rows}
 
 
-if __name__ == "__main__":
-    main()
+def tables(result: Result) -> list[Table]:
+    """The copies, and the hand-overs."""
+    copied = columns(
+        "device to host", "body, MiB", "pieces of, MiB", "one copy, GB/s", "in pieces, GB/s", "/ one copy", "pageable"
+    )
+    handed = columns("hand-over of a block", "million parameters", *(f"{name[:-2]}, ms" for name in HAND_OVER[:-1]))
+    handed.add_column("/ longest part", justify="right")
+    for row in result["rows"]:
+        if row.get("chunked_over_whole") is not None:
+            speeds = (shown(row[name], ".1f") for name in FIGURES[:2])
+            ratios = (shown(row[name], ".3f") for name in FIGURES[2:])
+            copied.add_row(f"{row['body_bytes'] / 2**20:.0f}", f"{row['piece_bytes'] >> 20}", *speeds, *ratios)
+        elif row.get("total_s") is not None:
+            times = (shown(row[name] * 1e3, ".2f") for name in HAND_OVER[:-1])
+            handed.add_row(f"{row['params'] / 1e6:.1f}", *times, shown(row["total_over_longest"], ".2f"))
+    return [copied, handed]
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Chunked copies over one, by size; hand-overs a second, by size of block."""
+    found = {}
+    for row in result["rows"]:
+        if row.get("chunked_over_whole") is not None:
+            found[f"chunked {row['body_bytes']} {row['piece_bytes']}"] = row["chunked_over_whole"]
+        elif row.get("total_s") is not None:
+            found[f"hand-over {row['params']}"] = 1 / row["total_s"]
+    return found
+
+
+def plot(result: Result, figure: Any) -> None:
+    """The parts of a hand-over beside the whole."""
+    rows = [row for row in result["rows"] if row.get("total_s") is not None]
+    figure.suptitle(f"hand-over of a block on {result['machine'].get('gpu', 'no GPU: nothing was timed')}")
+    if not rows:
+        return
+    axes = figure.subplots()
+    names = HAND_OVER[:-1]
+    for at, row in enumerate(rows):
+        places = [i + at / (len(rows) + 1) for i in range(len(names))]
+        heights = [row[name] * 1e3 for name in names]
+        axes.bar(places, heights, width=1 / (len(rows) + 1), label=f"{row['params'] / 1e6:.0f} M parameters")
+    axes.set_xticks(range(len(names)), [name[:-2].replace("_", " ") for name in names])
+    axes.set(ylabel="ms", yscale="log")
+    axes.legend()

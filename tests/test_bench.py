@@ -104,6 +104,12 @@ def test_a_revision_is_that_of_this_code_and_not_of_a_checkout_around_it(
     assert str(machine.machine()["revision"]).endswith("-dirty")
 
 
+def test_a_copy_without_git_has_the_revision_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    monkeypatch.setenv("PARABLOCK_REVISION", "abc")
+    assert machine.machine()["revision"] == "abc"
+
+
 @pytest.mark.parametrize("content", ['{"benchmark": "scale", "rows": []}', "[]", "{", '{"benchmark": "codec"}'])
 def test_what_is_no_older_result_is_a_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "codec.json").write_text(content)

@@ -12,7 +12,6 @@ import pytest
 from bench import large_model
 from parablock_rt import BlockPlan, RunConfig, memory
 
-ROOT = Path(__file__).parent.parent
 WHAT_TRAINS = ("weights", "references", "master", "gradients", "optimiser state")
 
 
@@ -25,11 +24,10 @@ def predicted(shape: str) -> float:
 
 
 def test_a_small_model_of_the_same_proportions_holds_what_the_large_one_is_predicted_to(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
     arguments = ["--shape", "small", "--device", "cpu", "--local-steps", "1", "--rounds", "7", "--tokens", "8"]
-    command = [sys.executable, "-m", "bench.large_model", *arguments, "--json", str(result)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=500, capture_output=True)
-    figures = json.loads(result.read_text())
+    command = [sys.executable, "-m", "parablock_rt", "bench", "large-model", *arguments, "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=500, capture_output=True)
+    figures = json.loads((tmp_path / "large-model.json").read_text())["rows"][0]
     assert figures["trained_parameters"] == figures["parameters"]
     assert figures["peak_device_bytes"] is None
     small = figures["model_and_training_bytes_a_parameter"]

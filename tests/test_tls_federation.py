@@ -220,8 +220,10 @@ def test_no_secret_is_in_outputs_process_lists_or_run_folders(tmp_path: Path) ->
                 processes.append(
                     psutil.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[no-untyped-call]
                 )
-            command_lines += " ".join(processes[-1].cmdline())
             deadline = time.monotonic() + 2 * WAIT_S
+            while not (words := processes[-1].cmdline()):  # it has none for a moment while its program is loaded
+                assert time.monotonic() < deadline
+            command_lines += " ".join(words)
             while not (said := re.search(r"Listening on (\S+) ", (tmp_path / "serve.out").read_text())):
                 assert time.monotonic() < deadline
                 assert processes[0].poll() is None, (tmp_path / "serve.out").read_text()

@@ -16,7 +16,7 @@ from rich.console import Console
 from parablock_rt.errors import ConfigError
 from parablock_rt.run_folder import to_json
 
-from .machine import machine
+from .machine import gpu, machine
 from .result import Benchmark, Result, compare, comparison_table, read
 
 WIDTH = 150  # of a table; a narrower terminal wraps it instead of losing figures
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
         benchmark = load(each)
         about = machine()
         own = options if len(names) == 1 else _defaults(benchmark)
-        result = {"benchmark": each, "machine": about, **benchmark.run(own)}
+        measured = benchmark.run(own)
+        about |= gpu()
+        result = {"benchmark": each, "machine": about, **measured}
         device = f", {about['gpu']}" if "gpu" in about else ""
         console.print(f"[b]{each}[/b]: {about['cpu']}, {about['cores']} cores, {about['instruction_set']}{device}")
         if each in GPU_NAMES and "gpu" not in about:

@@ -7,8 +7,9 @@ take longer than two steps in between: everything that the training stream lost 
 change of blocks alike. `waited_s` is for how long the training thread was blocked on communication. Medians; the first
 two rounds do not count.
 
-Beside transfers: the time of a training step while another thread hands a block over again and again, its body goes
-over loopback and comes back to the GPU, against the time without; in alternating windows.
+Beside transfers: the time of a training step while another thread hands a block over again and again, with its error
+feedback, its body goes over loopback and comes back to the GPU, against the time without; in alternating windows. The
+rate counts what crosses between host and GPU.
 
 Without a GPU both run to the end with a small model on the CPU, and every figure is null.
 """
@@ -150,6 +151,7 @@ class Traffic:
         device = "cpu" if memory is None else "cuda"
         ref = torch.zeros(self._numel, dtype=torch.bfloat16, device=device)
         now = torch.randn(self._numel, device=device)
+        old, new = stager.residual(self._numel).zero_(), stager.residual(self._numel)
         layout = body_layout("int8", self._numel, CHUNK)
         start, moved = 0, 0
         with Transport() as near, Transport() as far:
@@ -159,7 +161,7 @@ class Traffic:
             while not self._stop.is_set() or moved == 0:
                 landing = stager.landing(self._numel, "int8", CHUNK)
                 far.native.receive(connected.link, 1, moved, 0, landing.buffer, layout, watermark=landing.watermark)
-                encoding = stager.encode([Piece(now, ref)], "int8", CHUNK, near)
+                encoding = stager.encode([Piece(now, ref, old, new)], "int8", CHUNK, near)
                 near.native.send(link, 1, moved, 0, encoding.source)
                 for transport in (far, near):
                     event = transport.next_event(60.0)
@@ -173,7 +175,8 @@ class Traffic:
                     self._ready.set()
                     start = _C.monotonic_ns()
             seconds = (_C.monotonic_ns() - start) / 1e9
-            self.bytes_per_second = 2 * layout.nbytes * (moved - 1) / seconds  # to the host and back to the device
+            # The body to the host and back to the device, the residual the other way round.
+            self.bytes_per_second = (2 * layout.nbytes + 8 * self._numel) * (moved - 1) / seconds
         stager.close()
 
 
@@ -184,7 +187,7 @@ def _gpu_stager(numel: int) -> tuple[Any, Any]:
 
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
     device.warm_up({(torch.float32, torch.bfloat16)}, "int8")
-    memory = PinnedMemory(device.driver, 8 * numel, 8 * numel)
+    memory = PinnedMemory(device.driver, 14 * numel, 14 * numel)  # two residuals and some bodies
     return DeviceStager(device, memory), memory
 
 

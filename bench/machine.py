@@ -27,7 +27,6 @@ def machine() -> dict[str, object]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        **_gpu(),
         "kernel": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg(),
         "instruction_set": _C.instruction_set(),
@@ -40,20 +39,20 @@ def machine() -> dict[str, object]:
     }
 
 
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
-
-
-def _gpu() -> dict[str, object]:
-    """The GPU that torch uses, if there is one."""
+def gpu() -> dict[str, object]:
+    """The GPU that torch uses, if there is one. Asking makes torch begin to use it: who says how must come first."""
     if not torch.cuda.is_available():
         return {}
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     about = {"gpu": found.name, "gpu_memory_bytes": found.total_memory, "gpu_l2_bytes": found.L2_cache_size}
     return about | {"gpu_processors": found.multi_processor_count, "cuda": torch.version.cuda}
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,7 @@
 """Ranges for a profiler that somebody attached, and nothing at all when nobody did.
 
-`torch.profiler` sees them as annotations; NVIDIA's tools see NVTX ranges where torch has CUDA. Python's threads only:
-the native threads link no CUDA.
+`torch.profiler` sees them as annotations; NVIDIA's tools see NVTX ranges where torch was built with CUDA, a GPU or not.
+Python's threads only: the native threads link no CUDA.
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ def _torch_attached() -> bool:
 
 
 def _nvtx_attached() -> bool:
-    return any(name in os.environ for name in _NVTX_VARIABLES) and torch.cuda.is_available()
+    return torch.version.cuda is not None and any(name in os.environ for name in _NVTX_VARIABLES)

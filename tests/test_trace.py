@@ -265,13 +265,13 @@ def test_without_a_profiler_nothing_is_annotated(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.profiler, "record_function", refuse)
     monkeypatch.setattr(torch.cuda.nvtx, "range", refuse)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     profiling.mark_clock()
     with profiling.annotation("x"):
         pass
 
 
-def test_a_tool_for_nvtx_is_shown_the_ranges_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_for_nvtx_is_shown_the_ranges_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
 
     @contextlib.contextmanager
@@ -282,8 +282,8 @@ def test_a_tool_for_nvtx_is_shown_the_ranges_where_there_is_cuda(monkeypatch: py
     monkeypatch.setattr(torch.cuda.nvtx, "range", nvtx_range)
     monkeypatch.setenv("NVTX_INJECTION64_PATH", "tool.so")
     made = Timeline("p", "main")
-    for cuda in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+    for cuda in (None, "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         with made.span(Stage.APPLY):
             pass
     assert shown == ["parablock.apply"]

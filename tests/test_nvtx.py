@@ -45,6 +45,6 @@ def test_a_profiler_for_nvtx_gets_the_ranges_of_a_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = output.read_text().splitlines()
     begun = [line[2:] for line in lines if line.startswith("+")]
-    assert begun.count("parablock.compute") == 3
-    assert "parablock.apply" in begun
+    assert begun.count("parablock.hand_over") == begun.count("parablock.compute") == 3  # a client's, a server's
+    assert begun.count("parablock.apply") == 6  # of both
     assert len(begun) == sum(line.startswith("-") for line in lines)

@@ -27,11 +27,10 @@ class ActiveBlock:
         if master is None:
             trained = flat.params
         else:
-            master.zero_()  # the gaps between parameters are part of the block and stay zero
-            views = flat.views(master)
-            with torch.no_grad():
-                torch._foreach_copy_(views, [p.detach() for p in flat.params])
-            self._master_params = trained = [nn.Parameter(view) for view in views]
+            # With the gaps between parameters, which are zero in the flats and have to be here.
+            for segment, weights in zip(flat.block.segments, flat.flats, strict=True):
+                master[segment.start : segment.start + segment.length].copy_(weights)
+            self._master_params = trained = [nn.Parameter(view) for view in flat.views(master)]
         self._master = master
         for parameter in flat.params:
             parameter.requires_grad_(True)

@@ -2,21 +2,22 @@
 # The native module has TLS if OpenSSL's headers are there (libssl-dev on Debian); after installing them: `make clean install`.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cc csrc/*.h)
 FUZZ_SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install demo test test-gpu lint sanitize fuzz bench bench-gpu bench-peers clean
+.PHONY: help install demo test test-oldest test-gpu lint sanitize fuzz bench bench-gpu bench-peers clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(STAMP): pyproject.toml setup.py constraints.txt requirements-data.txt $(NATIVE)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) requirements-data.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt torch setuptools wheel pybind11
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[finetune,dev,bench]'
+	$(PIP) install --constraint $(CONSTRAINTS) torch 'setuptools>=77' wheel pybind11
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[finetune,dev,bench]'
 	$(PIP) install --no-deps --requirement requirements-data.txt
 	touch $@
 
@@ -27,6 +28,10 @@ demo: install  ## fine-tune a real model over a slow link, without and with over
 
 test: install lint  ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest:  ## all tests with the oldest versions that are supported; takes a CUDA build of torch where there is no other
+	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest $(ARGS)
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -40,7 +45,7 @@ sanitize: install  ## the native code under address, undefined-behaviour and thr
 	$(BIN)/python tests/hardening/sanitize.py $(ARGS)
 
 fuzz: install  ## coverage-guided fuzzing of what reads a peer's bytes; FUZZ_SECONDS=60 for each target
-	-$(PIP) install --constraint constraints.txt atheris
+	-$(PIP) install --constraint $(CONSTRAINTS) atheris
 	$(BIN)/python tests/hardening/fuzz.py --seconds $(FUZZ_SECONDS) $(ARGS)
 
 bench: install  ## all benchmarks that need no GPU; results and plots in bench/results/, the tables of docs/ from them
@@ -57,4 +62,4 @@ bench-peers: install  ## the transport on shaped links (root), and next to Flowe
 	$(BIN)/python -m bench.peers.run --json bench/results/peers.json
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build *.egg-info parablock_rt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build *.egg-info parablock_rt/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

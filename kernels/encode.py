@@ -114,6 +114,7 @@ def encode_groups_kernel(
     plain = (largest > _ZERO_GROUP) & (largest < _INFINITY)
     x = tl.where(bad[:, None], 0.0, x)
 
+    # No operand or quotient is subnormal, so it is all the same that triton before 3.6 flushes those.
     step = tl.div_rn(float_of(tl.where(plain, largest, _ONE)), 127.0 if FORMAT == "int8" else 8.0)
     up = sign | ((bits_of(step) + 0xFFFF) & -65536)  # magnitude up to bf16
     inverse = tl.where(plain, tl.div_rn(1.0, float_of(up)), 0.0)

@@ -237,7 +237,7 @@ def test_a_file_sets_what_the_flags_set_and_flags_win(main: Main, planned: list[
         ("as_json = true\n", "does not know: as_json;"),
         ("config = 'x'\n", "does not know: config;"),
         ("rounds = 0\n", "rounds must be at least 1; found 0"),
-        ("rounds = 'many'\n", "Invalid value for '--rounds': Input should be a valid integer"),
+        ("rounds = 'many'\n", "Invalid value for '--rounds': "),
         ("rounds =\n", "is no valid TOML"),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ import pytest
 CASES = Path(__file__).parent / "kernel_cases_interpreted.py"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_every_kernel_gives_the_codecs_bytes_in_the_interpreter() -> None:
+    # The interpreter of 3.2 stores 8 bytes where the type that it names has 4.
+    pytest.importorskip("triton", minversion="3.3", reason="triton 3.3 or newer is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(CASES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=CASES.parents[1], capture_output=True, text=True, check=False)

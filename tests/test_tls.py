@@ -12,7 +12,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tls_cases import Middle, client_tls, deployment, expired, needs_tls, server_tls
-from transport_cases import MIB, Make, T, expect, filled, flat, frame, join, make_transports, next_event, stranger_to
+from transport_cases import (
+    DEADLINE_S,
+    MIB,
+    Make,
+    T,
+    expect,
+    filled,
+    flat,
+    frame,
+    join,
+    make_transports,
+    next_event,
+    stranger_to,
+)
 
 from parablock_rt import _C
 from parablock_rt._C import Buffer
@@ -138,7 +151,7 @@ def test_what_was_queued_leaves_before_the_end_and_the_end_is_no_truncation(pair
     client.trust(link, 1, 4096)
     for i in range(200):
         client.send_control(link, bytes([i]) * 3000)
-    client.close_link(link, "done")
+    client.close_link(link, "done", flush=DEADLINE_S)
     assert [expect(server, T.CONTROL)[0].message[0] for _ in range(200)] == list(range(200))
     (closed,) = expect(server, T.CLOSED)
     assert closed.text == "the peer closed the connection"

@@ -26,10 +26,23 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+const Kernels& vnni_kernels() {
+  static const Kernels kernels = [] {
+    Kernels changed = internal::kAvx512Kernels;
+    changed.name = "avx512-vnni";
+    changed.accumulate[static_cast<int>(Format::kInt8)] = &internal::accumulate_int8_vnni;
+    changed.accumulate[static_cast<int>(Format::kInt4)] = &internal::accumulate_int4_vnni;
+    return changed;
+  }();
+  return kernels;
+}
 #endif
 
 const Kernels* best_kernels() {
 #ifdef __x86_64__
+  if (has_vnni()) return &vnni_kernels();
   if (has_avx512()) return &internal::kAvx512Kernels;
   if (has_avx2()) return &internal::kAvx2Kernels;
 #endif
@@ -73,9 +86,10 @@ void force_instruction_set(const char* name) {
 #ifdef __x86_64__
   if (wanted == "avx2" && has_avx2()) found = &internal::kAvx2Kernels;
   if (wanted == "avx512" && has_avx512()) found = &internal::kAvx512Kernels;
+  if (wanted == "avx512-vnni" && has_vnni()) found = &vnni_kernels();
 #endif
   if (found == nullptr) {
-    throw std::invalid_argument("expected portable, avx2 or avx512, up to this machine's best, which is " +
+    throw std::invalid_argument("expected portable, avx2, avx512 or avx512-vnni, up to this machine's best, which is " +
                                 std::string(best_kernels()->name) + "; found " + wanted);
   }
   chosen().store(found, std::memory_order_relaxed);

@@ -58,13 +58,14 @@ void decode(ConstPlanes in, int64_t numel, Format format, float* out, int thread
 // target <- round(float(target) + decode(in))
 void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format format, int threads);
 
-// Two-limb fixed point: value = hi * 2^-20 + lo * 2^-72. Integer addition is associative, so the sum has the same bits
-// whatever the order of arrival. One contribution stays below 2^31 in magnitude and so adds up to 2^51 to either limb
-// (lo: a tie of the rounding to hi); kMaxContributions of them cannot overflow, one more could.
-constexpr double kHiUnit = 0x1p-20;
-constexpr double kLoUnit = 0x1p-72;
+// An element's sum is one integer of 128 bits, in units of 2^-72: value = hi * 2^-8 + lo * 2^-72, where `lo` counts
+// without a sign. Integer addition is associative, so the sum has the same bits whatever the order of arrival. One
+// contribution stays below 2^31 in magnitude, which is 2^103 units, so that kMaxContributions stay far below 2^127.
+constexpr int kUnitBits = 72;
+constexpr double kUnit = 0x1p-72;
+constexpr double kHiUnit = 0x1p-8;
 constexpr double kLargestContribution = 0x1p31;
-constexpr int kMaxContributions = 4095;
+constexpr int kMaxContributions = 4095;  // in one pass, too
 
 struct Contribution {
   ConstPlanes planes;
@@ -72,12 +73,15 @@ struct Contribution {
   double weight;
 };
 
-// For each: v = weight * decode(planes), in double; hi += rint(v / kHiUnit); lo += rint((v - that) / kLoUnit). All are
-// added in one pass over hi and lo, which are 16 bytes an element where an int8 contribution is one. `empty`: the sum
-// begins at zero, whatever hi and lo hold.
+// Adds, for each contribution, in double and nearest even, then in integers:
+//   int8, int4:  code * rint(weight * scale / kUnit)
+//   fp32, bf16:  rint(weight * value / kUnit)
+// All are added in one pass over hi and lo, which are 16 bytes an element where an int8 contribution is one. `empty`:
+// the sum begins at zero, whatever hi and lo hold. Only for what `inspect` finds valid and below kLargestContribution.
 void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads);
 
-// out = float((hi * kHiUnit + lo * kLoUnit) / total_weight), one rounding a step, in double until the last
+// out = float((upper * kHiUnit + lower * kUnit) / total_weight), one rounding a step, in double until the last, where
+// `lower` is `lo` with a sign and upper the rest of the sum
 void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,
                       int threads);
 

@@ -9,6 +9,10 @@
 PARABLOCK_TARGET_BEGIN("avx2,f16c,popcnt")
 #include "codec_kernels.h"
 
+#include "codec_sum.h"
+
+#include "codec_make_kernels.h"
+
 namespace parablock::internal {
 namespace {
 

@@ -19,6 +19,10 @@
 PARABLOCK_TARGET_BEGIN(PARABLOCK_AVX512)
 #include "codec_kernels.h"
 
+#include "codec_sum.h"
+
+#include "codec_make_kernels.h"
+
 namespace parablock::internal {
 namespace {
 

@@ -13,7 +13,6 @@ constexpr int32_t kInfinity = 0x7F800000;
 constexpr int32_t kZeroGroup = (127 - 100) << 23;    // bits of 2^-100
 constexpr int32_t kBf16Overflow = 0x7F7F8000;        // the least magnitude that rounds to a bf16 infinity
 constexpr uint16_t kBadGroup = 0x7FC0;
-constexpr double kRounder = 0x1.8p52;                // units; see fold, for values of at most 2^51 of them
 
 PARABLOCK_INLINE float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
 PARABLOCK_INLINE int32_t bits_of(float value) { return __builtin_bit_cast(int32_t, value); }
@@ -228,63 +227,7 @@ void apply_range(void* target, ConstPlanes in, int64_t numel) {
   }
 }
 
-// Adding 1.5 * 2^52 units to a value leaves its count of units, nearest even, in the low bits of the result. All of the
-// bits are added: accumulate_range takes off beforehand what the rounders' own come to.
-template <class V>
-PARABLOCK_INLINE void fold(typename V::L& hi, typename V::L& lo, typename V::D value) {
-  using D = typename V::D;
-  const D hi_rounder = V::set_d(kRounder * kHiUnit);
-  const D coarse = V::add_d(value, hi_rounder);
-  const D rest = V::sub_d(value, V::sub_d(coarse, hi_rounder));
-  hi = V::add_bits(hi, coarse);
-  lo = V::add_bits(lo, V::add_d(rest, V::set_d(kRounder * kLoUnit)));
-}
-
-// A few vectors of the sum stay in registers while all contributions, which are of one format, are added to them.
-template <class V, Format kFormat>
-void accumulate_range(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
-                      bool empty) {
-  constexpr int kHalf = V::kLanes / 2;
-  constexpr int kSums = 2 * V::kSumVectors;
-  using L = typename V::L;
-  const uint64_t additions = static_cast<uint64_t>(count);  // modulo 2^64, like all sums of bits
-  const L hi_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kHiUnit));
-  const L lo_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kLoUnit));
-  for (int64_t at = begin; at < end; at += V::kSumVectors * V::kLanes) {
-    L high[kSums];
-    L low[kSums];
-    for (int i = 0; i < kSums; ++i) {
-      prefetch_after(hi + at + i * kHalf, 0);
-      prefetch_after(lo + at + i * kHalf, 0);
-      high[i] = empty ? hi_start : V::add_l(hi_start, V::load_l(hi + at + i * kHalf));
-      low[i] = empty ? lo_start : V::add_l(lo_start, V::load_l(lo + at + i * kHalf));
-    }
-    for (const Contribution* one = in; one != in + count; ++one) {
-      const Group<V, kFormat> group(one->planes.scales, at);
-      const typename V::D weight = V::set_d(one->weight);
-      for (int i = 0; i < V::kSumVectors; ++i) {
-        const typename V::F value = group.decoded(one->planes.codes, at + i * V::kLanes);
-        fold<V>(high[2 * i], low[2 * i], V::mul_d(V::lower(value), weight));
-        fold<V>(high[2 * i + 1], low[2 * i + 1], V::mul_d(V::upper(value), weight));
-      }
-    }
-    for (int i = 0; i < kSums; ++i) {
-      V::store_l(hi + at + i * kHalf, high[i]);
-      V::store_l(lo + at + i * kHalf, low[i]);
-    }
-  }
-}
-
 // ---- loops that the compiler vectorises as they stand; V only keeps the variants apart
-
-template <class V>
-void mean_range(const int64_t* __restrict__ hi, const int64_t* __restrict__ lo, double total_weight, int64_t numel,
-                float* __restrict__ out) {
-  for (int64_t i = 0; i < numel; ++i) {
-    const double sum = static_cast<double>(hi[i]) * kHiUnit + static_cast<double>(lo[i]) * kLoUnit;
-    out[i] = static_cast<float>(sum / total_weight);
-  }
-}
 
 template <class V>
 uint64_t fingerprint_range(const uint32_t* words, int64_t first_index, int64_t count) {
@@ -342,58 +285,6 @@ Inspection inspect_plain(ConstPlanes in, int64_t numel) {
     largest = V::max_i(largest, V::magnitude(load_plain<V, kFormat>(in.codes, lane, invalid)));
   }
   return Inspection{float_of(V::reduce_max(largest)), 0, invalid};
-}
-
-// ---- the table
-
-template <class V, Dtype kNow, Dtype kRef>
-constexpr void fill_encode(Kernels& kernels) {
-  constexpr int n = static_cast<int>(kNow);
-  constexpr int r = static_cast<int>(kRef);
-  kernels.encode[0][n][r] = &encode_plain<V, Format::kFp32, kNow, kRef>;
-  kernels.encode[1][n][r] = &encode_plain<V, Format::kBf16, kNow, kRef>;
-  kernels.encode[2][n][r] = &encode_groups<V, Format::kInt8, kNow, kRef>;
-  kernels.encode[3][n][r] = &encode_groups<V, Format::kInt4, kNow, kRef>;
-}
-
-template <class V, Dtype kDtype>
-constexpr void fill_dtype(Kernels& kernels) {
-  fill_encode<V, kDtype, Dtype::kFp32>(kernels);
-  fill_encode<V, kDtype, Dtype::kBf16>(kernels);
-  fill_encode<V, kDtype, Dtype::kFp16>(kernels);
-  constexpr int d = static_cast<int>(kDtype);
-  kernels.apply[0][d] = &apply_range<V, Format::kFp32, kDtype>;
-  kernels.apply[1][d] = &apply_range<V, Format::kBf16, kDtype>;
-  kernels.apply[2][d] = &apply_range<V, Format::kInt8, kDtype>;
-  kernels.apply[3][d] = &apply_range<V, Format::kInt4, kDtype>;
-}
-
-template <class V, Format kFormat>
-constexpr void fill_format(Kernels& kernels) {
-  constexpr int f = static_cast<int>(kFormat);
-  kernels.decode[f] = &decode_range<V, kFormat>;
-  kernels.accumulate[f] = &accumulate_range<V, kFormat>;
-  if constexpr (has_scales(kFormat)) {
-    kernels.inspect[f] = &inspect_groups<V, kFormat>;
-  } else {
-    kernels.inspect[f] = &inspect_plain<V, kFormat>;
-  }
-}
-
-template <class V>
-constexpr Kernels make_kernels(const char* name) {
-  Kernels kernels{};
-  kernels.name = name;
-  fill_dtype<V, Dtype::kFp32>(kernels);
-  fill_dtype<V, Dtype::kBf16>(kernels);
-  fill_dtype<V, Dtype::kFp16>(kernels);
-  fill_format<V, Format::kFp32>(kernels);
-  fill_format<V, Format::kBf16>(kernels);
-  fill_format<V, Format::kInt8>(kernels);
-  fill_format<V, Format::kInt4>(kernels);
-  kernels.accumulated_mean = &mean_range<V>;
-  kernels.fingerprint = &fingerprint_range<V>;
-  return kernels;
 }
 
 }  // namespace

@@ -5,6 +5,10 @@
 
 #include "codec_kernels.h"
 
+#include "codec_sum.h"
+
+#include "codec_make_kernels.h"
+
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a packed body is little-endian, so the machine must be");
 
 namespace parablock::internal {

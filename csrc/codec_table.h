@@ -26,6 +26,11 @@ extern const Kernels kPortableKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+// The two entries in which a machine that has VNNI, too, differs.
+void accumulate_int8_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                          bool empty);
+void accumulate_int4_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                          bool empty);
 #endif
 
 }  // namespace parablock::internal

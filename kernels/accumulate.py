@@ -1,11 +1,12 @@
 """Accumulate: fold a weighted packed body into a sum whose bits do not depend on the order of arrival.
 
-    v = weight * code * scale                      in fp64
-    hi += rint(v * 2^20)        lo += rint((v - rint(v * 2^20) * 2^-20) * 2^72)
+    units += code * rint(weight * scale * 2^72)    int8, int4; the product in fp64
+    units += rint(weight * value * 2^72)           fp32, bf16
 
-Source: fixed-point accumulation in the manner of Demmel and Nguyen 2015, "Parallel Reproducible Summation", with two
-limbs: value = hi * 2^-20 + lo * 2^-72. Integer addition is associative. `rint` is written as adding 1.5 * 2^52, whose
-low bits then hold the integer, for magnitudes up to 2^51.
+Source: fixed-point accumulation in the manner of Demmel and Nguyen 2015, "Parallel Reproducible Summation". The sum is
+one integer of 128 bits, hi * 2^64 + lo, and integer addition is associative. A number is rounded to units in two steps,
+to multiples of 2^52 and what is left, by adding 1.5 * 2^52, whose low bits then hold the integer, for magnitudes up to
+2^51; codes multiply both parts, which have room for them.
 """
 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
@@ -18,16 +19,33 @@ import triton
 import triton.language as tl
 
 from . import common
-from .common import kernel, load_change
+from .common import jit, kernel, load_change, load_codes
 
 TILE = 2048  # elements a program
 WARPS = 4
 
 _ROUNDER = tl.constexpr(1.5 * 2.0**52)
 _ROUNDER_BITS = tl.constexpr(0x4338000000000000)
-_PER_HI = tl.constexpr(2.0**20)
-_HI_UNIT = tl.constexpr(2.0**-20)
-_PER_LO = tl.constexpr(2.0**72)
+_PER_COARSE = tl.constexpr(2.0**20)
+_COARSE_UNIT = tl.constexpr(2.0**-20)
+_COARSE_BITS = tl.constexpr(52)
+_PER_UNIT = tl.constexpr(2.0**72)
+_FACTOR_LIMIT = tl.constexpr(2.0**31)  # only a group whose codes are all 0 has a factor as large as this
+
+
+@jit
+def to_units(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """rint(value * 2^72) as coarse * 2^52 + fine, for magnitudes below 2^31; int64."""
+    coarse = value * _PER_COARSE + _ROUNDER
+    rest = value - (coarse - _ROUNDER) * _COARSE_UNIT
+    fine = rest * _PER_UNIT + _ROUNDER
+    return coarse.to(tl.int64, bitcast=True) - _ROUNDER_BITS, fine.to(tl.int64, bitcast=True) - _ROUNDER_BITS
+
+
+@jit
+def is_below(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """int64 1 where a < b as numbers without a sign: their sum has carried."""
+    return (a.to(tl.uint64, bitcast=True) < b.to(tl.uint64, bitcast=True)).to(tl.int64)
 
 
 @kernel("groups", "weight_bits")
@@ -51,21 +69,30 @@ def accumulate_kernel(
     mask = inside[:, None]
     at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     weight = weight_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    change = load_change(scales_ptr, codes_ptr, first, rows, inside, FORMAT, WORD, GROUP)
-    value = change.to(tl.float64) * weight
-    coarse = value * _PER_HI + _ROUNDER
-    rest = value - (coarse - _ROUNDER) * _HI_UNIT
-    fine = rest * _PER_LO + _ROUNDER
+    if FORMAT == "int8" or FORMAT == "int4":
+        code, scale = load_codes(scales_ptr, codes_ptr, first, rows, inside, FORMAT, WORD, GROUP)
+        factor = scale.to(tl.float64) * weight
+        coarse, fine = to_units(tl.where(tl.abs(factor) < _FACTOR_LIMIT, factor, 0.0))
+        coarse = code.to(tl.int64) * coarse[:, None]
+        fine = code.to(tl.int64) * fine[:, None]
+    else:
+        change = load_change(scales_ptr, codes_ptr, first, rows, inside, FORMAT, WORD, GROUP)
+        coarse, fine = to_units(change.to(tl.float64) * weight)
     hi = hi_ptr + first * GROUP + at
     lo = lo_ptr + first * GROUP + at
-    more_hi = coarse.to(tl.int64, bitcast=True) - _ROUNDER_BITS
-    more_lo = fine.to(tl.int64, bitcast=True) - _ROUNDER_BITS
-    tl.store(hi, tl.load(hi, mask=mask, other=0) + more_hi, mask=mask)
-    tl.store(lo, tl.load(lo, mask=mask, other=0) + more_lo, mask=mask)
+    more = coarse << _COARSE_BITS
+    sum = tl.load(lo, mask=mask, other=0) + more
+    carried = is_below(sum, more)
+    sum += fine
+    carried += is_below(sum, fine)
+    upper = (coarse >> (64 - _COARSE_BITS)) + (fine >> 63) + carried
+    tl.store(hi, tl.load(hi, mask=mask, other=0) + upper, mask=mask)
+    tl.store(lo, sum, mask=mask)
 
 
 def accumulate(hi: torch.Tensor, lo: torch.Tensor, body: torch.Tensor, weight: float, *, format: str = "int8") -> None:
-    """Add `weight` times the change in `body` (uint8, [body_bytes]) to the sum in `hi` and `lo` (int64, [numel]).
+    """Add `weight` times the change in `body` (uint8, [body_bytes]) to the sum in `hi` and `lo`, the halves of its
+    128 bits (int64, [numel]).
 
     The caller keeps `weight * |value|` below 2^31 and counts contributions (at most 4095). Raises ValueError if an
     argument does not fit.

@@ -227,6 +227,35 @@ def narrow(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def load_codes(
+    scales_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    first: tl.tensor,
+    rows: tl.tensor,
+    inside: tl.tensor,
+    FORMAT: tl.constexpr,
+    WORD: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Of the int8 or int4 groups `first + rows`: the codes, int32 [rows, GROUP], and the scales, fp32 [rows].
+
+    A scale that is not finite is +0, and so are its codes.
+    """
+    BITS: tl.constexpr = 8 if FORMAT == "int8" else 4
+    WORDS: tl.constexpr = GROUP // WORD
+    scale = tl.load(scales_ptr + first + rows, mask=inside, other=0).to(tl.int32) << 16
+    finite = (scale & _INFINITY) != _INFINITY
+    scale = tl.where(finite, scale, 0)
+    at = rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    words = tl.load(codes_ptr + first * WORDS + at, mask=inside[:, None], other=0).to(tl.int32)
+    words = tl.where(finite[:, None], words, 0)
+    # Up to the top of the register and down again: the second shift extends the sign.
+    up = (32 - BITS) - tl.arange(0, WORD) * BITS
+    code = (words[:, :, None] << up[None, None, :]) >> (32 - BITS)
+    return tl.reshape(code, (rows.shape[0], GROUP)), float_of(scale)
+
+
+@jit
 def load_change(
     scales_ptr: tl.tensor,
     codes_ptr: tl.tensor,
@@ -242,19 +271,8 @@ def load_change(
     A group whose scale is not finite is +0 whatever its codes are, and so is an fp32 or bf16 code that is not finite.
     """
     if FORMAT == "int8" or FORMAT == "int4":
-        BITS: tl.constexpr = 8 if FORMAT == "int8" else 4
-        WORDS: tl.constexpr = GROUP // WORD
-        scale = tl.load(scales_ptr + first + rows, mask=inside, other=0).to(tl.int32) << 16
-        finite = (scale & _INFINITY) != _INFINITY
-        scale = tl.where(finite, scale, 0)
-        at = rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        words = tl.load(codes_ptr + first * WORDS + at, mask=inside[:, None], other=0).to(tl.int32)
-        words = tl.where(finite[:, None], words, 0)
-        # Up to the top of the register and down again: the second shift extends the sign.
-        up = (32 - BITS) - tl.arange(0, WORD) * BITS
-        code = (words[:, :, None] << up[None, None, :]) >> (32 - BITS)
-        code = tl.reshape(code, (rows.shape[0], GROUP))
-        value = code.to(tl.float32) * float_of(scale)[:, None]
+        code, scale = load_codes(scales_ptr, codes_ptr, first, rows, inside, FORMAT, WORD, GROUP)
+        value = code.to(tl.float32) * scale[:, None]
     else:
         at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         bits = tl.load(codes_ptr + first * GROUP + at, mask=inside[:, None], other=0).to(tl.int32)

@@ -25,7 +25,7 @@ from parablock_rt.errors import CodecError, ConfigError
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 ALIGNMENT = 128  # elements; every flat length is a multiple
-MAX_CONTRIBUTIONS = 4095  # each adds up to 2^51 to a limb in magnitude, so their sum stays below 2^63
+MAX_CONTRIBUTIONS = 4095  # each adds less than 2^103 units in magnitude; what one pass adds up in 64 bits has room
 LARGEST_CONTRIBUTION = 2.0**31  # bound of weight * |decoded value| (exclusive)
 # Any count of tokens or examples lies between. Beyond, the sum's resolution divided by the weight, or the sum of the
 # weights, could be more than a float holds, and one client's mean infinite for all.
@@ -199,8 +199,8 @@ class Contribution:
 class Accumulator:
     """The weighted sum of packed blocks in host memory, bit-identical whatever the order in which they are added.
 
-    The sum is held in fixed point, as two int64 tensors of `numel` elements each: the value is
-    `hi * 2^-20 + lo * 2^-72`. Contributions may come in different formats. One thread at a time may use it.
+    The sum of an element is one integer of 128 bits, in units of 2^-72. Its halves lie in two int64 tensors of `numel`
+    elements each. Contributions may come in different formats. One thread at a time may use it.
     """
 
     def __init__(self, numel: int, *, threads: int | None = None) -> None:

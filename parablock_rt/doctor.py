@@ -22,7 +22,9 @@ def examine() -> dict[str, Any]:
         "python": _fact(platform.python_version(), "3.10 or newer is supported"),
         "torch": _fact(torch.__version__, f"computes with {torch.get_num_threads()} threads unless told otherwise"),
         "cpu": _fact(f"{os.cpu_count()} cores", "the transport and encode threads want one beside the training"),
-        "codec": _fact(_C.instruction_set(), "fastest first: avx512, avx2, portable; all give the same bytes"),
+        "codec": _fact(
+            _C.instruction_set(), "fastest first: avx512-vnni, avx512, avx2, portable; all give the same bytes"
+        ),
         "gpu": _gpu(),
         "cuda driver": _driver(),
         "triton": _fact(_version("triton"), "the codec's kernels on a GPU; without it blocks must be in host memory"),

@@ -17,7 +17,7 @@ from parablock_rt.roster import Roster
 from parablock_rt.schedule import cohort_of
 from parablock_rt.transport import BufferPool, Transport, body_layout
 
-LARGEST_UPLOAD_BUDGET = 256 * 2**20  # bytes of unfinished uploads, one upload apart
+LARGEST_UPLOAD_BUDGET = 2**30  # bytes of unfinished uploads, one upload apart, unless the user wants more
 
 
 class Intake:
@@ -40,6 +40,7 @@ class Intake:
         self._numel_of = numel_of
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
+        self.is_short = False  # whether somebody was left out for want of room when members were let in last
 
     def let_in(self, oldest: int) -> None:
         """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
@@ -63,6 +64,7 @@ class Intake:
                 if member is next_in_line:
                     next_in_line = None
                 held += self.nbytes_of(index)
+        self.is_short = bool(left_out)
 
     def resume(self, member: Member) -> None:
         """Goes on, on a new connection, with what was under way on the old one."""

@@ -29,7 +29,7 @@ from parablock_rt.tls import Tls
 from parablock_rt.transport import MAX_LANES, Shape, Transport
 from parablock_rt.version import __version__
 
-_BUDGET_PART, _LEAST_UPLOADS = 32, 4
+_BUDGET_PART, _ELEMENT_BYTES = 32, 17
 
 
 class Server:
@@ -166,8 +166,9 @@ def serve(
             then writes about seven bytes a parameter of its block.
         resume: such a folder: the run goes on with the round that was open; its clients come back by themselves.
         on_round: called on the server's thread after each closed round.
-        upload_budget: bytes of unfinished uploads held at once, one upload apart; None: a 32nd of what the model takes,
-            and at least four uploads. More lets more clients with slow links send at the same time.
+        upload_budget: bytes of unfinished uploads held at once, one upload apart; None: about as much as the sum of
+            the largest block takes, which is sixteen int8 uploads, or a 32nd of what the model takes if that is more; at
+            most 1 GiB. More lets more clients with slow links send at the same time.
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
             with `resume` none are needed, and others than the run's are an error.
@@ -216,7 +217,7 @@ def serve(
             state = Checkpoint.create(Path(durable), _beginning(identity, master))
         if state is not None:
             state.append(checkpoint.Listening(address=taken))
-        budget = default_upload_budget(plan, config.format) if upload_budget is None else upload_budget
+        budget = default_upload_budget(plan) if upload_budget is None else upload_budget
         coordinator = Coordinator(
             transport, identity, plan, master, on_round, budget, state=state, past=past, trace=trace
         )
@@ -260,12 +261,13 @@ def _beginning(identity: Identity, master: Master) -> checkpoint.Begin:
     )
 
 
-def default_upload_budget(plan: BlockPlan, format: str) -> int:
+def default_upload_budget(plan: BlockPlan) -> int:
     """Bytes of unfinished uploads that a server holds at most, one upload apart.
 
     A small part of what it holds for the model in any case (an fp32 master and the reference), so that its memory does
-    not grow with its clients; but at least four uploads of the largest block, and never more than 256 MiB.
+    not grow with its clients; but about as much as the sum that they go into (sixteen int8 uploads with their scales),
+    so that it is seldom moved for a few of them. Never more than 1 GiB.
     """
     model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
-    largest = max(block.wire_bytes(format) for block in plan.blocks)
-    return min(max(model // _BUDGET_PART, _LEAST_UPLOADS * largest), LARGEST_UPLOAD_BUDGET)
+    largest = max(block.flat_numel for block in plan.blocks)
+    return min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest), LARGEST_UPLOAD_BUDGET)

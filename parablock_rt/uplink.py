@@ -19,7 +19,7 @@ from parablock_rt.rounds import Delivery, OpenRounds
 from parablock_rt.timeline import Stage, Timeline
 from parablock_rt.transport import as_tensor
 
-_TOGETHER = 8  # uploads in one pass: there the sum weighs no more than they do, and a round's end waits for no more
+_TOGETHER = 16  # uploads in one pass: there the sum weighs no more than they do, and a round's end waits for no more
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class Uplink:
         return seat in self._rounds.uploads_of(round) or seat in self.waiting(round)
 
     def is_worth_a_pass(self, round: int) -> bool:
-        """Whether so many of a round's uploads wait that moving the sum for them costs little, or no more are to come
-        or may wait. Fewer are worth it only to a server that has nothing else to do."""
+        """Whether so many of a round's uploads wait that moving the sum for them costs little, others want their room,
+        or no more are to come. Fewer are worth it only to a server that has nothing else to do."""
         waiting = self.waiting(round)
-        if len(waiting) >= _TOGETHER or self._intake.taken_bytes >= self._intake.budget // 2:
+        if len(waiting) >= _TOGETHER or (
+            self._intake.is_short and self._intake.taken_bytes >= self._intake.budget // 2
+        ):
             return True
         return self._attendance.outstanding(self._rounds[round]) <= waiting
 

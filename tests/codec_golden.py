@@ -1,7 +1,7 @@
 """The codec's golden vectors: inputs and the bytes that every implementation must make of them.
 
 `tests/data/codec_golden.safetensors` is written once from the NumPy statement and then only compared with. It is
-rewritten by hand alone, when the format itself gets a new version:
+rewritten by hand alone, when the format itself gets a new version or the server's sum another definition:
 
     python tests/codec_golden.py --write
 

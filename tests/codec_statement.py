@@ -21,8 +21,7 @@ GROUP = {"int8": 128, "int4": 64}
 BAD_SCALE = 0x7FC0
 ZERO_GROUP = np.float32(2.0**-100)
 
-HI_UNIT = 2.0**-20
-LO_UNIT = 2.0**-72
+UNIT = 2.0**-72
 
 
 def bits(x: Array) -> Array:
@@ -162,24 +161,40 @@ def apply(target: Array, body: bytes, format: str) -> Array:
 
 
 class Accumulator:
-    """The two-limb fixed-point sum, in Python integers that cannot overflow."""
+    """The sum in units of 2^-72, in Python integers that cannot overflow."""
 
     def __init__(self, numel: int) -> None:
-        self.hi = [0] * numel
-        self.lo = [0] * numel
+        self.units = [0] * numel
         self.weights: list[float] = []
 
     def add(self, body: bytes, weight: float, format: str) -> None:
-        for i, d in enumerate(decode(body, len(self.hi), format)):
-            v = float(weight) * float(d)
-            hi = round(v / HI_UNIT)  # ties to even
-            self.hi[i] += hi
-            self.lo[i] += round((v - hi * HI_UNIT) / LO_UNIT)
-        self.weights.append(float(weight))
+        """A factor is rounded to units once: of a group, which its codes multiply, or of an element."""
+        weight = float(weight)
+        numel = len(self.units)
+        if format in GROUP:
+            scales, codes = split(body, numel, format)
+            values = np.where(scales == BAD_SCALE, np.float32(0), widen(scales.astype(np.uint16)))
+            factors = [round(weight * float(scale) / UNIT) for scale in values]  # ties to even
+            added = [int(code) * factors[i // GROUP[format]] for i, code in enumerate(codes)]
+        else:
+            added = [round(weight * float(value) / UNIT) for value in decode(body, numel, format)]
+        self.units = [before + more for before, more in zip(self.units, added, strict=True)]
+        self.weights.append(weight)
+
+    @property
+    def hi(self) -> list[int]:
+        """The upper 64 bits of each sum in two's complement."""
+        return [units >> 64 for units in self.units]
+
+    @property
+    def lo(self) -> list[int]:
+        """The lower 64 bits, as a number with a sign."""
+        return [(units + 2**63) % 2**64 - 2**63 for units in self.units]
 
     def mean(self) -> Array:
         total = math.fsum(self.weights)
-        sums = np.array([float(h) * HI_UNIT + float(lo) * LO_UNIT for h, lo in zip(self.hi, self.lo, strict=True)])
+        upper = [(units - lo) >> 64 for units, lo in zip(self.units, self.lo, strict=True)]
+        sums = np.array([float(h) * (2**64 * UNIT) + float(lo) * UNIT for h, lo in zip(upper, self.lo, strict=True)])
         return (sums / total).astype(np.float32)
 
 

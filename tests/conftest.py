@@ -13,7 +13,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-@pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
+@pytest.fixture(scope="module", params=["avx512-vnni", "avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with every variant of the codec that this machine can run, then restores the choice."""
     from parablock_rt import _C

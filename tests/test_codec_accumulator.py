@@ -83,6 +83,31 @@ def test_what_is_added_in_one_pass_gives_the_bits_of_one_by_one(adds: list[Contr
     assert one_by_one.bad_groups == at_once.bad_groups
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("count", [1, 3, 64, 67])
+def test_factors_of_any_length_and_size_add_up_exactly(format: str, count: int) -> None:
+    """Weights of 53 bits from 2**-64 on and scales down to 2**-90: the bits of all of them together are over a hundred,
+    with gaps, and some lie below the sum's unit."""
+    rng = np.random.default_rng(count)
+    adds: list[Contribution] = []
+    for weight in rng.uniform(1, 2, count) * np.exp2(rng.integers(-64, 20, count)):
+        x = rng.standard_normal(NUMEL) * np.exp2(rng.uniform(-90, 6, NUMEL // 64)).repeat(64)
+        body, _, _ = statement.encode(x.astype(np.float32), np.zeros(NUMEL, np.float32), None, format)
+        adds.append((body, float(weight), format))
+    expected = statement.Accumulator(NUMEL)
+    for body, weight, _ in adds:
+        expected.add(body, weight, format)
+    for accumulator in (summed(adds), summed_at_once(adds), summed_at_once(adds, parts=2)):
+        assert accumulator._hi.tolist() == expected.hi
+        assert accumulator._lo.tolist() == expected.lo
+
+
+def test_a_factor_beyond_all_bounds_counts_nothing_where_all_codes_are_0() -> None:
+    largest_scale = (0x7F7F).to_bytes(2, "little")
+    adds = [(largest_scale + bytes(BLOCK), 2.0**64, "int8"), (int8_body(0x3F80), 3.0, "int8")]
+    assert (to_numpy(summed_at_once(adds, BLOCK).mean()) == np.float32(3.0 / (2.0**64 + 3.0))).all()
+
+
 def test_more_than_a_sum_can_hold_changes_nothing() -> None:
     accumulator = codec.Accumulator(BLOCK, threads=1)
     one = accumulator.check(to_body(body_of([2.0])), 1.0, "fp32")
@@ -147,11 +172,11 @@ def test_the_mean_is_weighted_by_tokens() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        pytest.param(2.0**31 - 128, id="larger limb"),
-        pytest.param(-(2.0**31) + 128, id="larger limb, negative"),
-        # Half of the larger unit is a tie that goes to 0: all of it lands in the smaller limb, 2**51 units each time.
-        pytest.param(2.0**-21, id="smaller limb"),
-        pytest.param(-(2.0**-21), id="smaller limb, negative"),
+        pytest.param(2.0**31 - 128, id="upper half"),
+        pytest.param(-(2.0**31) + 128, id="upper half, negative"),
+        # Half of a coarse unit is a tie that goes to 0: all of it lands in the finer step, 2**51 units each time.
+        pytest.param(2.0**-21, id="finer step"),
+        pytest.param(-(2.0**-21), id="finer step, negative"),
     ],
 )
 def test_a_full_sum_of_the_worst_values_does_not_overflow_and_takes_no_more(value: float) -> None:

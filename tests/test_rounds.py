@@ -19,6 +19,7 @@ from parablock_rt.coordinator import Coordinator
 from parablock_rt.outcome import ClosedRound, Outcome
 from parablock_rt.protocol import Upload
 from parablock_rt.rounds import Delivery, Round
+from parablock_rt.server import default_upload_budget
 
 NUMEL = 256
 ROUND, BLOCK = 4, 2
@@ -135,8 +136,8 @@ def test_the_server_folds_all_uploads_that_wait_in_one_pass(monkeypatch: pytest.
     assert [closed.contributions for closed in outcome.rounds] == [3, 3]
 
 
-@pytest.mark.parametrize(("clients", "enough"), [(5, 5), (10, 8)])
-def test_uploads_wait_until_eight_are_here_or_none_is_to_come(
+@pytest.mark.parametrize(("clients", "enough"), [(5, 5), (18, 16)])
+def test_uploads_wait_until_sixteen_are_here_or_none_is_to_come(
     monkeypatch: pytest.MonkeyPatch, clients: int, enough: int
 ) -> None:
     gathering = Gathering(monkeypatch, clients)
@@ -165,11 +166,30 @@ def test_a_server_that_has_nothing_else_to_do_folds_what_is_there(monkeypatch: p
     assert [closed.contributions for closed in outcome.rounds] == [2, 2]
 
 
-def test_uploads_that_take_half_of_the_budget_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    gathering = Gathering(monkeypatch, 5)
-    federate(5, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
+def test_uploads_that_take_half_of_the_budget_do_not_wait_while_others_want_their_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is room for four, and for one more that is ready."""
+    gathering = Gathering(monkeypatch, 6)
+    federate(6, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
     assert gathering.due[1] is False
     assert gathering.due[2] is True
+
+
+def test_uploads_wait_for_each_other_while_there_is_room_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little room is left."""
+    gathering = Gathering(monkeypatch, 5)
+    federate(5, upload_budget=5 * codec.body_bytes(64 * 64 + 128, "int8"))
+    assert gathering.due == {waiting: waiting == 5 for waiting in range(1, 6)}
+
+
+def test_a_server_holds_by_default_as_many_uploads_as_weigh_as_much_as_the_sum() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 64))
+    plan = pb.BlockPlan.from_model(layers, ["0", "1"])
+    assert default_upload_budget(plan) >= 16 * max(block.wire_bytes("int8") for block in plan.blocks)
+    assert default_upload_budget(plan) <= 17 * max(block.flat_numel for block in plan.blocks)
+    huge = pb.BlockPlan.from_model(torch.nn.Linear(2**15, 2**15, bias=False, device="meta"), [["weight"]])
+    assert default_upload_budget(huge) == 2**30
 
 
 def test_what_has_arrived_by_the_deadline_counts_though_nobody_else_comes() -> None:

@@ -21,7 +21,7 @@ constexpr double kLargestWeight = 0x1p64;
 const std::vector<const char*>& instruction_sets() {
   static const std::vector<const char*> sets = [] {
     std::vector<const char*> found;
-    for (const char* name : {"portable", "avx2", "avx512"}) {
+    for (const char* name : {"portable", "avx2", "avx512", "avx512-vnni"}) {
       try {
         force_instruction_set(name);
         found.push_back(name);

@@ -1,0 +1,237 @@
+// The sum of int8 and int4 bodies for machines with AVX-512 VNNI, which multiplies 64 codes with digits of 8 bits in one
+// instruction and adds the products of four contributions. The rest of the codec is that of codec_avx512.cc.
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "codec_table.h"
+
+#ifdef __clang__
+#define PARABLOCK_VNNI "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#else
+#define PARABLOCK_VNNI "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512"
+// GCC 12 takes the deliberately undefined operand inside its own intrinsics for a mistake of ours.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#pragma GCC diagnostic ignored "-Wunused-function"
+
+PARABLOCK_TARGET_BEGIN(PARABLOCK_VNNI)
+#include "codec_kernels.h"
+
+#include "codec_sum.h"
+
+namespace parablock::internal {
+namespace {
+
+constexpr int kBlock = 64;      // elements at a time: one register of codes
+constexpr int kFour = 4;        // contributions whose codes share a register
+constexpr int kMostDigits = 6;  // of a window; together they fit into 64 bits
+constexpr int64_t kLong = 1 << 16;  // elements, whose sums are as large as a second-level cache
+// Of each contribution this much ahead, into the second-level cache: blocks often begin at the same offset in a page,
+// so that the codes of sixteen do not fit into the first one together.
+constexpr int kPrefetchCodes = 1024;
+
+// What is multiplied with the codes: digit j of the contributions 4q to 4q + 3 is word [q][j]. Missing ones are 0.
+struct Digits {
+  uint32_t words[kTogether / kFour][8];
+};
+
+template <Format kFormat>
+PARABLOCK_INLINE void cut(const Factors<kFormat>& factors, int64_t count, int base, Digits& digits) {
+  for (int64_t first = 0; first < count; first += kFour) {
+    __m128i window[kFour];
+    for (int64_t i = 0; i < kFour; ++i) {
+      const uint64_t low = first + i < count ? static_cast<uint64_t>(factors.of[first + i].units >> base) : 0;
+      window[i] = _mm_cvtsi64_si128(static_cast<int64_t>(low));
+    }
+    const __m128i ab = _mm_unpacklo_epi8(window[0], window[1]);
+    const __m128i cd = _mm_unpacklo_epi8(window[2], window[3]);
+    auto* const words = reinterpret_cast<__m128i*>(digits.words[first / kFour]);
+    _mm_storeu_si128(words, _mm_unpacklo_epi16(ab, cd));
+    _mm_storeu_si128(words + 1, _mm_unpackhi_epi16(ab, cd));
+  }
+}
+
+// 64 codes as bytes. Digits have no sign: an int4 group whose factor is negative gives its codes the other one. (An
+// int8 scale is never negative.)
+template <Format kFormat>
+PARABLOCK_INLINE __m512i codes_at(const Contribution& one, int64_t at, bool negative) {
+  if constexpr (kFormat == Format::kInt8) {
+    const uint8_t* const codes = one.planes.codes + at;
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(codes) + kPrefetchCodes), _MM_HINT_T1);
+    return _mm512_loadu_si512(codes);
+  } else {
+    const uint8_t* const codes = one.planes.codes + at / 2;
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(codes) + kPrefetchCodes / 2), _MM_HINT_T1);
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i nibbles =
+        _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
+    const __m128i values = negative ? _mm_setr_epi8(0, -1, -2, -3, -4, -5, -6, -7, 8, 7, 6, 5, 4, 3, 2, 1)
+                                    : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
+  }
+}
+
+// Four times 64 bytes to four bytes of each of 64 elements. Within 16 bytes an element's place stays: register q has
+// the elements 16 L + 4 q + i in lane L.
+PARABLOCK_INLINE void interleave(const __m512i (&in)[kFour], __m512i (&out)[kFour]) {
+  const __m512i ab_low = _mm512_unpacklo_epi8(in[0], in[1]);
+  const __m512i ab_high = _mm512_unpackhi_epi8(in[0], in[1]);
+  const __m512i cd_low = _mm512_unpacklo_epi8(in[2], in[3]);
+  const __m512i cd_high = _mm512_unpackhi_epi8(in[2], in[3]);
+  out[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
+  out[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+  out[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+  out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+}
+
+// Brings sums that stand as `interleave` left them into the order of their elements.
+PARABLOCK_INLINE void put_in_order(__m512i (&sums)[kFour]) {
+  const __m512i low01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44);
+  const __m512i high01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0xEE);
+  const __m512i low23 = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+  const __m512i high23 = _mm512_shuffle_i32x4(sums[2], sums[3], 0xEE);
+  sums[0] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+  sums[1] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
+  sums[2] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+  sums[3] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
+}
+
+// What a window is added to. A sum that is not needed again before it would have left the cache goes past it.
+enum class Onto { kSum, kNothing, kNothingForLong };
+
+// sums += window * 2^base, of eight elements
+PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int base, Onto onto) {
+  const __m512i low = _mm512_sll_epi64(window, _mm_cvtsi32_si128(base));  // 0 from 64 on
+  const __m512i high = base < 64 ? _mm512_sra_epi64(window, _mm_cvtsi32_si128(64 - base))
+                                 : _mm512_sll_epi64(window, _mm_cvtsi32_si128(base - 64));
+  if (onto == Onto::kNothing) {
+    _mm512_storeu_si512(lo, low);
+    _mm512_storeu_si512(hi, high);
+    return;
+  }
+  if (onto == Onto::kNothingForLong) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(lo), low);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(hi), high);
+    return;
+  }
+  const __m512i sum = _mm512_add_epi64(_mm512_loadu_si512(lo), low);
+  const __mmask8 carry = _mm512_cmplt_epu64_mask(sum, low);
+  const __m512i upper = _mm512_add_epi64(_mm512_loadu_si512(hi), high);
+  _mm512_storeu_si512(lo, sum);
+  _mm512_storeu_si512(hi, _mm512_mask_sub_epi64(upper, carry, upper, _mm512_set1_epi64(-1)));
+}
+
+// One block of all contributions times `kDigits` digits of their factors.
+template <Format kFormat, int kDigits>
+void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, const Factors<kFormat>& factors,
+               const Digits& digits, int64_t at, int base, Onto onto) {
+  constexpr int kPairs = (kDigits + 1) / 2;
+  __m512i sums[kDigits][kFour];
+  for (int j = 0; j < kDigits; ++j)
+    for (int q = 0; q < kFour; ++q) sums[j][q] = _mm512_setzero_si512();
+  for (int64_t first = 0; first < count; first += kFour) {
+    __m512i apart[kFour];
+    for (int64_t i = 0; i < kFour; ++i) {
+      const int64_t one = first + i < count ? first + i : first;  // what has no digits may have any codes
+      apart[i] = codes_at<kFormat>(in[one], at, factors.of[one].negative);
+    }
+    __m512i together[kFour];
+    interleave(apart, together);
+    for (int j = 0; j < kDigits; ++j) {
+      const __m512i digit = _mm512_set1_epi32(static_cast<int32_t>(digits.words[first / kFour][j]));
+      for (int q = 0; q < kFour; ++q) sums[j][q] = _mm512_dpbusd_epi32(sums[j][q], digit, together[q]);
+    }
+  }
+  __m512i pairs[kPairs][kFour];
+  for (int p = 0; p < kPairs; ++p) {
+    for (int q = 0; q < kFour; ++q) {
+      pairs[p][q] = sums[2 * p][q];
+      if (2 * p + 1 < kDigits)
+        pairs[p][q] = _mm512_add_epi32(pairs[p][q], _mm512_slli_epi32(sums[(2 * p + 1) % kDigits][q], 8));
+    }
+    put_in_order(pairs[p]);
+  }
+  for (int q = 0; q < kFour; ++q) {
+    for (int half = 0; half < 2; ++half) {
+      __m512i window = _mm512_setzero_si512();
+      for (int p = 0; p < kPairs; ++p) {
+        const __m256i narrow =
+            half == 0 ? _mm512_castsi512_si256(pairs[p][q]) : _mm512_extracti64x4_epi64(pairs[p][q], 1);
+        window = _mm512_add_epi64(window, _mm512_slli_epi64(_mm512_cvtepi32_epi64(narrow), 16 * p));
+      }
+      const int64_t to = at + 16 * q + 8 * half;
+      add_window(hi + to, lo + to, window, base, onto);
+    }
+  }
+}
+
+template <Format kFormat>
+using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count,
+                          const Factors<kFormat>& factors, const Digits& digits, int64_t at, int base, Onto onto);
+
+template <Format kFormat>
+constexpr AddBlock<kFormat> kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>,
+                                                      &add_block<kFormat, 3>, &add_block<kFormat, 4>,
+                                                      &add_block<kFormat, 5>, &add_block<kFormat, 6>};
+
+PARABLOCK_INLINE int bits_of(Magnitude units) {
+  const uint64_t high = static_cast<uint64_t>(units >> 64);
+  return high != 0 ? 128 - __builtin_clzll(high) : 64 - __builtin_clzll(static_cast<uint64_t>(units) | 1);
+}
+
+template <Format kFormat>
+void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty,
+                    bool is_long) {
+  const int64_t end = at + group_size(kFormat);
+  const Factors<kFormat> factors(in, count, at);
+  if (factors.any == 0 && empty) {
+    for (int64_t i = at; i < end; ++i) hi[i] = lo[i] = 0;
+  }
+  Magnitude left = factors.any;
+  for (int base = 0; left != 0; left = base < 128 ? factors.any >> base : 0) {
+    const int zeros = lowest_bit(left);
+    base += zeros;
+    const int wanted = (bits_of(left >> zeros) + 7) / 8;
+    const int count_of_digits = wanted < kMostDigits ? wanted : kMostDigits;
+    Digits digits;
+    cut(factors, count, base, digits);
+    const bool last = count_of_digits == wanted;
+    const Onto onto = !empty ? Onto::kSum : last && is_long ? Onto::kNothingForLong : Onto::kNothing;
+    for (int64_t block = at; block < end; block += kBlock)
+      kAddBlock<kFormat>[count_of_digits - 1](hi, lo, in, count, factors, digits, block, base, onto);
+    empty = false;
+    base += 8 * count_of_digits;
+  }
+}
+
+template <Format kFormat>
+void accumulate_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                     bool empty) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(hi) | reinterpret_cast<uintptr_t>(lo)) % sizeof(__m512i) == 0;
+  const bool is_long = aligned && count <= kTogether && end - begin >= kLong;
+  for (int64_t at = begin; at < end; at += group_size(kFormat)) {
+    for (int64_t first = 0; first < count; first += kTogether) {
+      const int64_t here = count - first < kTogether ? count - first : kTogether;
+      add_group_vnni<kFormat>(hi, lo, in + first, here, at, empty && first == 0, is_long);
+    }
+  }
+}
+
+}  // namespace
+
+void accumulate_int8_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                          bool empty) {
+  accumulate_vnni<Format::kInt8>(hi, lo, in, count, begin, end, empty);
+}
+
+void accumulate_int4_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
+                          bool empty) {
+  accumulate_vnni<Format::kInt4>(hi, lo, in, count, begin, end, empty);
+}
+
+}  // namespace parablock::internal
+PARABLOCK_TARGET_END
+#endif

@@ -60,12 +60,17 @@ auto over(const py::buffer& data, Function function) {
 
 void bind_session(py::module_& m) {
   // The protocol without a socket, for tests and fuzzers: bytes in, bytes out.
+  py::class_<Incoming, std::shared_ptr<Incoming>>(m, "Incoming").def(py::init<>()).def_property_readonly("count",
+                                                                                                         &Incoming::count);
   py::class_<Session>(m, "Session")
-      .def(py::init([](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes) {
-             return std::make_unique<Session>(SessionLimits{
-                 .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes});
+      .def(py::init([](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes,
+                       std::shared_ptr<Incoming> incoming) {
+             SessionLimits limits{
+                 .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes};
+             return std::make_unique<Session>(limits, std::move(incoming));
            }),
-           py::arg("control_bytes") = 4096, py::arg("window_bytes") = 256 << 20, py::arg("queue_bytes") = 64 << 10)
+           py::arg("control_bytes") = 4096, py::arg("window_bytes") = 256 << 20, py::arg("queue_bytes") = 64 << 10,
+           py::arg("incoming") = nullptr)
       .def("set_run", &Session::set_run)
       .def("send_control", [](Session& s, const py::bytes& message) { s.send_control(message); })
       .def("send", [](Session& s, uint8_t kind, uint32_t round, uint32_t block,

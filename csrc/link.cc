@@ -14,11 +14,11 @@ constexpr int64_t kLingerNs = 1'000'000'000;  // for the peer's end after the la
 
 }  // namespace
 
-Link::Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, int64_t idle_timeout_ns,
-           int64_t opening_timeout_ns)
+Link::Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, std::shared_ptr<Incoming> incoming,
+           int64_t idle_timeout_ns, int64_t opening_timeout_ns)
     : id_(id),
       host_(std::move(host)),
-      session_(limits),
+      session_(limits, std::move(incoming)),
       idle_timeout_ns_(idle_timeout_ns),
       opening_timeout_ns_(opening_timeout_ns),
       ping_every_ns_(std::min(kPingEveryNs, idle_timeout_ns / 3)),  // so that a peer with the same limit hears enough

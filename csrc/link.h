@@ -25,8 +25,8 @@ struct LinkStats {
 class Link {
  public:
   // `host`: what this side connected to; empty: the peer did. `opening_timeout_ns`: for each lane's TLS handshake.
-  Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, int64_t idle_timeout_ns,
-       int64_t opening_timeout_ns);
+  Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, std::shared_ptr<Incoming> incoming,
+       int64_t idle_timeout_ns, int64_t opening_timeout_ns);
 
   uint64_t id() const { return id_; }
   const std::string& host() const { return host_; }

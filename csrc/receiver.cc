@@ -8,6 +8,7 @@ namespace parablock {
 namespace {
 
 constexpr int64_t kAcknowledgeNs = 500'000'000;  // at the latest, so that the sender of a slow transfer sees it move
+constexpr size_t kGuessedTogether = 4;
 constexpr uint32_t kMostCorruptChunks = 16;  // of one transfer: beyond, sending again mends nothing
 
 }  // namespace
@@ -60,7 +61,9 @@ bool Receiver::withdrawn(const TransferKey& key, int64_t now_ns) {
 
 // A window that no whole chunk fits into would stop the sender for ever.
 uint64_t Receiver::window(const Sink& sink) const {
-  return std::max(window_.bytes(outbox_.limits.window_bytes), 2 * uint64_t{sink.layout.chunk_bytes(0)});
+  // How many will come at once is not known before they do.
+  size_t sharing = std::max(incoming_->count(), sink.share ? 1 : kGuessedTogether);
+  return std::max(window_.bytes(outbox_.limits.window_bytes, sharing), 2 * uint64_t{sink.layout.chunk_bytes(0)});
 }
 
 void Receiver::acknowledge(const TransferKey& key, Sink& sink) {
@@ -99,7 +102,10 @@ std::optional<std::vector<Segment>> Receiver::place(const FrameHeader& header, i
                         ", all that was asked for");
   if (sink.chunks[chunk] != Chunk::kMissing) return std::nullopt;  // sent twice
   sink.chunks[chunk] = Chunk::kArriving;
-  if (sink.first_byte_ns == 0) sink.first_byte_ns = sink.acknowledged_ns = now_ns;
+  if (sink.first_byte_ns == 0) {
+    sink.first_byte_ns = sink.acknowledged_ns = now_ns;
+    sink.share.emplace(incoming_);
+  }
   auto parts = sink.layout.segments(sink.buffer->data(), chunk);
   return std::vector<Segment>(parts.begin(), parts.end());
 }

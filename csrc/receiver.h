@@ -18,7 +18,7 @@ namespace parablock {
 
 class Receiver {
  public:
-  explicit Receiver(Outbox& outbox) : outbox_(outbox) {}
+  Receiver(Outbox& outbox, std::shared_ptr<Incoming> incoming) : outbox_(outbox), incoming_(std::move(incoming)) {}
 
   // Throws std::invalid_argument when it is posted already or was cancelled.
   void post(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
@@ -55,6 +55,7 @@ class Receiver {
     int64_t acknowledged_ns = 0;
     uint64_t granted = 0;
     int64_t first_byte_ns = 0;
+    std::optional<Incoming::Share> share;  // from the first byte on
     uint32_t corrupt_chunks = 0;
     Progress progress;
 
@@ -66,6 +67,7 @@ class Receiver {
   void ask_again(const FrameHeader& header, Sink& sink);
 
   Outbox& outbox_;
+  std::shared_ptr<Incoming> incoming_;
   Window window_;
   std::map<TransferKey, Sink> sinks_;
   std::set<TransferKey> given_up_;   // by either side: data still under way for these is read and dropped

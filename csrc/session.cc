@@ -32,7 +32,10 @@ OutFrame attach_frame(std::string key) {
   return frame;
 }
 
-Session::Session(SessionLimits limits) : outbox_(limits), sender_(outbox_), receiver_(outbox_) {}
+Session::Session(SessionLimits limits, std::shared_ptr<Incoming> incoming)
+    : outbox_(limits),
+      sender_(outbox_),
+      receiver_(outbox_, incoming != nullptr ? std::move(incoming) : std::make_shared<Incoming>()) {}
 
 void Session::record(Recorder recorder) {
   outbox_.recorder = recorder;

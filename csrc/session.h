@@ -29,7 +29,8 @@ constexpr size_t kMaxLanes = 4;
 
 class Session {
  public:
-  explicit Session(SessionLimits limits = {});
+  // `incoming`: shared with the other sessions of a transport; null: there are none.
+  explicit Session(SessionLimits limits = {}, std::shared_ptr<Incoming> incoming = nullptr);
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 

@@ -27,6 +27,7 @@ namespace {
 
 constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS allows
 constexpr size_t kBatchBytes = 32 << 10;    // of records go into one `send`: 16 and 128 KiB cost more CPU time a byte
+constexpr size_t kReadBytes = 96 << 10;     // of records come in one `read`; 128 KiB of memory would be new for each
 constexpr size_t kCertificateBytes = 64 << 10;  // a peer's chain may have
 constexpr size_t kBindingBytes = 32;
 
@@ -412,6 +413,8 @@ OpenSslContext::OpenSslContext(const TlsSettings& settings)
   SSL_CTX_set_num_tickets(context, 0);  // links last for a run: nothing to resume, nothing to replay
   SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
   SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);  // a silent link holds none
+  SSL_CTX_set_read_ahead(context, 1);  // or there are two reads a record, one for its header
+  SSL_CTX_set_default_read_buffer_len(context, kReadBytes);
   SSL_CTX_set_max_cert_list(context, kCertificateBytes);
   SSL_CTX_set_default_passwd_cb(context, &no_passphrase);
   SSL_CTX_set_cert_verify_callback(context, &verify_peer, nullptr);

@@ -312,8 +312,8 @@ void Transport::add_link(uint64_t id, Fd fd, const std::string& host) {
   Event failed;
   try {
     auto link = std::make_unique<Link>(id, host, open_channel(std::move(fd), host),
-                                       SessionLimits{.window_bytes = options_.window_bytes}, options_.idle_timeout_ns,
-                                       options_.opening_timeout_ns);
+                                       SessionLimits{.window_bytes = options_.window_bytes}, incoming_,
+                                       options_.idle_timeout_ns, options_.opening_timeout_ns);
     if (ring_ != nullptr) link->record(ring_.get());
     link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
     loop_.add(link->lane(0).fd(), token_of(id, 0));

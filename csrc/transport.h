@@ -124,7 +124,8 @@ class Transport {
   Admission admission_;  // loop thread only
   std::atomic<uint64_t> next_link_{1};
 
-  std::shared_ptr<Ring> ring_;   // loop thread only
+  std::shared_ptr<Incoming> incoming_ = std::make_shared<Incoming>();  // loop thread only, as the next
+  std::shared_ptr<Ring> ring_;
   std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
   std::vector<uint64_t> over_;   // links that ended
 

@@ -1,14 +1,39 @@
 // How much a sender may have under way: twice what the link delivers in one round trip, so that a sender that the
 // window holds back is given twice as much a round trip later, and one that is not keeps no more under way than it can
-// use.
+// use. A least amount keeps a fast link going. Where several transfers come at once it is theirs together: what is under
+// way lies in the kernel's memory, and more of it than a processor's cache holds costs both ends time.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 namespace parablock {
+
+// The transfers that have begun to come, of all links of a transport. Each of them holds a Share while it is one.
+class Incoming {
+ public:
+  class Share {
+   public:
+    explicit Share(std::shared_ptr<Incoming> incoming) : incoming_(std::move(incoming)) { ++incoming_->count_; }
+    Share(Share&& other) noexcept = default;
+    Share& operator=(Share&& other) = delete;
+    ~Share() {
+      if (incoming_ != nullptr) --incoming_->count_;
+    }
+
+   private:
+    std::shared_ptr<Incoming> incoming_;
+  };
+
+  size_t count() const { return count_; }
+
+ private:
+  size_t count_ = 0;
+};
 
 class Window {
  public:
@@ -33,10 +58,11 @@ class Window {
     bytes_ = 0;
   }
 
-  // `highest` also bounds the least.
-  uint64_t bytes(uint64_t highest) const {
+  // `highest` also bounds the least. `sharing`: how many transfers the least is for.
+  uint64_t bytes(uint64_t highest, size_t sharing) const {
     double in_a_round_trip = bytes_per_second_ * static_cast<double>(round_trip_ns_) / 1e9;
-    return std::clamp(static_cast<uint64_t>(2 * in_a_round_trip), std::min(kLeastBytes, highest), highest);
+    uint64_t least = std::min(kLeastBytes / std::max<size_t>(sharing, 1), highest);
+    return std::clamp(static_cast<uint64_t>(2 * in_a_round_trip), least, highest);
   }
 
  private:

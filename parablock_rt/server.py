@@ -167,8 +167,8 @@ def serve(
         resume: such a folder: the run goes on with the round that was open; its clients come back by themselves.
         on_round: called on the server's thread after each closed round.
         upload_budget: bytes of unfinished uploads held at once, one upload apart; None: about as much as the sum of
-            the largest block takes, which is sixteen int8 uploads, or a 32nd of what the model takes if that is more; at
-            most 1 GiB. More lets more clients with slow links send at the same time.
+            the largest block takes, which is sixteen int8 uploads, or a 32nd of what the model takes if that is more,
+            at most 1 GiB. More lets more clients with slow links send at the same time.
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
             with `resume` none are needed, and others than the run's are an error.

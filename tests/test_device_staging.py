@@ -157,6 +157,8 @@ def test_a_chunk_is_sent_only_when_it_is_on_the_host(staged: Staged, transport: 
         if (frame := sender.next_frame()) is not None:
             frames += 1
             receiver.feed(frame)
+            while (answer := receiver.next_frame()) is not None:
+                sender.feed(answer)
     assert [event.type for event in receiver.take_events()] == [_C.Event.Type.RECEIVED]
     assert torch.equal(as_tensor(target, layout.nbytes), body)
 

@@ -189,7 +189,7 @@ def test_a_round_trip_that_grows_does_not_stop_a_sender_that_was_granted_less_be
     b.ping(1)
     assert decode(b.next_frame() or b"").type == PING
     ms = 1_000_000
-    for at in range(12):
+    for at in range(3):
         b.feed(a.next_frame() or b"", at * ms)
     assert b.next_frame() is None  # too little to acknowledge
     now = 400 * ms  # too early to acknowledge for the time that has passed

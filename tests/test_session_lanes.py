@@ -27,6 +27,7 @@ from session_cases import (
     small_layout,
 )
 
+from parablock_rt import _C
 from parablock_rt._C import MAX_LANES, Buffer, Event, Layout, ProtocolError, Session, Source
 
 T = Event.Type
@@ -400,9 +401,46 @@ def granted_after(rate: float, round_trip_s: float, window: int = 256 * MIB) -> 
 
 def test_the_window_is_twice_what_a_round_trip_delivers_between_its_bounds() -> None:
     assert granted_after(rate=1e9 / 8, round_trip_s=0.1) == pytest.approx(25e6, rel=0.05)
-    assert granted_after(rate=100e6 / 8, round_trip_s=0.1) == 4 * MIB
-    assert granted_after(rate=10e9, round_trip_s=0.0001) == 4 * MIB
+    assert granted_after(rate=100e6 / 8, round_trip_s=0.1) == pytest.approx(2.5e6, rel=0.05)
+    assert granted_after(rate=10e9, round_trip_s=0.0001) == MIB
     assert granted_after(rate=1e9 / 8, round_trip_s=0.1, window=10 * MIB) == 10 * MIB
+
+
+def grants(sessions: list[Session], chunks: int) -> list[list[int]]:
+    """What each session grants beyond what it has, while `chunks` of 64 KiB come to all of them by turns."""
+    chunk = 65536
+    layout = Layout(units=512 * chunk, scale_bytes=0, code_bytes=1, chunk_units=chunk)
+    beyond: list[list[int]] = [[] for _ in sessions]
+    for session in sessions:
+        session.receive(1, 0, 0, Buffer(layout.nbytes), layout)
+    for index in range(chunks):
+        for session, seen in zip(sessions, beyond, strict=True):
+            for frame in frames_of(session):
+                if frame.type == ACK:
+                    seen.append(struct.unpack("<Q", frame.payload)[0] - frame.offset)
+            session.feed(Frame(DATA, (1, 0, 0), offset=index * chunk, payload=bytes(chunk)).encode(), SECOND + index)
+    return beyond
+
+
+def test_transfers_that_come_at_once_share_the_least_window() -> None:
+    """The first grant is made before anybody knows how many they will be, and is taken for a quarter of it."""
+    (alone,) = grants([Session()], 100)
+    assert alone[0] == MIB
+    assert set(alone[1:]) == {4 * MIB}
+    incoming = _C.Incoming()
+    for seen in grants([Session(incoming=incoming) for _ in range(16)], 100):
+        assert seen[0] == MIB
+        assert seen[-1] == MIB // 4
+    assert incoming.count == 0, "all of the sessions are gone"
+
+
+def test_a_transfer_that_ends_leaves_its_share_of_the_window_to_the_others() -> None:
+    incoming = _C.Incoming()
+    going, ending = Session(incoming=incoming), Session(incoming=incoming)
+    grants([going, ending], 8)
+    assert incoming.count == 2
+    ending.cancel_receive(1, 0, 0)
+    assert incoming.count == 1
 
 
 # ---- Bounds

@@ -166,6 +166,8 @@ def test_a_chunk_is_sent_only_when_it_is_encoded(transport: Transport) -> None:
             frames += 1
             assert frames <= encoding.source.ready_chunks
             receiver.feed(frame)
+            while (answer := receiver.next_frame()) is not None:
+                sender.feed(answer)
     assert [event.type for event in receiver.take_events()] == [Event.Type.RECEIVED]
     assert torch.equal(as_tensor(target, layout.nbytes), body)
 

@@ -1,6 +1,7 @@
 #include "transport.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/socket.h>
 
@@ -20,6 +21,7 @@ constexpr int64_t kHousekeepingNs = 1'000'000'000;
 constexpr int kAcceptsPerTurn = 64;
 // After a turn that moved this much on a fast link the next is due within the time that falling asleep and being woken
 // takes. On a slow one turns that move so much are few, and so is the time that is spent in vain.
+// A message is often answered at once, and messages are few, so that after one the thread stays awake as long.
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kAlertNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;   // of control frames to one trusted peer, at least
@@ -126,7 +128,11 @@ void Transport::carry_out_commands() {
 }
 
 void Transport::send_control(uint64_t link, std::string message) {
-  push_on_link(link, [message = std::move(message)](Link& l) { l.session().send_control(message); });
+  alert_until_ns_.store(monotonic_ns() + kAlertNs, std::memory_order_relaxed);
+  push_on_link(link, [this, message = std::move(message)](Link& l) {
+    conversing_ = true;
+    l.session().send_control(message);
+  });
 }
 
 void Transport::send(uint64_t link, TransferKey key, std::shared_ptr<Source> source) {
@@ -219,12 +225,16 @@ void Transport::record(std::shared_ptr<Ring> ring) {
 
 // ---- Events
 
+// Right after a message one who waits for its answer looks for it before falling asleep.
 std::optional<Event> Transport::next_event(int64_t timeout_ns) {
+  const int64_t alert_until_ns = timeout_ns > 0 ? alert_until_ns_.load(std::memory_order_relaxed) : 0;
+  while (!any_event_.load(std::memory_order_relaxed) && monotonic_ns() < alert_until_ns) sched_yield();
   std::unique_lock lock(event_mutex_);
   event_ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return !events_.empty(); });
   if (events_.empty()) return std::nullopt;
   Event event = std::move(events_.front());
   events_.pop_front();
+  any_event_.store(!events_.empty(), std::memory_order_relaxed);
   auto unread = unread_.find(event.link);
   bool was_paused = unread->second > kUnreadBytes;
   unread->second -= cost(event);
@@ -237,7 +247,9 @@ void Transport::publish(Event event) {
   {
     std::lock_guard lock(event_mutex_);
     unread_[event.link] += cost(event);
+    conversing_ = conversing_ || event.type == Event::Type::kControl;
     events_.push_back(std::move(event));
+    any_event_.store(true, std::memory_order_relaxed);
   }
   event_ready_.notify_one();
 }
@@ -433,7 +445,9 @@ void Transport::run() {
   while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
     int64_t wake_at = monotonic_ns() + kHousekeepingNs;
     for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
-    loop_.wait(wake_at, std::exchange(moved_, 0) >= kBusyBytes ? kAlertNs : 0, ready);
+    const bool busy = std::exchange(moved_, 0) >= kBusyBytes;
+    const bool conversing = std::exchange(conversing_, false);
+    loop_.wait(wake_at, busy || conversing ? kAlertNs : 0, ready);
     carry_out_commands();
     try {
       service(monotonic_ns(), ready);

@@ -114,6 +114,8 @@ class Transport {
   std::mutex event_mutex_;
   std::condition_variable event_ready_;
   std::deque<Event> events_;
+  std::atomic<bool> any_event_{false};  // the same without the lock, for one who looks again and again
+  std::atomic<int64_t> alert_until_ns_{0};  // an answer to what was said may come any moment
   std::map<uint64_t, size_t> unread_;  // bytes of a link's events that nobody took yet
 
   mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
@@ -130,6 +132,7 @@ class Transport {
   std::vector<uint64_t> over_;   // links that ended
 
   uint64_t moved_ = 0;           // bytes of frames, in and out
+  bool conversing_ = false;      // a message came or left in this turn
 
   bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;

@@ -30,7 +30,7 @@ DELAYS_S = (0.0, 0.01, 0.05)
 LONG_RATE = 100e6 / 8  # bytes a second
 LONG_DELAY_S = 0.05  # one way
 ROUND_TRIPS = 3000
-FAN_IN = ((1, None), (16, None), (16, 2**28))  # links, and bytes of uploads that the server may hold (None: default)
+FAN_IN = ((1, None), (16, None), (16, 2**26))  # links, and bytes of uploads that the server may hold (None: default)
 CASES = ("lanes", "long", "control", "fan-in")
 
 
@@ -233,7 +233,8 @@ def control_case() -> list[Row]:
 def serve_uploads(
     result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None
 ) -> None:
-    """The real server, on a model of one block. Reports when each round's last upload was in the sum."""
+    """The real server, on a model of one block. Reports when each round's last upload was in the sum, and how long its
+    closing took then."""
     import torch
 
     import parablock_rt as pb
@@ -250,11 +251,14 @@ def serve_uploads(
         used = cpu_seconds() - begin
         peer.send("measured")
         server.close()
-    folded = [0] * rounds
+    folded, closing = [0] * rounds, [0.0] * rounds
     for _, records in server.timeline.threads():
         for record in records[records["stage"] == Stage.FOLD]:
             folded[record["round"]] = max(folded[record["round"]], int(record["end_ns"]))
-    result.send({"folded_ns": folded, "cpu": used, "peak_beyond_start_mib": (memory_bytes("VmHWM") - base) / MIB})
+        for record in records[records["stage"] == Stage.CLOSE]:
+            closing[record["round"]] = int(record["end_ns"] - record["start_ns"]) / 1e9
+    peak = (memory_bytes("VmHWM") - base) / MIB
+    result.send({"folded_ns": folded, "closing_s": closing, "cpu": used, "peak_beyond_start_mib": peak})
 
 
 def upload_all(result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None) -> None:
@@ -290,28 +294,48 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
     result.send({"started_ns": started, "bytes": body.numel()})
 
 
-def fan_in_case(side: int, rounds: int) -> list[Row]:
-    """Encoded uploads folded by the real server: from the moment at which all clients send to that at which the last
-    upload is in the sum, next to one link that carries as many bytes and folds nothing. The first round warms up."""
+def fan_in_row(side: int, rounds: int, clients: int, budget: int | None) -> Row:
+    """One server, so many rounds after one that warms up: from the moment at which all clients send to that at which
+    the last upload is in the sum."""
+    served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients, budget)
+    pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
+    return {
+        "upload_mib": sent["bytes"] / MIB,
+        "seconds": [(folded - started) / 1e9 for folded, started in pairs][1:],
+        "closing_s": served["closing_s"][1:],
+        "server_cpu_s_per_gib": served["cpu"] * GIB / (sent["bytes"] * clients * (rounds + 1)),
+        "peak_beyond_start_mib": served["peak_beyond_start_mib"],
+    }
+
+
+def fan_in_case(side: int, rounds: int, repetitions: int) -> list[Row]:
+    """Encoded uploads folded by the real server, next to one link that carries as many bytes and folds nothing. All
+    take turns, and each ratio is one to the link that was measured in the same turn."""
     body = side * side + side * side // 128 * 2
-    alone = transfer_row(max(clients for clients, _ in FAN_IN) * body, 0.0, 0.0, 1)["mib_per_s"]
+    alone: list[float] = []
+    runs: dict[tuple[int, int | None], list[Row]] = {each: [] for each in FAN_IN}
+    for _ in range(repetitions):
+        alone.append(transfer_row(max(clients for clients, _ in FAN_IN) * body, 0.0, 0.0, 1)["mib_per_s"])
+        for (clients, budget), done in runs.items():
+            done.append(fan_in_row(side, rounds, clients, budget))
     rows = []
-    for clients, budget in FAN_IN:
-        served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients, budget)
-        pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
-        seconds = [(folded - started) / 1e9 for folded, started in pairs][1:]
-        rate = sent["bytes"] * clients / MIB / statistics.median(seconds)
+    for (clients, budget), done in runs.items():
+        moved = clients * done[0]["upload_mib"]
+        rates = [moved / statistics.median(run["seconds"]) for run in done]
         rows.append(
             {
                 "links": clients,
                 "upload_budget": budget,
                 "rounds": rounds,
-                "upload_mib": sent["bytes"] / MIB,
-                "mib_per_s": rate,
-                "part_of_one_link": rate / alone,
-                "server_cpu_s_per_gib": served["cpu"] * GIB / (sent["bytes"] * clients * (rounds + 1)),
-                "peak_beyond_start_mib": served["peak_beyond_start_mib"],
-                "seconds": seconds,
+                "upload_mib": done[0]["upload_mib"],
+                "mib_per_s": statistics.median(rates),
+                "one_link_mib_per_s": statistics.median(alone),
+                "part_of_one_link": statistics.median(rate / one for rate, one in zip(rates, alone, strict=True)),
+                "parts": [rate / one for rate, one in zip(rates, alone, strict=True)],
+                "closing_s": statistics.median(second for run in done for second in run["closing_s"]),
+                "server_cpu_s_per_gib": statistics.median(run["server_cpu_s_per_gib"] for run in done),
+                "peak_beyond_start_mib": max(run["peak_beyond_start_mib"] for run in done),
+                "seconds": [second for run in done for second in run["seconds"]],
             }
         )
     return rows
@@ -326,6 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mib", type=int, default=64, help="payload of the cases lanes and long")
     parser.add_argument("--side", type=int, default=4096, help="the fan-in's block is a square of this many parameters")
     parser.add_argument("--rounds", type=int, default=5, help="of the fan-in")
+    parser.add_argument("--repetitions", type=int, default=7, help="of the fan-in, by turns with one link")
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -334,10 +359,13 @@ def run(options: argparse.Namespace) -> Result:
         "lanes": lambda: lanes_case(options.mib),
         "long": lambda: long_case(options.mib),
         "control": control_case,
-        "fan-in": lambda: fan_in_case(options.side, options.rounds),
+        "fan-in": lambda: fan_in_case(options.side, options.rounds, options.repetitions),
     }
     rows = [{"case": case} | row for case in options.only for row in measured[case]()]
-    return {"settings": {name: getattr(options, name) for name in ("only", "mib", "side", "rounds")}, "rows": rows}
+    return {
+        "settings": {name: getattr(options, name) for name in ("only", "mib", "side", "rounds", "repetitions")},
+        "rows": rows,
+    }
 
 
 def tables(result: Result) -> list[Table]:
@@ -353,6 +381,7 @@ def tables(result: Result) -> list[Table]:
         "MiB an upload",
         "MiB/s in all",
         "/ one link, no fold",
+        "closing a round, ms",
         "server CPU s/GiB, closing included",
         "peak - start, MiB",
     )
@@ -370,7 +399,8 @@ def tables(result: Result) -> list[Table]:
             peak = shown(row["peak_beyond_start_mib"], ".0f")
             part, cpu = shown(row["part_of_one_link"]), shown(row["server_cpu_s_per_gib"], ".2f")
             budget = "default" if row["upload_budget"] is None else str(row["upload_budget"] // MIB)
-            fan_in.add_row(str(row["links"]), budget, size, rate, part, cpu, peak)
+            closing = shown(row["closing_s"] * 1e3, ".0f")
+            fan_in.add_row(str(row["links"]), budget, size, rate, part, closing, cpu, peak)
     return [lanes, long, control, fan_in]
 
 

@@ -21,18 +21,19 @@ from parablock_rt.config import RunConfig
 from parablock_rt.downlink import Downlink
 from parablock_rt.errors import CheckpointError, DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.intake import LARGEST_UPLOAD_BUDGET, Intake
+from parablock_rt.journal import Journal
 from parablock_rt.members import Candidate, Identity, Member
 from parablock_rt.outcome import ClosedRound, Outcome
-from parablock_rt.probe import ProbeDesk
 from parablock_rt.protocol import Kind
 from parablock_rt.roster import Roster
 from parablock_rt.rounds import Deadline, OpenRounds, Round
 from parablock_rt.schedule import block_of
-from parablock_rt.staging import Encoding, Stager
+from parablock_rt.staging import Stager
 from parablock_rt.throttle import ThrottledLog
 from parablock_rt.timeline import Stage, Timeline
 from parablock_rt.transport import Transport, describe
 from parablock_rt.uplink import Uplink
+from parablock_rt.visitors import PURPOSES, Visitors
 from parablock_rt.watch import Watch
 
 log = logging.getLogger("parablock")
@@ -79,15 +80,14 @@ class Coordinator:
         self._downlink = Downlink(transport, master, self._config.chunk, stager, self.timeline)
         links = self._config.cohort_size
         transport.native.record(self.timeline.transfer_ring("pb-transport", plan, self._config, links))
-        self._state = state
-        self._latest: dict[int, int] = {}  # the last closed round of each block
+        self._journal = Journal(state, master, self.timeline)
         self._roster = Roster(transport, identity, self)
         self._attendance = Attendance(self._roster, self._config)
         self._rounds = OpenRounds(self._config, self._numel_of)
         self._intake = Intake(transport, stager.buffers, self._roster, self._config, self._numel_of, upload_budget)
         self._uplink = Uplink(self._intake, self._rounds, self._attendance, self.timeline, self._config.format)
         self._watch = Watch(self._config)
-        self._probes = ProbeDesk(transport)
+        self._visitors = Visitors(transport, identity.run, self._watch, self._status)
         self._strangers = ThrottledLog(log, _STRANGER_LOG_S)
         self._oldest = 0
         self._oldest_since = time.monotonic()
@@ -165,11 +165,6 @@ class Coordinator:
             assert member.link is not None
             self._transport.send_message(member.link, message)
 
-    def _note(self, *records: checkpoint.Record) -> None:
-        """Makes something outlive this process. Clients are told afterwards."""
-        if self._state is not None:
-            self._state.append(*records)
-
     # ---- Events
 
     def _take(self, event: _C.Event) -> None:
@@ -180,8 +175,7 @@ class Coordinator:
         if event.type == kinds.CONNECTED:
             self._roster.connected(event.link, event.text, time.monotonic())
         elif event.type == kinds.CLOSED:
-            self._watch.leave(event.link)
-            self._probes.leave(event.link)
+            self._visitors.leave(event.link)
             if (candidate := self._roster.forget(event.link)) is not None:
                 self._strangers.warn(f"a connection from {candidate.address} ended before it had a seat: {event.text}")
             if member is not None:
@@ -207,10 +201,8 @@ class Coordinator:
                 self._fold()  # one who comes back, or leaves, is told of what has arrived
             if (candidate := self._roster.candidate(link)) is not None:
                 self._take_candidate(candidate, message)
-            elif self._watch.serves(link):
-                self._show(link, message)
-            elif self._probes.serves(link):
-                self._probes.take(message)
+            elif self._visitors.serves(link):
+                self._visitors.take(link, message)
             elif (member := self._roster.on(link)) is not None:
                 self.timeline.seats[link] = member.seat
                 self._take_member(member, message)
@@ -221,24 +213,13 @@ class Coordinator:
 
     def _take_candidate(self, candidate: Candidate, message: protocol.Message) -> None:
         self._roster.take(candidate, message, time.monotonic())
-        if not candidate.proved or candidate.purpose not in ("probe", "observe"):
-            return
-        if candidate.purpose == "probe":
-            self._probes.admit(candidate.link, self._identity.run, candidate.mac())
-        else:
-            self._watch.admit(candidate.link, candidate.mac())
-            self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES_BEFORE_PROOF)
-            self._show(candidate.link, protocol.Observe())
-        self._roster.forget(candidate.link)
+        if candidate.proved and candidate.purpose in PURPOSES:
+            self._visitors.admit(candidate)
+            self._roster.forget(candidate.link)
 
-    def _show(self, link: int, message: protocol.Message) -> None:
-        """Tells an observer how the run stands."""
-        if not isinstance(message, protocol.Observe):
-            raise HandshakeError(f"expected Observe from an observer, found {type(message).__name__}")
-        since = (self._started_at, self._oldest_since)
+    def _status(self) -> protocol.Status:
         present = [member for member in self._roster.members if member.link is not None]
-        status = self._watch.status(present, self.outcome, *since)
-        self._transport.send_message(link, self._watch.signed(link, status))
+        return self._watch.status(present, self.outcome, self._started_at, self._oldest_since)
 
     def _take_member(self, member: Member, message: protocol.Message) -> None:
         match message:
@@ -290,7 +271,7 @@ class Coordinator:
         if message.reason:
             self._roster.vacate(member, message.reason)
             return
-        self._note(checkpoint.Finished(seat=member.seat, goodbye=message))
+        self._journal.note(checkpoint.Finished(seat=member.seat, goodbye=message))
         member.goodbye = message
         self.outcome.client_digests[member.seat] = message.digest
         self._say(member, protocol.Farewell())
@@ -303,7 +284,7 @@ class Coordinator:
         """Folds the uploads that wait, and says so: with a durable state not before the round is closed and that is on
         the disk. Until then a client keeps its upload, and sends it again to a server that was killed meanwhile."""
         for folded in self._uplink.fold(is_due):
-            if folded.reason or self._state is None:
+            if folded.reason or not self._journal.is_kept:
                 self._send_verdict(folded.member, folded.round, folded.reason, folded.fold_s)
 
     def _send_verdict(self, member: Member, round: int, reason: str, fold_s: float = 0.0) -> None:
@@ -328,7 +309,7 @@ class Coordinator:
                 first_round = self._oldest + (0 if member.anew or self._is_needed(member) else 1)
                 while member.seat in self._rounds.uploads_of(first_round):  # of the seat's former holder
                     first_round += 1
-                self._note(checkpoint.Started(seat=member.seat, first_round=first_round))
+                self._journal.note(checkpoint.Started(seat=member.seat, first_round=first_round))
                 self._let_begin(member, first_round=first_round)
             else:
                 self._start_if_complete()
@@ -348,7 +329,7 @@ class Coordinator:
             )
         self._attendance.begin_with(synced)
         self._started_at = self._oldest_since = time.monotonic()
-        self._note(*[checkpoint.Started(seat=member.seat, first_round=0) for member in synced])
+        self._journal.note(*[checkpoint.Started(seat=member.seat, first_round=0) for member in synced])
         for member in synced:
             self._let_begin(member, first_round=0)
 
@@ -373,20 +354,19 @@ class Coordinator:
         self._transport.send_message(link, protocol.Failure(error=type(error).__name__, reason=str(error)))
         self._transport.native.close_link(link, str(error))
         self._roster.forget(link)
-        self._watch.leave(link)
-        self._probes.leave(link)
+        self._visitors.leave(link)
         if (member := self._roster.on(link)) is not None:
             self._roster.vacate(member, str(error))
 
     def seated(self, member: Member) -> None:
         """For the roster: a newcomer got a seat."""
-        self._note(checkpoint.Seated(seat=member.seat, secret=member.secret))
+        self._journal.note(checkpoint.Seated(seat=member.seat, secret=member.secret))
         log.info("client %d joined from %s", member.seat, member.address)
 
     def vacated(self, member: Member, reason: str) -> None:
         """For the roster: a seat is free, and with it what was kept of its holder."""
         self._intake.forget(member)
-        self._note(checkpoint.Vacated(seat=member.seat, reason=reason))
+        self._journal.note(checkpoint.Vacated(seat=member.seat, reason=reason))
         self.outcome.left.append(f"client {member.seat}: {reason}")
         log.warning("client %d is gone: %s", member.seat, reason)
 
@@ -434,7 +414,7 @@ class Coordinator:
     def _restore(self, past: Past, state: Checkpoint) -> None:
         """Takes up the run where an earlier server left it."""
         self.outcome.rounds = [record.closed for record in past.closed]
-        self._latest = {record.closed.block: record.closed.round for record in past.closed}
+        self._journal.restore(self.outcome.rounds)
         self.outcome.left = list(past.left)
         self._oldest = len(past.closed)
         for member in recovery.members(past):
@@ -497,8 +477,8 @@ class Coordinator:
             server_stages=self.timeline.stages.take(),
         )
         # The bytes of the aggregate are on their way meanwhile, but nobody applies them before this message.
-        self._make_durable(round, closed, update, encoding)
-        for seat in round.uploads if self._state is not None else ():
+        self._journal.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
+        for seat in round.uploads if self._journal.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
                 self._send_verdict(holder, round.index, "", round.fold_s(seat))
         for member in self._roster.members:
@@ -520,17 +500,6 @@ class Coordinator:
         if self._on_round is not None:
             self._on_round(closed)
 
-    def _make_durable(self, round: Round, closed: ClosedRound, update: protocol.Update, encoding: Encoding) -> None:
-        """Puts a round on the disk: what it changed, then that it is closed."""
-        if self._state is None:
-            return
-        with self.timeline.span(Stage.CHECKPOINT, round=round.index, block=round.block):
-            self._state.write_round(round.index, self._master.state(round.block) | {"update": encoding.body})
-            verdicts = dict.fromkeys(round.uploads, "") | round.refused
-            self._state.append(checkpoint.Closed(closed=closed, update=update, verdicts=verdicts))
-            self._latest[round.block] = round.index
-            self._state.keep_rounds(self._downlink.backlog.rounds | set(self._latest.values()))
-
     def _numel_of(self, round: int) -> tuple[int, int]:
         block = self._block_of(round)
         return block, self._master.blocks[block].block.flat_numel
@@ -543,7 +512,7 @@ class Coordinator:
     def _check_clock(self) -> None:
         now = time.monotonic()
         self._roster.check_clock(now)
-        if (overdue := self._probes.overdue()) is not None:
+        if (overdue := self._visitors.overdue()) is not None:
             self.dismiss(overdue, HandshakeError("measuring this link took longer than the server allows"))
         for member in [m for m in self._roster.here if m.begun and self._lags(m)]:
             assert member.link is not None

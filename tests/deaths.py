@@ -85,12 +85,12 @@ def _before_the_record(round: int, die: Callable[[], NoReturn]) -> None:
 
 def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
     """The journal ends in the middle of the record that the round is closed. The aggregate's bytes have left."""
-    append, make_durable = Checkpoint.append, Coordinator._make_durable
+    append, close = Checkpoint.append, Coordinator._close
     transports: list[Transport] = []
 
     def note_transport(self: Coordinator, *args: Any) -> None:
         transports.append(self._transport)
-        make_durable(self, *args)
+        close(self, *args)
 
     def append_half(self: Checkpoint, *records: checkpoint.Record) -> None:
         before = os.fstat(self._journal).st_size
@@ -101,7 +101,7 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
             transports[-1].close(flush=1.0)
             die()
 
-    Coordinator._make_durable = note_transport  # type: ignore[method-assign]
+    Coordinator._close = note_transport  # type: ignore[method-assign]
     Checkpoint.append = append_half  # type: ignore[method-assign]
 
 

@@ -169,9 +169,9 @@ def test_a_server_that_has_nothing_else_to_do_folds_what_is_there(monkeypatch: p
 def test_uploads_that_take_half_of_the_budget_do_not_wait_while_others_want_their_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """There is room for four, and for one more that is ready."""
-    gathering = Gathering(monkeypatch, 6)
-    federate(6, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
+    """There is room for four, and for one that is ready whenever none of those is: of twelve some are left out."""
+    gathering = Gathering(monkeypatch, 12)
+    federate(12, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
     assert gathering.due[1] is False
     assert gathering.due[2] is True
 

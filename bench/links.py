@@ -30,7 +30,7 @@ DELAYS_S = (0.0, 0.01, 0.05)
 LONG_RATE = 100e6 / 8  # bytes a second
 LONG_DELAY_S = 0.05  # one way
 ROUND_TRIPS = 3000
-FAN_IN = ((1, None), (16, None), (16, 2**26))  # links, and bytes of uploads that the server may hold (None: default)
+FAN_IN = ((1, None), (16, None), (16, 2**29))  # links, and bytes of uploads that the server may hold (None: default)
 CASES = ("lanes", "long", "control", "fan-in")
 
 

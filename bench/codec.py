@@ -26,7 +26,7 @@ from . import eager
 from .result import Result, columns, shown
 
 DEFAULT_PARAMS = 64 << 20
-TOGETHER = 8  # uploads that are folded in one pass
+TOGETHER = 16  # uploads that are folded in one pass
 COPIES = ("copy torch", "copy numpy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from parablock_rt import codec
 
 _BAD = 0x7FC0
+_SIGN = -(2**63)
 
 
 def encode(now: Tensor, ref: Tensor, residual: Tensor, format: str, out: Tensor) -> Tensor:
@@ -42,15 +43,8 @@ def encode(now: Tensor, ref: Tensor, residual: Tensor, format: str, out: Tensor)
 
 def decode(body: Tensor, numel: int, format: str) -> Tensor:
     """The change that a body of `numel` elements holds, fp32."""
-    group = codec.group_size(format)
-    assert group is not None
-    split = codec.scale_bytes(numel, format)
-    scale = body[:split].view(torch.bfloat16).float().unsqueeze(1)
-    scale = torch.where(scale.isfinite(), scale, 0)
-    code = body[split:].view(torch.int8)
-    if format == "int4":
-        code = torch.stack(((code << 4) >> 4, code >> 4), dim=1).view(-1)
-    return (code.view(-1, group).float() * scale).view(-1)
+    code, scale = _unpacked(body, numel, format)
+    return (code.float() * scale).view(-1)
 
 
 def apply_(target: Tensor, body: Tensor, format: str) -> Tensor:
@@ -59,8 +53,28 @@ def apply_(target: Tensor, body: Tensor, format: str) -> Tensor:
 
 
 def accumulate(hi: Tensor, lo: Tensor, body: Tensor, weight: float, format: str) -> None:
-    """Adds `weight` times the change in `body` to a sum in two limbs."""
-    value = decode(body, hi.numel(), format).double() * weight
-    coarse = (value * 2.0**20).round()
-    hi += coarse.long()
-    lo += ((value - coarse * 2.0**-20) * 2.0**72).round().long()
+    """Adds `weight` times the change in `body` to a sum of 128 bits an element, in units of 2^-72, by its halves."""
+    code, scale = _unpacked(body, hi.numel(), format)
+    factor = scale.double() * weight
+    coarse = (factor * 2.0**20).round()
+    fine = ((factor - coarse * 2.0**-20) * 2.0**72).round()
+    code = code.long()
+    upper, lower = (code * coarse.long()).view(-1), (code * fine.long()).view(-1)
+    carried = torch.zeros_like(lo)
+    for part in (upper << 52, lower):
+        lo += part
+        carried += (lo ^ _SIGN) < (part ^ _SIGN)  # as numbers without a sign: the addition has carried
+    hi += (upper >> 12) + (lower >> 63) + carried
+
+
+def _unpacked(body: Tensor, numel: int, format: str) -> tuple[Tensor, Tensor]:
+    """Codes (int8, a row a group) and scales (fp32, a column; 0 for one that is not finite)."""
+    group = codec.group_size(format)
+    assert group is not None
+    split = codec.scale_bytes(numel, format)
+    scale = body[:split].view(torch.bfloat16).float().unsqueeze(1)
+    scale = torch.where(scale.isfinite(), scale, 0)
+    code = body[split:].view(torch.int8)
+    if format == "int4":
+        code = torch.stack(((code << 4) >> 4, code >> 4), dim=1).view(-1)
+    return code.view(-1, group), scale

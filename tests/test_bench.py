@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from bench import cli, eager, gloo, links, lora, machine, overlap, page, scale
 from bench.result import Comparison, compare, read
+from parablock_rt import codec
 from parablock_rt.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,20 @@ def test_what_torch_is_timed_with_gives_the_codecs_bytes(data: st.DataObject, dt
     np.testing.assert_array_equal(to_numpy(residual), rest)
     decoded = statement.decode(body, ref.size, format)
     np.testing.assert_array_equal(to_numpy(eager.decode(to_body(body), ref.size, format)), decoded)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_what_torch_is_timed_with_adds_up_to_the_accumulators_bits(format: str) -> None:
+    numel = 128 * 20
+    hi, lo = (torch.zeros(numel, dtype=torch.int64) for _ in range(2))
+    expected = codec.Accumulator(numel)
+    for seed, weight in enumerate((0.1, 1 / 3, 1e4, 4095.7)):
+        change = torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 5)
+        body = codec.encode(change, torch.zeros(numel), format=format).body
+        expected.add(body, weight, format)
+        eager.accumulate(hi, lo, body, weight, format)
+    assert torch.equal(hi, expected._hi)
+    assert torch.equal(lo, expected._lo)
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1e6, 1), (1e-6, 0)])

@@ -22,7 +22,7 @@ struct Factor {
   bool negative;
 };
 
-// `value` >= 0 and below kFactorLimit, in units, nearest even.
+// `value`, without a sign and below kFactorLimit, in units, nearest even.
 PARABLOCK_INLINE Magnitude units_of(double value) {
   const uint64_t bits = __builtin_bit_cast(uint64_t, value);
   const int shift = static_cast<int>(bits >> 52) - 1075 + kUnitBits;
@@ -41,7 +41,7 @@ PARABLOCK_INLINE Factor factor_of(const Contribution& one, int64_t at) {
   const int32_t bits = int32_t{load_u16(one.planes.scales + at / group_size(kFormat) * 2)} << 16;
   if ((bits & kInfinity) == kInfinity) return {0, false};
   const double value = one.weight * static_cast<double>(float_of(bits));
-  const double size = value < 0 ? -value : value;
+  const double size = __builtin_fabs(value);  // also of -0, which a scale may be
   return {size < kFactorLimit ? units_of(size) : 0, value < 0};
 }
 

@@ -108,6 +108,17 @@ def test_a_factor_beyond_all_bounds_counts_nothing_where_all_codes_are_0() -> No
     assert (to_numpy(summed_at_once(adds, BLOCK).mean()) == np.float32(3.0 / (2.0**64 + 3.0))).all()
 
 
+@pytest.mark.parametrize("scale", [0x8000, 0x0000, 0x8001, 0x0001], ids=["-0", "0", "-subnormal", "subnormal"])
+def test_a_scale_that_no_encoder_makes_counts_what_its_number_says(scale: int) -> None:
+    adds = [(int4_body(scale), 3.0, "int4"), (int8_body(0x3F80), 2.0, "int8")]
+    expected = statement.Accumulator(BLOCK)
+    for body, weight, format in adds:
+        expected.add(body, weight, format)
+    for accumulator in (summed(adds, BLOCK), summed_at_once(adds, BLOCK)):
+        assert accumulator._hi.tolist() == expected.hi
+        assert accumulator._lo.tolist() == expected.lo
+
+
 def test_more_than_a_sum_can_hold_changes_nothing() -> None:
     accumulator = codec.Accumulator(BLOCK, threads=1)
     one = accumulator.check(to_body(body_of([2.0])), 1.0, "fp32")

@@ -284,11 +284,13 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
         for client in swarm:
             client.begin()
         for round in range(rounds):
+            for client in swarm:
+                client.expect(round, 0, layout)
             started.append(time.monotonic_ns())
             for client in swarm:
                 client.upload(round, 0, buffer, layout)
             for client in swarm:
-                client.wait_closed(round)
+                client.apply(round)
         peer.send("sent")
         peer.recv()
     result.send({"started_ns": started, "bytes": body.numel()})

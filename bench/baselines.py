@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
-from parablock_rt.finetune import Workload
+from parablock_rt.finetune.loop import Workload
 from parablock_rt.report.folder import Recorded, number
 
 from . import gloo, lora

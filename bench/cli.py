@@ -14,7 +14,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from parablock_rt.errors import ConfigError
-from parablock_rt.run_folder import to_json
+from parablock_rt.observe.run_folder import to_json
 
 from .machine import gpu, machine
 from .result import Benchmark, Result, compare, comparison_table, read

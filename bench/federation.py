@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from parablock_rt import data, finetune, serve
-from parablock_rt.blocks import BlockPlan
-from parablock_rt.client import join
+from parablock_rt import serve
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client.run import join
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
-from parablock_rt.finetune import Workload
+from parablock_rt.finetune import data
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.report import folder
 from parablock_rt.report.folder import Recorded
-from parablock_rt.run_folder import RunFolder
 from parablock_rt.summary import summarise
 
 DEADLINE_S = 1800.0

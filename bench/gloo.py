@@ -116,9 +116,10 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from parablock_rt import data, finetune
-    from parablock_rt.active import ActiveBlock, freeze
-    from parablock_rt.blocks import BlockPlan
+    from parablock_rt.blocks.plan import BlockPlan
+    from parablock_rt.client.active import ActiveBlock, freeze
+    from parablock_rt.finetune import data
+    from parablock_rt.finetune import loop as finetune
 
     workload = finetune.Workload.for_model(job["model"], eval_examples=0)
     model, _, task = finetune.load(workload)
@@ -132,7 +133,7 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
         flat = blocks[index % len(blocks)]
         start = time.monotonic()
         before = torch.cat([part.float() for part in flat.flats])
-        master = torch.empty(flat.block.flat_numel) if ActiveBlock.needs_master(flat) else None
+        master = torch.empty(flat.block.flat_numel) if flat.block.needs_master else None
         active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=workload.lr), master)
         for _ in range(job["local_steps"]):
             example = next(batch, None)

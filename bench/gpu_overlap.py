@@ -29,8 +29,8 @@ from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C
-from parablock_rt.staging import Piece, Stager
-from parablock_rt.transport import Transport, body_layout
+from parablock_rt.staging.stager import Piece, Stager
+from parablock_rt.wire.transport import Transport, body_layout
 
 from .result import Result, columns, shown
 
@@ -181,9 +181,9 @@ class Traffic:
 
 
 def _gpu_stager(numel: int) -> tuple[Any, Any]:
-    from parablock_rt.device import CudaDevice
-    from parablock_rt.device_staging import DeviceStager
-    from parablock_rt.pinned import PinnedMemory
+    from parablock_rt.staging.device import CudaDevice
+    from parablock_rt.staging.device_stager import DeviceStager
+    from parablock_rt.staging.pinned import PinnedMemory
 
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
     device.warm_up({(torch.float32, torch.bfloat16)}, "int8")

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from parablock_rt import _C, finetune
-from parablock_rt.active import ActiveBlock, freeze
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import _C
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client.active import ActiveBlock, freeze
 from parablock_rt.errors import ParaBlockError
-from parablock_rt.finetune import Workload
-from parablock_rt.transport import Shape, Transport, body_layout
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.wire.transport import Shape, Transport, body_layout
 
 UPLOAD = 1
 START_S = 120.0
@@ -76,7 +77,7 @@ def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> d
     plan = BlockPlan.from_model(model)
     freeze(model.parameters())
     flat = plan.materialise(model)[len(plan.blocks) // 2]
-    master = torch.empty(flat.block.flat_numel) if ActiveBlock.needs_master(flat) else None
+    master = torch.empty(flat.block.flat_numel) if flat.block.needs_master else None
     active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-6), master)
     batch = task.train.take(range(workload.batch_size))
 

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import parablock_rt as pb
-from parablock_rt import memory
+from parablock_rt.client import memory
 
 from .result import Result, columns, shown
 

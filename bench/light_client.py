@@ -11,19 +11,21 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from parablock_rt import _C, aggregate, protocol
-from parablock_rt.blocks import BlockPlan
-from parablock_rt.connection import Connection
-from parablock_rt.server_link import ServerLink
-from parablock_rt.staging import Encoding, Landing
-from parablock_rt.transport import BufferPool, Transport, as_tensor
+from parablock_rt import _C
+from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client.server_link import ServerLink
+from parablock_rt.staging.stager import Encoding, Landing
+from parablock_rt.wire import protocol
+from parablock_rt.wire.connection import Connection
+from parablock_rt.wire.transport import BufferPool, Transport, as_tensor
 
 DEADLINE_S = 600.0
 
 
 def ready_of(model: nn.Module, plan: BlockPlan) -> protocol.Ready:
     """What every client says that holds the server's bits. Materialises the plan."""
-    fingerprints = [aggregate.fingerprint(block) for block in plan.materialise(model)]
+    fingerprints = [fingerprint(block) for block in plan.materialise(model)]
     return protocol.Ready(plan_digest=plan.digest, frozen=plan.frozen_fingerprint(model), fingerprints=fingerprints)
 
 

@@ -74,7 +74,8 @@ def wait_for(transport: Any, kind: str) -> Any:
 
 def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
     """The listening end: posts, then counts from the sender's start to its own last byte."""
-    from parablock_rt import _C, transport
+    from parablock_rt import _C
+    from parablock_rt.wire import transport
 
     with transport.Transport(transport.Shape(rate, delay), lanes=lanes) as here:
         peer.send(here.listen("127.0.0.1:0", protected=False))
@@ -96,7 +97,8 @@ def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: f
 
 def send_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
     """The connecting end; the first run warms up and does not count."""
-    from parablock_rt import _C, protocol, transport
+    from parablock_rt import _C
+    from parablock_rt.wire import protocol, transport
 
     with transport.Transport(transport.Shape(rate, delay), lanes=lanes) as here:
         link = here.connect(peer.recv())
@@ -121,7 +123,7 @@ def send_transfers(result: Connection, peer: Connection, nbytes: int, rate: floa
 
 def layout_of(nbytes: int) -> Any:
     """Raw bytes in chunks of the default size."""
-    from parablock_rt import transport
+    from parablock_rt.wire import transport
 
     return transport.raw_layout(nbytes, 2**18)
 
@@ -158,7 +160,7 @@ def long_case(mib: int) -> list[Row]:
 
 def answer_messages(result: Connection, peer: Connection) -> None:
     """Sends back what comes."""
-    from parablock_rt import transport
+    from parablock_rt.wire import transport
 
     with transport.Transport() as here:
         peer.send(here.listen("127.0.0.1:0", protected=False))
@@ -171,7 +173,7 @@ def answer_messages(result: Connection, peer: Connection) -> None:
 
 def ask_messages(result: Connection, peer: Connection) -> None:
     """Measures each round trip from one Python program to the other and back."""
-    from parablock_rt import transport
+    from parablock_rt.wire import transport
 
     with transport.Transport() as here:
         link = here.connect(peer.recv())
@@ -238,7 +240,7 @@ def serve_uploads(
     import torch
 
     import parablock_rt as pb
-    from parablock_rt.timeline import Stage
+    from parablock_rt.observe.timeline import Stage
 
     model = torch.nn.Linear(side, side, bias=False)
     plan = pb.BlockPlan.from_model(model, [["weight"]])
@@ -266,8 +268,8 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
     import torch
 
     from parablock_rt import codec
-    from parablock_rt.blocks import BlockPlan
-    from parablock_rt.transport import body_layout
+    from parablock_rt.blocks.plan import BlockPlan
+    from parablock_rt.wire.transport import body_layout
 
     from .light_client import LightClient, buffer_of, ready_of
 

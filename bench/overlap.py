@@ -27,10 +27,10 @@ from typing import Any
 
 from rich.table import Table
 
-from parablock_rt.blocks import BlockPlan
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import parse_delay, parse_rate
 from parablock_rt.errors import ConfigError
-from parablock_rt.finetune import Workload
+from parablock_rt.finetune.loop import Workload
 from parablock_rt.report import figures
 from parablock_rt.report.folder import Recorded
 

@@ -26,13 +26,14 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from parablock_rt import aggregate, codec, serve
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import codec, serve
+from parablock_rt.blocks.fingerprint import digest
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.report import folder
-from parablock_rt.run_folder import RunFolder
 from parablock_rt.schedule import block_of
-from parablock_rt.transport import body_layout
+from parablock_rt.wire.transport import body_layout
 
 from .light_client import DEADLINE_S, LightClient, buffer_of, ready_of
 from .result import Result, columns
@@ -196,7 +197,7 @@ def _replay(address: str, clients: int, options: argparse.Namespace) -> None:
                 client.upload(index, block, bodies[block], layout)
             (fingerprints[block],) = {client.apply(index) for client in swarm}
         for client in swarm:
-            client.end(aggregate.digest(plan, fingerprints))
+            client.end(digest(plan, fingerprints))
 
 
 # ---- The result

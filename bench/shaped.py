@@ -37,7 +37,8 @@ MOST_BYTES = 2**28
 def parablock_end(side: int, namespace: str, numel: int, pipe: Connection) -> None:
     """A child, one end: transfers once without measuring, then once for each order. Reports when it was done (ns)."""
     namespaces.enter(namespace)
-    from parablock_rt import _C, transport
+    from parablock_rt import _C
+    from parablock_rt.wire import transport
 
     layout = transport.body_layout(FORMAT, numel, CHUNK_ELEMENTS)
     buffer = _C.Buffer(layout.nbytes)

@@ -24,8 +24,8 @@ import torch
 from rich.table import Table
 
 from parablock_rt import _C, codec
-from parablock_rt.staging import Piece, Stager
-from parablock_rt.transport import Transport, body_layout
+from parablock_rt.staging.stager import Piece, Stager
+from parablock_rt.wire.transport import Transport, body_layout
 
 from .result import Result, columns, shown
 
@@ -153,9 +153,9 @@ def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport:
 
 
 def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[str, Any]]:
-    from parablock_rt.device import COPY_BYTES, CudaDevice
-    from parablock_rt.device_staging import DeviceStager
-    from parablock_rt.pinned import PinnedMemory
+    from parablock_rt.staging.device import COPY_BYTES, CudaDevice
+    from parablock_rt.staging.device_stager import DeviceStager
+    from parablock_rt.staging.pinned import PinnedMemory
 
     rows = []
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))

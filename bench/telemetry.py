@@ -24,13 +24,15 @@ import torch
 from rich.table import Table
 
 import parablock_rt as pb
-from parablock_rt import _C, finetune, meters, trace
-from parablock_rt.finetune import Workload
-from parablock_rt.protocol import Kind
-from parablock_rt.staging import Piece, Stager
-from parablock_rt.telemetry import PERIOD_S
-from parablock_rt.timeline import Stage, Timeline
-from parablock_rt.transport import Transport
+from parablock_rt import _C
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.observe import meters, trace
+from parablock_rt.observe.telemetry import PERIOD_S
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.staging.stager import Piece, Stager
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import Transport
 
 from .result import Result, columns, shown
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from parablock_rt import meters, trace
+from parablock_rt.observe import meters, trace
 
 from . import codec, overlap, scale, telemetry, transport
 

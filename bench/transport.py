@@ -61,7 +61,8 @@ class ParaBlockEnd(End):
     """The native transport, as the package uses it."""
 
     def open(self, pipe: Connection) -> None:
-        from parablock_rt import _C, transport
+        from parablock_rt import _C
+        from parablock_rt.wire import transport
 
         self._module, self._transport = _C, transport.Transport(tls=self._tls(pipe))
         unit = transport.body_layout(FORMAT, 128 * CHUNK_ELEMENTS, CHUNK_ELEMENTS).nbytes / (128 * CHUNK_ELEMENTS)
@@ -109,7 +110,7 @@ class ParaBlockTlsEnd(ParaBlockEnd):
     """The same in TLS 1.3, with the certificates that `parablock certs` makes."""
 
     def _tls(self, pipe: Connection) -> Any:
-        from parablock_rt import certs, tls
+        from parablock_rt.wire import certs, tls
 
         if self.sends:
             return tls.Tls(fingerprint=pipe.recv()).for_client()

@@ -24,19 +24,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parablock_rt import certs, finetune, handshake, meters, report, trace_merge
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import report
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
-from parablock_rt.finetune import Workload
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.reporters import JsonLines
-from parablock_rt.run_folder import RunFolder
-from parablock_rt.server import Server, serve
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.observe import meters, trace_merge
+from parablock_rt.observe.reporters import JsonLines
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.observe.telemetry import PERIOD_S, Telemetry
+from parablock_rt.observe.trace_merge import Trace
+from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.server.server import Server, serve
 from parablock_rt.summary import summarise
-from parablock_rt.telemetry import PERIOD_S, Telemetry
-from parablock_rt.tls import Tls
-from parablock_rt.trace_merge import Trace
+from parablock_rt.wire import certs, handshake
+from parablock_rt.wire.tls import Tls
 
 _CLIENT_EXIT_S = 30.0
 SEQUENTIAL, PARALLEL = "sequential", "parallel"

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from parablock_rt import _C, handshake, pinned, protocol
+from parablock_rt import _C
+from parablock_rt.staging import pinned
 from parablock_rt.version import __version__
+from parablock_rt.wire import handshake, protocol
 
 
 def examine() -> dict[str, Any]:

@@ -11,17 +11,17 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from parablock_rt import _C, protocol
-from parablock_rt.connection import Connection
+from parablock_rt import _C
 from parablock_rt.errors import HandshakeError, PeerLostError
-from parablock_rt.probe import CHUNK
-from parablock_rt.protocol import Kind
-from parablock_rt.tls import Tls
-from parablock_rt.transport import Transport, raw_layout
+from parablock_rt.wire import protocol
+from parablock_rt.wire.connection import Connection
+from parablock_rt.wire.protocol import PROBE_CHUNK, Kind
+from parablock_rt.wire.tls import Tls
+from parablock_rt.wire.transport import Transport, raw_layout
 
 _ROUND_TRIPS = 200
 _ROUND_TRIPS_S = 5.0  # fewer of them where they take long
-_FIRST_BYTES = 4 * CHUNK
+_FIRST_BYTES = 4 * PROBE_CHUNK
 _LONG_ENOUGH_S = 0.5
 _PATIENCE_S = 30.0
 
@@ -103,7 +103,7 @@ class _Check:
 
     def _up(self, nbytes: int) -> float:
         """From the first byte that leaves to the acknowledgement of all."""
-        layout = raw_layout(nbytes, CHUNK)
+        layout = raw_layout(nbytes, PROBE_CHUNK)
         source = self._native.make_source(_C.Buffer(nbytes), layout, True)
         self._ask(nbytes, "up")
         self._native.send(self._link.link, Kind.PROBE, self._index, 0, source)
@@ -113,10 +113,10 @@ class _Check:
     def _down(self, nbytes: int) -> float:
         """From the first chunk to the last, scaled to all of them."""
         buffer = _C.Buffer(nbytes)
-        self._native.receive(self._link.link, Kind.PROBE, self._index + 1, 0, buffer, raw_layout(nbytes, CHUNK))
+        self._native.receive(self._link.link, Kind.PROBE, self._index + 1, 0, buffer, raw_layout(nbytes, PROBE_CHUNK))
         self._ask(nbytes, "down")
         event = self._wait(_C.Event.Type.RECEIVED)
-        return (event.at_ns - event.first_byte_ns) / 1e9 * nbytes / (nbytes - CHUNK)
+        return (event.at_ns - event.first_byte_ns) / 1e9 * nbytes / (nbytes - PROBE_CHUNK)
 
     def _ask(self, nbytes: int, direction: Literal["up", "down"]) -> protocol.Measured:
         self._index += 1

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from parablock_rt.active import ActiveBlock
-from parablock_rt.block_layout import Block
-from parablock_rt.blocks import BlockPlan
+from parablock_rt.blocks.layout import Block
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client.active import ActiveBlock
+from parablock_rt.client.memory import Predictor
 from parablock_rt.codec import FORMATS
-from parablock_rt.memory import Predictor
 
 
 def communication_s(block: Block, format: str, rate: float, delay: float) -> float:
@@ -60,7 +60,7 @@ def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tenso
     trainable = {p: p.requires_grad for p in model.parameters()}
     for parameter in trainable:
         parameter.requires_grad_(False)
-    master = torch.empty(flat.block.flat_numel) if ActiveBlock.needs_master(flat) else None
+    master = torch.empty(flat.block.flat_numel) if flat.block.needs_master else None
     active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-5), master)
     times = []
     for _ in range(4):

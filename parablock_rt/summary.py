@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from parablock_rt.client import Run
+from parablock_rt.client.run import Run
 from parablock_rt.codec import body_bytes
 from parablock_rt.config import RunConfig
-from parablock_rt.outcome import Outcome
+from parablock_rt.server.outcome import Outcome
 from parablock_rt.stages import mean as mean_stages
 
 SUMMARY_VERSION = 1

@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from parablock_rt.connection import Connection, pause_before
 from parablock_rt.errors import ConnectError, HandshakeError, PeerLostError
-from parablock_rt.protocol import Status
-from parablock_rt.tls import Tls
-from parablock_rt.transport import Transport
+from parablock_rt.wire.connection import Connection, pause_before
+from parablock_rt.wire.protocol import Status
+from parablock_rt.wire.tls import Tls
+from parablock_rt.wire.transport import Transport
 
 _SLOW = 0.1  # of a round's length, behind the first upload
 _COME_BACK_S = 3.0  # for how long a server that was seen before is looked for once the connection broke

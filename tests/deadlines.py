@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import parablock_rt as pb
-from parablock_rt.rounds import Deadline
+from parablock_rt.server.rounds import Deadline
 
 _NEVER_S = 300.0
 

@@ -10,12 +10,13 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from parablock_rt import checkpoint, protocol
-from parablock_rt.checkpoint import Checkpoint
-from parablock_rt.coordinator import Coordinator
-from parablock_rt.members import Member
-from parablock_rt.rounds import Delivery, Round
-from parablock_rt.transport import Transport
+from parablock_rt.server import checkpoint
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.members import Member
+from parablock_rt.server.rounds import Delivery, Round
+from parablock_rt.wire import protocol
+from parablock_rt.wire.transport import Transport
 
 
 def prepare(where: str, round: int, last_words: Callable[[], None]) -> None:

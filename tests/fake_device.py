@@ -72,7 +72,7 @@ class Stream:
 
 
 class FakeDevice:
-    """In the place of `parablock_rt.device.CudaDevice`. Trains on the host (stream 0) unless told otherwise."""
+    """In the place of `parablock_rt.staging.device.CudaDevice`. Trains on the host (stream 0) unless told otherwise."""
 
     type = "cpu"
 

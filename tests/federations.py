@@ -14,10 +14,10 @@ from simulation import SimulationResult, simulate
 from torch import Tensor, nn
 
 from parablock_rt import _C
-from parablock_rt.client import Run
-from parablock_rt.intake import Intake
-from parablock_rt.members import Member
-from parablock_rt.rounds import Delivery, Round
+from parablock_rt.client.run import Run
+from parablock_rt.server.intake import Intake
+from parablock_rt.server.members import Member
+from parablock_rt.server.rounds import Delivery, Round
 
 THREE = [["0"], ["2"], ["4"]]
 TWO = [["0", "2"], ["4"]]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import parablock_rt as pb
-from parablock_rt.client import Run
-from parablock_rt.outcome import ClosedRound, Outcome
+from parablock_rt.client.run import Run
+from parablock_rt.server.outcome import ClosedRound, Outcome
 
 MakeModel = Callable[[], nn.Module]
 MakeBatches = Callable[[int], Sequence[Any]]  # of a seat; used again and again

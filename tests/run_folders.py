@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from parablock_rt.config import RunConfig
-from parablock_rt.outcome import ClosedRound, Outcome, Part
-from parablock_rt.protocol import Goodbye
-from parablock_rt.run_folder import RunFolder
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.server.outcome import ClosedRound, Outcome, Part
 from parablock_rt.summary import summarise
-from parablock_rt.timeline import Stage, Timeline
+from parablock_rt.wire.protocol import Goodbye
 
 MS = 1_000_000
 COMPUTE_MS, EXCHANGE_MS = 400, 300  # of a round with four local steps

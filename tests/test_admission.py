@@ -15,7 +15,7 @@ from processes import WAIT_S, client, start_server, starter
 from tls_cases import client_tls, needs_tls, server_tls
 from transport_cases import MIB, Make, T, expect, frame, join, make_transports, next_event, read_to_end, stranger_to
 
-from parablock_rt.tls import Tls
+from parablock_rt.wire.tls import Tls
 
 make = pytest.fixture(make_transports)
 TOKEN = "correct-horse-battery-staple"

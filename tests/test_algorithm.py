@@ -33,11 +33,11 @@ from harness import FederationResult, run_federation
 from simulation import to_numpy
 from torch import Tensor, nn
 
-from parablock_rt.aggregate import Master, ServerOptimizer
-from parablock_rt.client import Run
-from parablock_rt.coordinator import Coordinator
+from parablock_rt.client.replica import Replica
+from parablock_rt.client.run import Run
 from parablock_rt.errors import DigestError
-from parablock_rt.replica import Replica
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.master import Master, ServerOptimizer
 
 # ---- Against a plain loop
 
@@ -380,14 +380,14 @@ def test_changes_below_the_resolution_of_bf16_add_up_on_the_server_and_reach_the
 def test_the_master_is_not_the_reference_when_the_downlink_leaves_something_out() -> None:
     """The server's memory of what the clients lack is real: after a run in int4 its x differs from its x̂."""
     masters: list[Master] = []
-    fold_mean = Master.fold_mean
+    step = Master.step
 
     with pytest.MonkeyPatch.context() as patch:
 
         def spy(self: Master, *rest: Any) -> Any:
             masters.append(self)
-            return fold_mean(self, *rest)
+            return step(self, *rest)
 
-        patch.setattr(Master, "fold_mean", spy)
+        patch.setattr(Master, "step", spy)
         Case(settings={"format": "int4"}).run()
     assert all(not torch.equal(masters[0].x(b), masters[0].blocks[b].flats[0].float()) for b in range(3))

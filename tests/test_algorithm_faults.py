@@ -25,12 +25,12 @@ from federations import (
 from harness import Leave, run_federation
 from torch import Tensor, nn
 
-from parablock_rt.client import Run
-from parablock_rt.coordinator import Coordinator
-from parablock_rt.intake import Intake
-from parablock_rt.members import Member
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.server_link import ServerLink
+from parablock_rt.client.run import Run
+from parablock_rt.client.server_link import ServerLink
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.intake import Intake
+from parablock_rt.server.members import Member
+from parablock_rt.server.outcome import ClosedRound
 
 # ---- Uploads that are not accepted
 
@@ -208,7 +208,7 @@ def test_only_the_active_block_has_gradients_and_an_optimizer(dtype: torch.dtype
 
 
 def test_a_client_that_leaves_in_the_middle_gets_its_model_back_trainable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parablock_rt.coordinator._NOBODY_LEFT_S", 0.0)
+    monkeypatch.setattr("parablock_rt.server.coordinator._NOBODY_LEFT_S", 0.0)
     flags: list[list[bool]] = []
 
     def leave(run: Run, step: int) -> None:

@@ -20,10 +20,12 @@ from processes import WAIT_S, Process, client, make_model, start_server, starter
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import _C, aggregate, codec, handshake, protocol
+from parablock_rt import _C, codec
+from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.errors import HandshakeError, PeerLostError, PlanMismatchError, RoundError
-from parablock_rt.protocol import Kind
-from parablock_rt.transport import BufferPool, Transport, as_tensor, body_layout
+from parablock_rt.wire import handshake, protocol
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
 
 Start = Callable[..., Process]
 
@@ -99,7 +101,7 @@ class RawClient:
         truth = {
             "plan_digest": plan.digest,
             "frozen": plan.frozen_fingerprint(model),
-            "fingerprints": [aggregate.fingerprint(block) for block in plan.materialise(model)],
+            "fingerprints": [fingerprint(block) for block in plan.materialise(model)],
         }
         return protocol.Ready(**truth | changes)
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from parablock_rt.block_layout import BlockSpec, ParameterSpec, PlanSpec
-from parablock_rt.blocks import BlockPlan
+from parablock_rt.blocks.flat import FlatBlock
+from parablock_rt.blocks.layout import BlockSpec, ParameterSpec, PlanSpec
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.errors import ConfigError, PlanError, PlanMismatchError
-from parablock_rt.flat_block import FlatBlock
 
 LAYER_NAMES = ("norm.weight", "norm.bias", "proj.weight", "proj.bias")
 

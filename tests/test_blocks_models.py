@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parablock_rt.blocks import BlockPlan
+from parablock_rt.blocks.plan import BlockPlan
 
 transformers = pytest.importorskip("transformers")
 

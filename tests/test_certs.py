@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from parablock_rt import certs
 from parablock_rt.cli import app
 from parablock_rt.errors import ConfigError
+from parablock_rt.wire import certs
 
 FILES = {"ca.pem", "ca.key", "server.pem", "server.key", "client-1.pem", "client-1.key", "client-2.pem", "client-2.key"}
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from processes import WAIT_S, client, make_model, start_server, starter
 
 import parablock_rt as pb
-from parablock_rt import checkpoint, protocol
-from parablock_rt.backlog import Backlog, Kept
-from parablock_rt.checkpoint import Begin, Checkpoint, Listening, Seated, Started, Vacated
 from parablock_rt.errors import CheckpointError, ConfigError
+from parablock_rt.server import checkpoint
+from parablock_rt.server.backlog import Backlog, Kept
+from parablock_rt.server.checkpoint import Begin, Checkpoint, Listening, Seated, Started, Vacated
+from parablock_rt.wire import protocol
 
 CONFIG = pb.RunConfig(rounds=3, clients=2)
 

@@ -27,11 +27,14 @@ import trace_schema
 import transformers
 from processes import WAIT_S, Process, command, start_server, starter
 
-from parablock_rt import _C, aggregate, cli, codec, demo, finetune, handshake
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import _C, cli, codec, demo
+from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import PeerLostError
-from parablock_rt.finetune import Workload
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.wire import handshake
 
 Start = Callable[..., Process]
 Main = Callable[..., "Result"]
@@ -484,7 +487,7 @@ def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start:
 
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "server" / "run" / "model", dtype=torch.float32)
     plan = BlockPlan.from_model(net)
-    assert aggregate.digest(plan, [aggregate.fingerprint(block) for block in plan.materialise(net)]) == digest
+    assert digest(plan, [fingerprint(block) for block in plan.materialise(net)]) == digest
     workload = Workload.for_model("tiny", eval_examples=8)
     after = finetune.evaluate(net, finetune.load(workload)[2], workload)
     assert after == pytest.approx(summary["eval_loss_after"], rel=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import parablock_rt as pb
 from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
-from parablock_rt.outcome import ClosedRound
+from parablock_rt.server.outcome import ClosedRound
 
 WIDTH = 32
 
@@ -195,7 +195,8 @@ def test_one_process_can_hold_a_server_and_its_clients() -> None:
 
 
 def test_blocks_where_nothing_can_stage_them_are_refused_with_what_was_found() -> None:
-    from parablock_rt import config, device_staging
+    from parablock_rt import config
+    from parablock_rt.staging import device_stager as device_staging
 
     blocks = pb.BlockPlan.from_model(model := Net()).materialise(model)
     blocks[1].flats[0] = blocks[1].flats[0].to("meta")
@@ -219,7 +220,7 @@ def test_a_server_whose_model_is_elsewhere_says_where_it_must_be(monkeypatch: py
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "nonsense"])
 def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(device: str) -> None:
-    from parablock_rt import finetune
+    from parablock_rt.finetune import loop as finetune
 
     with pytest.raises(ConfigError, match=r"is not on this machine|must be cpu, cuda or cuda:N"):
         finetune.train("127.0.0.1:1", finetune.Workload.for_model("tiny"), device=device)

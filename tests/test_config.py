@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import config, finetune, protocol
+from parablock_rt import config
 from parablock_rt.config import RunConfig, parse_address, parse_delay, parse_rate, read_toml
 from parablock_rt.errors import ConfigError, HandshakeError
-from parablock_rt.finetune import Workload
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.wire import protocol
 
 GOOD: dict[str, Any] = {"rounds": 4, "clients": 2}
 

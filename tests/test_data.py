@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parablock_rt import data, models
 from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.finetune import data, models
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ from fake_device import FakeDevice, control
 from federations import ONE, TWO, Case, assert_equal, mlp, regression, sgd, squared_error
 from harness import run_federation
 
-from parablock_rt import client, pinned
-from parablock_rt.device_staging import DeviceStager
+from parablock_rt.client import run as client
+from parablock_rt.client.replica import Replica
 from parablock_rt.errors import DigestError
-from parablock_rt.pinned import PinnedMemory
-from parablock_rt.replica import Replica
+from parablock_rt.staging import pinned
+from parablock_rt.staging.device_stager import DeviceStager
+from parablock_rt.staging.pinned import PinnedMemory
 
 SLICE = 256
 _DELAY_US = 500

@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 from leftovers import settles, threads
 from test_staging import DEADLINE_S, DTYPES, random_piece, statement
 
-from parablock_rt import _C, codec, pinned
-from parablock_rt.device_staging import DeviceStager
+from parablock_rt import _C, codec
 from parablock_rt.errors import CodecError, ConfigError, ParaBlockError
-from parablock_rt.pinned import PinnedMemory
-from parablock_rt.staging import Piece
-from parablock_rt.timeline import RECORD, Stage
-from parablock_rt.transport import Transport, as_tensor, body_layout
+from parablock_rt.observe.timeline import RECORD, Stage
+from parablock_rt.staging import pinned
+from parablock_rt.staging.device_stager import DeviceStager
+from parablock_rt.staging.pinned import PinnedMemory
+from parablock_rt.staging.stager import Piece
+from parablock_rt.wire.transport import Transport, as_tensor, body_layout
 
 NUMEL, CHUNK, SLICE = 128 * 40, 512, 1024
 MEMORY = 1 << 22
@@ -576,7 +577,7 @@ def test_buffers_outlive_the_slab_they_were_cut_from() -> None:
 
 def test_what_a_run_pins_is_what_it_is_said_to_need(transport: Transport) -> None:
     """All residuals, two more under way, and the bodies of four uploads and four landings at staleness 1."""
-    from parablock_rt.blocks import BlockPlan
+    from parablock_rt.blocks.plan import BlockPlan
 
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
     blocks = BlockPlan.from_model(model, [["0"], ["1"], ["2"]]).blocks

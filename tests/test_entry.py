@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from parablock_rt import entry
-from parablock_rt.entry import Entry
+from parablock_rt.client import entry
+from parablock_rt.client.entry import Entry
 from parablock_rt.errors import ConnectError, ParaBlockError, PeerLostError
 
 ANSWERED, SILENT, REFUSED, WELCOME = "answered", "silent", "refused", "welcome"

@@ -17,10 +17,10 @@ from processes import WAIT_S, Process, client, make_model, server, start_server,
 
 import parablock_rt as pb
 from parablock_rt.errors import ConnectError, HandshakeError, RoundError, TransportError
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.run_folder import to_json
+from parablock_rt.observe.run_folder import to_json
+from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.summary import summarise
-from parablock_rt.transport import Transport
+from parablock_rt.wire.transport import Transport
 
 Start = Callable[..., Process]
 

@@ -13,9 +13,11 @@ from harness import run_federation
 from test_staging import DEADLINE_S, DTYPES, random_piece, statement
 from torch import Tensor
 
-from parablock_rt import _C, codec, meters, pinned
-from parablock_rt.staging import Piece
-from parablock_rt.transport import Transport, as_tensor, body_layout
+from parablock_rt import _C, codec
+from parablock_rt.observe import meters
+from parablock_rt.staging import pinned
+from parablock_rt.staging.stager import Piece
+from parablock_rt.wire.transport import Transport, as_tensor, body_layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,8 +26,8 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from parablock_rt.device import CudaDevice
-    from parablock_rt.device_staging import DeviceStager
+    from parablock_rt.staging.device import CudaDevice
+    from parablock_rt.staging.device_stager import DeviceStager
 
 NUMEL, CHUNK = 128 * 8192, 1 << 15
 LONG_SLEEP = 20_000_000  # cycles: some ten milliseconds, in which the host and the other streams run ahead

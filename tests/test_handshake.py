@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from processes import WAIT_S, Process, client, make_batches, make_model, sgd, start_server, starter
 
 import parablock_rt as pb
-from parablock_rt import _C, handshake, protocol
-from parablock_rt.block_layout import PlanSpec
+from parablock_rt import _C
+from parablock_rt.blocks.layout import PlanSpec
 from parablock_rt.errors import ConfigError, HandshakeError
-from parablock_rt.handshake import Conversation
-from parablock_rt.transport import Transport
+from parablock_rt.wire import handshake, protocol
+from parablock_rt.wire.handshake import Conversation
+from parablock_rt.wire.transport import Transport
 
 Start = Callable[..., Process]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import large_model
-from parablock_rt import BlockPlan, RunConfig, memory
+from parablock_rt import BlockPlan, RunConfig
+from parablock_rt.client import memory
 
 WHAT_TRAINS = ("weights", "references", "master", "gradients", "optimiser state")
 

@@ -13,12 +13,13 @@ from tls_cases import deployment, needs_tls, server_tls
 from typer.testing import CliRunner
 
 import parablock_rt as pb
-from parablock_rt import probe, protocol
 from parablock_rt.cli import app
-from parablock_rt.connection import Connection
 from parablock_rt.errors import HandshakeError
 from parablock_rt.link_check import LinkReport, check_link
-from parablock_rt.transport import Transport
+from parablock_rt.server import probe
+from parablock_rt.wire import protocol
+from parablock_rt.wire.connection import Connection
+from parablock_rt.wire.transport import Transport
 
 TOKEN = "correct-horse-battery-staple"
 

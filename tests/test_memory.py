@@ -11,7 +11,7 @@ from torch import nn
 
 import parablock_rt as pb
 from bench import large_model
-from parablock_rt import memory
+from parablock_rt.client import memory
 from parablock_rt.errors import ConfigError, DeviceMemoryError
 
 GIB = 2**30

@@ -12,7 +12,7 @@ from test_memory_held import Held, squared_error
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import memory
+from parablock_rt.client import memory
 from parablock_rt.errors import DeviceMemoryError
 
 WIDTH, LAYERS = 4096, 12  # 201 million parameters: activations of one row are nothing beside them

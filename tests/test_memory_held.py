@@ -16,9 +16,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import parablock_rt as pb
-from parablock_rt import memory
-from parablock_rt.client import Run
-from parablock_rt.staging import Encoding
+from parablock_rt.client import memory
+from parablock_rt.client.run import Run
+from parablock_rt.staging.stager import Encoding
 
 WIDTH, LAYERS, ROUNDS = 256, 12, 16
 WITHIN = 0.05

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parablock_rt import models
 from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.finetune import models
 
 transformers = pytest.importorskip("transformers", reason="the models need transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="the models need tokenizers")

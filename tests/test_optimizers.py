@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from parablock_rt import optimizers
+from parablock_rt.client import optimizers
 from parablock_rt.errors import ConfigError
 
 SHAPES = [(64, 32), (100,), (3, 5, 7)]

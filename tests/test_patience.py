@@ -7,7 +7,7 @@ from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_serv
 
 import parablock_rt as pb
 from parablock_rt.errors import WaitTimeoutError
-from parablock_rt.patience import Patience
+from parablock_rt.wire.patience import Patience
 
 
 def test_a_wait_in_which_nothing_moves_ends_when_its_time_is_up() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import codec, memory, optimizers, planner
+from parablock_rt import codec, planner
+from parablock_rt.client import memory, optimizers
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pb.BlockPlan]:

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import parablock_rt as pb
 from bench.cli import main as bench_main
-from parablock_rt import models
 from parablock_rt.cli import app
+from parablock_rt.finetune import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SERVER_CODE, CLIENT_CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -9,12 +9,12 @@ import pytest
 from processes import WAIT_S, client, start_server, starter
 from test_bad_input import RawClient, announcement, good_body
 
-from parablock_rt import handshake, protocol
-from parablock_rt.block_layout import PlanSpec
+from parablock_rt.blocks.layout import PlanSpec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import HandshakeError
-from parablock_rt.handshake import Conversation
-from parablock_rt.members import Candidate, Identity
+from parablock_rt.server.members import Candidate, Identity
+from parablock_rt.wire import handshake, protocol
+from parablock_rt.wire.handshake import Conversation
 
 
 class Returning(RawClient):

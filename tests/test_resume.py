@@ -38,9 +38,9 @@ from test_device_rounds import on_a_late_gpu  # noqa: F401 - a fixture
 
 import parablock_rt as pb
 from parablock_rt import codec
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.server_link import ServerLink
-from parablock_rt.staging import Landing
+from parablock_rt.client.server_link import ServerLink
+from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.staging.stager import Landing
 
 Start = Callable[..., Process]
 
@@ -186,7 +186,7 @@ def test_a_client_that_stays_away_too_long_is_told_that_its_seat_is_gone(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newcomer has taken it."""
-    monkeypatch.setattr("parablock_rt.roster.SEAT_KEPT_S", 0.5)
+    monkeypatch.setattr("parablock_rt.server.roster.SEAT_KEPT_S", 0.5)
     with start_server(quorum=2, deadline=60.0, **WIDE) as running:
         bad, address = through(start, running.address)
         arm(bad, "up", MIDDLE, "cut")
@@ -210,7 +210,7 @@ def test_a_client_that_stays_away_too_long_is_told_that_its_seat_is_gone(
 def test_a_client_that_is_killed_in_a_download_is_replaced_by_a_newcomer(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parablock_rt.roster.SEAT_KEPT_S", 0.5)
+    monkeypatch.setattr("parablock_rt.server.roster.SEAT_KEPT_S", 0.5)
     with start_server(quorum=2, deadline=60.0, **WIDE) as running:
         bad, address = through(start, running.address)
         arm(bad, "down", MIDDLE, "hold")

@@ -15,11 +15,11 @@ from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_serv
 import parablock_rt as pb
 from parablock_rt import codec
 from parablock_rt.codec import Accumulator
-from parablock_rt.coordinator import Coordinator
-from parablock_rt.outcome import ClosedRound, Outcome
-from parablock_rt.protocol import Upload
-from parablock_rt.rounds import Delivery, Round
-from parablock_rt.server import default_upload_budget
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.outcome import ClosedRound, Outcome
+from parablock_rt.server.rounds import Delivery, Round
+from parablock_rt.server.server import default_upload_budget
+from parablock_rt.wire.protocol import Upload
 
 NUMEL = 256
 ROUND, BLOCK = 4, 2

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import parablock_rt as pb
+from parablock_rt.blocks.rows import RowEmbedding, RowLinear, split_rows
 from parablock_rt.errors import ConfigError, PlanError
-from parablock_rt.rows import RowEmbedding, RowLinear, split_rows
 
 transformers = pytest.importorskip("transformers")
 

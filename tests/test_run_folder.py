@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError
-from parablock_rt.outcome import ClosedRound, Outcome
-from parablock_rt.protocol import Goodbye
-from parablock_rt.run_folder import RunFolder, to_json
+from parablock_rt.observe.run_folder import RunFolder, to_json
+from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.stages import StageSeconds
 from parablock_rt.summary import overlap_efficiency, summarise
+from parablock_rt.wire.protocol import Goodbye
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -14,8 +14,8 @@ from torch import Tensor
 from parablock_rt import _C, codec
 from parablock_rt._C import Buffer, Event
 from parablock_rt.errors import CodecError
-from parablock_rt.staging import Piece, Stager
-from parablock_rt.transport import BufferPool, Transport, as_tensor, body_layout
+from parablock_rt.staging.stager import Piece, Stager
+from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
 
 DEADLINE_S = 90.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

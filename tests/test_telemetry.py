@@ -22,11 +22,11 @@ import pytest
 from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_server
 
 import parablock_rt as pb
-from parablock_rt import meters, reporters
 from parablock_rt.errors import ConfigError
-from parablock_rt.meters import GpuMeter, InterfaceMeter, LinkMeter, Metrics, ProcessMeter
-from parablock_rt.run_folder import RunFolder
-from parablock_rt.telemetry import Sample, Telemetry
+from parablock_rt.observe import meters, reporters
+from parablock_rt.observe.meters import GpuMeter, InterfaceMeter, LinkMeter, Metrics, ProcessMeter
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.observe.telemetry import Sample, Telemetry
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "telemetry.md"
 FAST_S = 0.01
@@ -327,7 +327,7 @@ def lane_stats() -> types.SimpleNamespace:
 def test_a_wall_clock_that_jumps_moves_nothing_but_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
     walls = iter([2e9, 1e9, 3e9, *[0.0] * 10_000])
     clocks = types.SimpleNamespace(time=lambda: next(walls), monotonic_ns=time.monotonic_ns)
-    monkeypatch.setattr("parablock_rt.telemetry.time", clocks)
+    monkeypatch.setattr("parablock_rt.observe.telemetry.time", clocks)
     with Telemetry([collector := Collector()], FAST_S) as watch:
         watch.start("server", [ProcessMeter()])
         samples = [collector.next() for _ in range(3)]

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parablock_rt import _C, timeline
+from parablock_rt import _C
 from parablock_rt.config import RunConfig
+from parablock_rt.observe import timeline
+from parablock_rt.observe.timeline import RECORD, Stage, Timeline
 from parablock_rt.stages import STAGES, StageClock, StageSeconds, mean
-from parablock_rt.staging import Piece, Stager
-from parablock_rt.timeline import RECORD, Stage, Timeline
-from parablock_rt.transport import Transport
+from parablock_rt.staging.stager import Piece, Stager
+from parablock_rt.wire.transport import Transport
 
 WAIT_S = 90.0
 

@@ -30,7 +30,7 @@ from transport_cases import (
 from parablock_rt import _C
 from parablock_rt._C import Buffer
 from parablock_rt.errors import ConfigError
-from parablock_rt.tls import Tls
+from parablock_rt.wire.tls import Tls
 
 pytestmark = needs_tls
 make = pytest.fixture(make_transports)

@@ -22,8 +22,8 @@ from processes import WAIT_S, make_model, start_server
 from tls_cases import TOKEN, Middle, client_tls, deployment, needs_tls, server_tls
 
 import parablock_rt as pb
-from parablock_rt import certs, handshake
 from parablock_rt.errors import ConfigError, HandshakeError, PeerLostError
+from parablock_rt.wire import certs, handshake
 
 pytestmark = needs_tls
 

@@ -17,15 +17,17 @@ from relay import relay
 from rich.console import Console
 from tls_cases import client_tls, deployment, needs_tls, server_tls
 
-from parablock_rt import cli, handshake, protocol, top, watch
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import cli, top
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.connection import Connection
 from parablock_rt.errors import HandshakeError, PeerLostError
-from parablock_rt.members import Candidate, Identity
-from parablock_rt.protocol import ClientStatus, Status
+from parablock_rt.server import watch
+from parablock_rt.server.members import Candidate, Identity
 from parablock_rt.top import hidden, look_once, render
-from parablock_rt.transport import Transport
+from parablock_rt.wire import handshake, protocol
+from parablock_rt.wire.connection import Connection
+from parablock_rt.wire.protocol import ClientStatus, Status
+from parablock_rt.wire.transport import Transport
 
 TOKEN = "a token of sixteen characters"
 

@@ -19,11 +19,11 @@ from federations import fold_spy
 from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_server
 
 import parablock_rt as pb
-from parablock_rt import profiling, trace, trace_merge
-from parablock_rt.client import Run
+from parablock_rt.client.run import Run
 from parablock_rt.errors import TraceError
-from parablock_rt.protocol import Kind
-from parablock_rt.timeline import Stage, Timeline
+from parablock_rt.observe import profiling, trace, trace_merge
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.wire.protocol import Kind
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "telemetry.md"
 ROUNDS, CLIENTS, CHUNK = 5, 2, 1024

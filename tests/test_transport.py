@@ -39,7 +39,7 @@ from transport_cases import (
 from parablock_rt import _C
 from parablock_rt._C import Buffer, Source
 from parablock_rt.errors import ConfigError, ConnectError, TransportError
-from parablock_rt.transport import Shape, Transport, body_layout, raw_layout
+from parablock_rt.wire.transport import Shape, Transport, body_layout, raw_layout
 
 make = pytest.fixture(make_transports)
 listening = pytest.fixture(listen)

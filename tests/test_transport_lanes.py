@@ -31,10 +31,11 @@ from transport_cases import (
     stranger_to,
 )
 
-from parablock_rt import _C, protocol
+from parablock_rt import _C
 from parablock_rt._C import Buffer
 from parablock_rt.errors import ConfigError
-from parablock_rt.transport import Transport
+from parablock_rt.wire import protocol
+from parablock_rt.wire.transport import Transport
 
 make = pytest.fixture(make_transports)
 listening = pytest.fixture(listen)

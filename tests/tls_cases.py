@@ -15,8 +15,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from parablock_rt import _C, certs
-from parablock_rt.tls import Tls
+from parablock_rt import _C
+from parablock_rt.wire import certs
+from parablock_rt.wire.tls import Tls
 
 WAIT_S = 90.0
 TOKEN = "correct-horse-battery-staple"

@@ -7,7 +7,7 @@ from typing import Any
 from measuring import MIB, End, exchange
 
 from parablock_rt import _C
-from parablock_rt.transport import Transport, raw_layout
+from parablock_rt.wire.transport import Transport, raw_layout
 
 CHUNK = 2**18  # bytes, about what the default of a run is in int8
 DEADLINE_S = 120.0

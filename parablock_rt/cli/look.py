@@ -9,21 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from parablock_rt import (
-    certs,
-    config,
-    doctor,
-    finetune,
-    handshake,
-    link_check,
-    memory,
-    optimizers,
-    planner,
-    report,
-    top,
-    trace_merge,
-)
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import config, doctor, link_check, planner, report, top
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.cli.options import (
     BatchSize,
     Blocks,
@@ -51,10 +38,14 @@ from parablock_rt.cli.options import (
     seconds_of,
 )
 from parablock_rt.cli.output import console
+from parablock_rt.client import memory, optimizers
 from parablock_rt.errors import ConfigError
-from parablock_rt.finetune import Workload
-from parablock_rt.run_folder import to_json
-from parablock_rt.transport import Shape
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.observe import trace_merge
+from parablock_rt.observe.run_folder import to_json
+from parablock_rt.wire import certs, handshake
+from parablock_rt.wire.transport import Shape
 
 commands = typer.Typer()
 traces = typer.Typer(help="Work with trace files.", no_args_is_help=True)

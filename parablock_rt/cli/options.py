@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parablock_rt import config, handshake
-from parablock_rt.blocks import BlockPlan
+from parablock_rt import config
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.errors import ConfigError
-from parablock_rt.tls import SYSTEM, Tls
+from parablock_rt.wire import handshake
+from parablock_rt.wire.tls import SYSTEM, Tls
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from parablock_rt.errors import ConfigError
-from parablock_rt.run_folder import RunFolder, to_json
+from parablock_rt.observe.run_folder import RunFolder, to_json
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import msgspec
 
-from parablock_rt import report, reporters
-from parablock_rt.client import RoundReport
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.run_folder import RunFolder
-from parablock_rt.telemetry import Telemetry
-from parablock_rt.timeline import Timeline
+from parablock_rt import report
+from parablock_rt.client.run import RoundReport
+from parablock_rt.observe import reporters
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.observe.telemetry import Telemetry
+from parablock_rt.observe.timeline import Timeline
+from parablock_rt.server.outcome import ClosedRound
 
 
 class Record:

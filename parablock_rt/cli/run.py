@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-from parablock_rt import config, demo, finetune, handshake, meters
-from parablock_rt.checkpoint import Checkpoint
+from parablock_rt import config, demo
 from parablock_rt.cli.options import (
     BatchSize,
     Blocks,
@@ -55,15 +54,19 @@ from parablock_rt.cli.options import (
 )
 from parablock_rt.cli.output import console, deliver, say_what_is_left
 from parablock_rt.cli.record import Record
-from parablock_rt.client import RoundReport, Run
+from parablock_rt.client.run import RoundReport, Run
 from parablock_rt.errors import ConfigError
-from parablock_rt.finetune import Workload
-from parablock_rt.outcome import ClosedRound
-from parablock_rt.run_folder import RunFolder
-from parablock_rt.server import serve as start_server
+from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune.loop import Workload
+from parablock_rt.observe import meters
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.observe.telemetry import PERIOD_S
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.server.server import serve as start_server
 from parablock_rt.summary import summarise, summarise_client
-from parablock_rt.telemetry import PERIOD_S
-from parablock_rt.transport import Shape
+from parablock_rt.wire import handshake
+from parablock_rt.wire.transport import Shape
 
 commands = typer.Typer()
 _SETTINGS = "settings.json"  # of a durable run, in its folder

@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from parablock_rt.observe.run_folder import to_json
 from parablock_rt.report import figures, folder
 from parablock_rt.report.folder import Recorded, Span
 from parablock_rt.report.verdict import verdict
-from parablock_rt.run_folder import to_json
 from parablock_rt.version import __version__
 
 log = logging.getLogger("parablock")

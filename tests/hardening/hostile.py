@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 import parablock_rt as pb
-from parablock_rt import _C, handshake, protocol
-from parablock_rt.aggregate import Master, ServerOptimizer
+from parablock_rt import _C
 from parablock_rt.config import RunConfig
-from parablock_rt.coordinator import Coordinator
 from parablock_rt.errors import HandshakeError, ParaBlockError
-from parablock_rt.members import Identity, Member
-from parablock_rt.protocol import Kind, Message
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.master import Master, ServerOptimizer
+from parablock_rt.server.members import Identity, Member
+from parablock_rt.wire import handshake, protocol
+from parablock_rt.wire.protocol import Kind, Message
 
 RUN = 12345
 TOKEN = "a token of the fuzzer's own"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from parablock_rt import _C, codec, protocol
+from parablock_rt import _C, codec
+from parablock_rt.wire import protocol
 
 CORPUS = Path(__file__).parent / "corpus"
 LAYOUTS = [(10, 2, 7, 3), (5, 0, 16, 2), (3, 2, 64, 8), (1, 0, 1, 1)]  # as in fuzz_session.cc

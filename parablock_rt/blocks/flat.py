@@ -1,0 +1,107 @@
+"""A block in memory: flat buffers that the model's own parameters are views of.
+
+Moves parameters there and tells whether they still are there. Does not choose them, nor what trains when, and does not
+change `requires_grad`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parablock_rt.blocks.layout import Block, Segment, Slot
+from parablock_rt.errors import PlanError
+
+
+@dataclass(eq=False)
+class FlatBlock:
+    """A block in memory: `flats[i]` (1-D, `segments[i].length`) owns the storage that `params` (plan order) view."""
+
+    block: Block
+    flats: list[Tensor]
+    params: list[nn.Parameter]
+
+    def check_homed(self) -> None:
+        """Raises PlanError when a parameter is not a view of the flat buffers any more."""
+        for segment, flat in zip(self.block.segments, self.flats, strict=True):
+            for i, slot in self.block.segment_slots(segment):
+                place = flat.data_ptr() + (slot.offset - segment.start) * flat.element_size()
+                if self.params[i].data_ptr() != place or self.params[i].dtype != flat.dtype:
+                    raise PlanError(
+                        f"parameter {slot.name!r} has left its block's flat buffer: the model was moved, cast or "
+                        "planned anew during the run; do that before, and give every join and serve a model of its own"
+                    )
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Views into another flat buffer of the whole block (such as fp32 masters), shaped and ordered like `params`.
+
+        `buffer`: 1-D, contiguous, `block.flat_numel` elements, any dtype and device. Raises PlanError otherwise.
+        """
+        if buffer.shape != (self.block.flat_numel,) or not buffer.is_contiguous():
+            raise PlanError(
+                f"a flat buffer of block {self.block.name!r} must be contiguous with shape ({self.block.flat_numel},); "
+                f"found shape {tuple(buffer.shape)}, strides {buffer.stride()}; allocate block.flat_numel elements"
+            )
+        return [buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self.block.slots]
+
+
+def check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
+    """Distinct Parameters over the same memory are tied in a way that re-homing would silently end: refuse them.
+
+    A dense parameter counts with all its bytes, a strided one with its first element.
+    """
+    spans: list[tuple[str, int, int, str, bool]] = []
+    for name, p in model.named_parameters():
+        if type(p.data) is Tensor and p.layout == torch.strided and p.numel() and not p.is_meta:
+            reach = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+            length = p.numel() if reach == p.numel() else 1
+            start = p.data_ptr()
+            spans.append((str(p.device), start, start + length * p.element_size(), name, id(p) in planned))
+    widest = ("", 0, 0, "", False)
+    for span in sorted(spans):
+        if span[0] == widest[0] and span[1] < widest[2] and (span[4] or widest[4]):
+            raise PlanError(
+                f"parameters {widest[3]!r} and {span[3]!r} share memory but are not the same nn.Parameter; assign one "
+                f"Parameter object to both modules to tie them, or clone one to separate them"
+            )
+        if span[0] != widest[0] or span[2] > widest[2]:
+            widest = span
+
+
+def home(block: Block, params: list[nn.Parameter]) -> FlatBlock:
+    """Put one block's parameters into flat buffers, or find those that they are in already."""
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise PlanError(
+            f"the parameters of block {block.name!r} must be on one real device; found {', '.join(devices)}; "
+            f"load the weights and move the model with model.to(device) first"
+        )
+    flats: list[Tensor] = []
+    for segment in block.segments:
+        members = [(slot, params[i]) for i, slot in block.segment_slots(segment)]
+        flat = _existing_flat(segment, members)
+        if flat is None:
+            flat = torch.zeros(segment.length, dtype=segment.dtype, device=params[0].device)
+            for slot, parameter in members:
+                start = slot.offset - segment.start
+                view = flat[start : start + slot.numel].view(slot.shape)
+                view.copy_(parameter.detach())
+                parameter.data = view
+        flats.append(flat)
+    return FlatBlock(block, flats, params)
+
+
+def _existing_flat(segment: Segment, members: list[tuple[Slot, nn.Parameter]]) -> Tensor | None:
+    """The flat buffer that already holds exactly these parameters at their places, with zero gaps; else None."""
+    storage = members[0][1].untyped_storage()
+    if storage.nbytes() != segment.length * segment.dtype.itemsize:
+        return None
+    for slot, p in members:
+        same = p.untyped_storage().data_ptr() == storage.data_ptr()
+        if not (same and p.storage_offset() == slot.offset - segment.start and p.is_contiguous()):
+            return None
+    flat = torch.empty(0, dtype=segment.dtype, device=members[0][1].device).set_(storage)
+    gaps = [flat[s.offset - segment.start + s.numel : s.offset - segment.start + s.padded] for s, _ in members]
+    return None if bool(torch.cat(gaps).any()) else flat

@@ -1,0 +1,182 @@
+"""Which parameters form which block: the rules by which a plan groups names.
+
+Works on names and sizes; nothing here lays out memory, builds a plan or touches a tensor's values. `trainable` below
+are the names that may be planned, in definition order; every rule returns (block name, parameter names) in block order.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from torch import nn
+
+from parablock_rt.blocks.rows import RowEmbedding
+from parablock_rt.errors import PlanError
+
+_LAST_OUTER = re.compile(r"(^|[._])(final|norm|ln_f|head|out)([._]|$)")
+_HOW_TO_NAME = (
+    'name the blocks yourself: BlockPlan.from_model(model, blocks=["model.layers.0", "model.layers.1"]) with name '
+    'prefixes, blocks=["encoder.*.weight"] with a glob pattern, or blocks=4 for four parts of about equal size'
+)
+
+
+def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The path and list of the decoder layers by the rule that `BlockPlan.from_model` states."""
+    best: tuple[str, nn.ModuleList] | None = None
+    most = 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(isinstance(member, nn.Embedding) for member in module):
+            size = sum(p.numel() for p in module.parameters())
+            if size > most:
+                best, most = (path, module), size
+    return best
+
+
+def by_layers(
+    model: nn.Module, trainable: list[str], outer: str, outer_limit: int | None
+) -> list[tuple[str, list[str]]]:
+    """Blocks (name, parameters): one a decoder layer and, if trained, what stands before and behind the layers, cut
+    into blocks of at most `outer_limit` elements."""
+    found = _find_layers(model)
+    if found is None:
+        kind = type(model).__name__
+        raise PlanError(f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}")
+    path, layers = found
+    prefix = f"{path}." if path else ""
+    blocks: dict[str, list[str]] = {f"{prefix}{i}": [] for i in range(len(layers))}
+    first: list[str] = []
+    last: list[str] = []
+    behind = False
+    wanted = set(trainable)
+    for name, _ in model.named_parameters():
+        layer = prefix + name.removeprefix(prefix).split(".", 1)[0] if name.startswith(prefix) else ""
+        if layer in blocks:
+            behind = True
+        if name not in wanted:
+            continue
+        if layer in blocks:
+            blocks[layer].append(name)
+        elif _is_embedding(model, name):
+            first.append(name)
+        elif behind or ("emb" not in name and _LAST_OUTER.search(name)):
+            last.append(name)
+        else:
+            first.append(name)
+    groups = list(blocks.items())
+    if outer == "train":
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        groups = [
+            *_pack("embeddings", first, sizes, outer_limit),
+            *groups,
+            *_pack("head", last, sizes, outer_limit),
+        ]
+    groups = [(name, names) for name, names in groups if names]
+    if not groups:
+        raise PlanError(
+            f"expected trainable parameters in the decoder layers {path!r}; found only {trainable[0]!r} outside; "
+            f"set requires_grad=True on the layers, pass outer='train', or {_HOW_TO_NAME}"
+        )
+    return groups
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.ParameterList):
+        owner = model.get_submodule(name.rpartition(".parts.")[0])
+    return isinstance(owner, (nn.Embedding, RowEmbedding))
+
+
+def _pack(title: str, names: list[str], sizes: dict[str, int], limit: int | None) -> list[tuple[str, list[str]]]:
+    """Consecutive parameters in blocks of at most `limit` elements, each as full as it gets."""
+    if limit is None:
+        return [(title, names)]
+    packed: list[list[str]] = [[]]
+    room = limit
+    for name in names:
+        if sizes[name] > limit:
+            raise PlanError(
+                f"parameter {name!r} has {sizes[name]:,} elements, more than outer_limit={limit:,}; cut it with "
+                "parablock_rt.split_rows(model, outer_limit) before planning, or raise the limit"
+            )
+        if sizes[name] > room:
+            packed.append([])
+            room = limit
+        packed[-1].append(name)
+        room -= sizes[name]
+    return [(title if len(packed) == 1 else f"{title}.{i}", members) for i, members in enumerate(packed)]
+
+
+def by_count(trainable: list[str], sizes: list[int], count: int) -> list[tuple[str, list[str]]]:
+    """`count` runs of consecutive parameters, each cut where the running size is nearest to an equal share."""
+    if isinstance(count, bool) or not 1 <= count <= len(trainable):
+        raise PlanError(
+            f"blocks must be between 1 and the number of trainable parameters, {len(trainable)}, since a parameter is "
+            f"never split; found {count}; ask for fewer blocks"
+        )
+    ends = list(itertools.accumulate(sizes))
+    cuts = [0]
+    for i in range(1, count):
+        share = ends[-1] * i / count
+        cut = bisect_left(ends, share) + 1
+        if cut > 1 and share - ends[cut - 2] <= ends[cut - 1] - share:
+            cut -= 1
+        cuts.append(min(max(cut, cuts[-1] + 1), len(sizes) - (count - i)))
+    cuts.append(len(sizes))
+    return [(f"block.{i}", trainable[a:b]) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """A whole name or a leading part of it that ends at a dot; `*`, `?` and `[...]` as in file names."""
+    pattern = pattern.removesuffix(".")
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def by_patterns(
+    names: dict[str, list[str]], reasons: dict[str, str], items: Sequence[str | Sequence[str]]
+) -> list[tuple[str, list[str]]]:
+    """One block an item. A parameter that two items reach by one name is an error; by names that are tied, the first
+    item has it. The patterns within an item may overlap."""
+    if not isinstance(items, (list, tuple)) or not items:
+        raise PlanError(f"blocks must be None, a number or a list, an item a block; found {items!r}; {_HOW_TO_NAME}")
+    owner: dict[str, str] = {}  # every name an item matched -> that item
+    taken: set[str] = set()
+    groups: list[tuple[str, list[str]]] = []
+    for i, item in enumerate(items):
+        patterns = [item] if isinstance(item, str) else list(item)
+        if not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise PlanError(
+                f"item {i} of blocks must be a name, a glob or a list of those; found {item!r}; {_HOW_TO_NAME}"
+            )
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for every in names.values() for name in every):
+                raise PlanError(
+                    f"{pattern!r} in item {i} of blocks matches no parameter; names look like {next(iter(names))!r}; a "
+                    f"prefix must end at a dot of the name"
+                )
+        members: list[str] = []
+        seen: list[str] = []
+        for first, every in names.items():
+            hits = [name for name in every if any(_matches(pattern, name) for pattern in patterns)]
+            for name in hits:
+                if name in owner:
+                    raise PlanError(
+                        f"parameter {name!r} is matched by two items of blocks, {owner[name]} and {item!r}; it can "
+                        f"belong to one block only: make the patterns disjoint"
+                    )
+            owner.update(dict.fromkeys(hits, repr(item)))
+            if hits:
+                seen.append(first)
+                if first not in reasons and first not in taken:
+                    members.append(first)
+        if not members:
+            why = reasons.get(seen[0], "it is tied to a parameter of an earlier item")
+            raise PlanError(f"item {item!r} of blocks has no parameter to train ({seen[0]!r}: {why}); remove the item")
+        taken.update(members)
+        title = ", ".join(patterns)
+        title = title if len(title) <= 80 else title[:80] + "..."
+        groups.append((title if all(title != name for name, _ in groups) else f"{title} #{i}", members))
+    return groups

@@ -1,0 +1,5 @@
+"""The client: the train-step runtime that a training loop embeds. Imports nothing of the server."""
+
+from parablock_rt.client.run import RoundReport, Run, StepReport, join
+
+__all__ = ["RoundReport", "Run", "StepReport", "join"]

@@ -1,0 +1,232 @@
+"""What a client exchanges with the server, round by round: hand-overs that go up, aggregates that come down.
+
+Packs a trained block and hands it to the link, applies each round's aggregate in its turn, keeps room for those to
+come, and counts what the training thread was blocked for. Knows nothing of steps, losses or optimisers. The training
+thread alone calls it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from parablock_rt.blocks.fingerprint import digest
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client.replica import Handover, Replica
+from parablock_rt.client.server_link import ServerLink
+from parablock_rt.config import RunConfig
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.schedule import block_of
+from parablock_rt.staging.device_stager import DeviceStager
+from parablock_rt.staging.stager import Stager
+from parablock_rt.wire import protocol
+from parablock_rt.wire.protocol import Kind
+
+
+class Exchange:
+    """One client's side of all rounds."""
+
+    def __init__(
+        self,
+        link: ServerLink,
+        replica: Replica,
+        plan: BlockPlan,
+        config: RunConfig,
+        stager: Stager | DeviceStager,
+        timeline: Timeline,
+    ) -> None:
+        """`plan`: of the replica's blocks, which are materialised. Closes nothing of what it is given."""
+        self.exposed_s = 0.0  # seconds that the training thread was blocked on communication
+        self.bad_groups = 0
+        self._link = link
+        self._replica = replica
+        self._plan = plan
+        self._config = config
+        self._stager = stager
+        self._timeline = timeline
+        self._versions = [0] * len(plan.blocks)
+        self._in_flight: list[Handover] = []
+        self._handed_over = -1  # the last round
+        self._early_verdicts: list[protocol.Verdict] = []
+        self._applied = -1
+        self._posted = -1
+
+    def begin(self, updates_from: int) -> None:
+        """Makes room for the first aggregates; the one of round `updates_from` is the first that will come."""
+        self._stager.fit(max(block.wire_bytes(self._config.format) for block in self._plan.blocks))
+        self._applied = updates_from - 1
+        self._posted = self._applied
+        self._post_updates()
+
+    def block_of(self, round: int) -> int:
+        """The block that a round trains."""
+        return block_of(self._config.schedule, self._config.seed, round, len(self._plan.blocks))
+
+    # ---- Up
+
+    def wait_for_verdict(self, block: int, round: int) -> float:
+        """Blocks until the server has decided on every hand-over of the block; returns the seconds that took. `round`:
+        the one that waits."""
+        return self._wait(lambda: self._replica.undecided(block) is None, f"the verdict on block {block}", round)
+
+    def pack(self, round: int, block: int, now: list[Tensor], ref: list[Tensor]) -> Handover:
+        """Begins to encode what the round has changed: `now` − `ref`, a tensor a segment. Earlier verdicts are in."""
+        pieces, residual = self._replica.pieces(block, now, ref)
+        encoding = self._stager.encode(
+            pieces,
+            self._config.format,
+            self._config.chunk,
+            self._link.transport,
+            kind=Kind.UPLOAD,
+            round=round,
+            block=block,
+        )
+        return Handover(round, block, encoding, residual)
+
+    def hand_over(self, handover: Handover, upload: protocol.Upload, ref: list[Tensor], *, finite: bool) -> None:
+        """Queues what `pack` has begun, with its message. `finite`: whether the block's weights all are."""
+        self._report_applied()
+        self._link.send_upload(upload, handover.encoding)
+        others_pending = any(self.block_of(q) == handover.block for q in range(self._applied + 1, handover.round))
+        self._replica.hand_over(handover, ref, finite=finite, others_pending=others_pending)
+        self._handed_over = handover.round
+        self._in_flight.append(handover)
+        self._retire()
+
+    def wait_encoded(self, block: int) -> None:
+        """Blocks until no encoding reads the block; part of what communication costs the training thread."""
+        start = time.monotonic_ns()
+        if self._replica.wait_encoded(block):
+            self.exposed_s += (time.monotonic_ns() - start) / 1e9
+
+    def release_handed_over(self) -> None:
+        """Lets the masters of earlier rounds go, so that they never stand beside this round's optimiser state.
+
+        Encoding has had the whole first forward and backward pass of the round; waiting for it here bounds the memory.
+        """
+        start = time.monotonic_ns()
+        waited = [self._stager.let_inputs_go(handover.encoding) for handover in self._in_flight]
+        if any(waited):
+            self.exposed_s += (time.monotonic_ns() - start) / 1e9
+
+    def _take_verdicts(self) -> None:
+        # A round that was closed at its deadline is refused before its upload is handed over.
+        verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
+        self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
+        for verdict in verdicts:
+            self._timeline.stages.add_seconds("fold", verdict.fold_s)
+            self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
+
+    def _retire(self) -> None:
+        """Takes back the buffers and masters of hand-overs that have been encoded and decided on."""
+        for first_ns, done_ns in self._link.take_sent():
+            self._timeline.stages.add("send", first_ns, done_ns)
+        still = []
+        for handover in self._in_flight:
+            if handover.encoding.done and not self._link.is_undecided(handover.round):
+                self.bad_groups += handover.encoding.bad_groups
+                self._timeline.stages.add("encode", *handover.encoding.span_ns)
+                self._timeline.stages.add("copy", *handover.encoding.copy_span_ns)
+                self._stager.release(handover.encoding)
+            else:
+                still.append(handover)
+        self._in_flight = still
+
+    # ---- Down
+
+    def apply_through(self, last: int) -> None:
+        """Applies every aggregate up to round `last`, in order, waiting for those that are not there yet."""
+        while self._applied < last:
+            round = self._applied + 1
+            self._wait_for_aggregate(round)
+            self._take_verdicts()  # the one on this round came before its aggregate, which is the end of the hand-over
+            arrival = self._link.take_arrival(round)
+            block = self.block_of(round)
+            if round >= self._versions[block]:  # else the block came whole, with this round in it
+                assert isinstance(arrival.message, protocol.Update)  # it has arrived
+                self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
+                self._timeline.stages.add_seconds("wait", arrival.message.wait_s)
+                with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
+                    self._replica.apply(round, block, arrival.landing.body(), arrival.message.fingerprint)
+                if not self._replica.on_gpu:
+                    self._report_applied()
+            self._link.passed(round)
+            self._stager.leave(arrival.landing)
+            self._applied = round
+            self._retire()
+            self._post_updates()
+
+    def take_snapshots(self) -> None:
+        """Takes the blocks of the reference that have come whole."""
+        while (arrival := self._link.take_snapshot()) is not None:
+            message = arrival.message
+            assert isinstance(message, protocol.Snapshot)
+            self._replica.overwrite(message.block, arrival.landing.body(), message.version, message.fingerprint)
+            self._versions[message.block] = message.version
+
+    def finish(self) -> str:
+        """Applies what is left and returns the digest of the model, which is the run's result then."""
+        self.apply_through(self._config.rounds - 1)
+        self._report_applied()
+        self._take_verdicts()  # every round is closed, so every verdict came before the update that was just applied
+        return digest(self._plan, self._replica.fingerprints())
+
+    def _wait_for_aggregate(self, round: int) -> None:
+        """Returns when the round's aggregate is here, or its block has come whole instead."""
+        block = self.block_of(round)
+
+        def settled() -> bool:
+            replaced = self._link.replaced(round, block) and self._versions[block] > round
+            return replaced or self._link.arrived(round)
+
+        while not settled():
+            self._renew_landings()
+            self._wait(
+                lambda: settled() or self._link.snapshot_is_here() or bool(self._link.spoiled()),
+                f"the aggregate of round {round}",
+                round,
+            )
+            self.take_snapshots()
+
+    def _renew_landings(self) -> None:
+        """Gives the aggregates of which a former server has sent worthless bytes to the GPU other room."""
+        for round, block in self._link.spoiled():
+            numel = self._plan.blocks[block].flat_numel
+            landing = self._stager.landing(numel, self._config.format, self._config.chunk)
+            self._stager.leave(self._link.renew(round, landing))
+
+    def _report_applied(self) -> None:
+        """Compares what was applied with the server's fingerprints and says so to it.
+
+        On a GPU that is one round later: the result is there then, and nothing waits for the device.
+        """
+        for round, fingerprint in self._replica.check():
+            self._link.report_applied(round, fingerprint)
+
+    def _post_updates(self) -> None:
+        """Keeps room for every aggregate that the server may have before this client applies its next one."""
+        last = min(self._applied + self._config.staleness + 2, self._config.rounds - 1)
+        while self._posted < last:
+            self._posted += 1
+            block = self.block_of(self._posted)
+            numel = self._plan.blocks[block].flat_numel
+            landing = self._stager.landing(numel, self._config.format, self._config.chunk)
+            self._link.post_update(self._posted, block, landing)
+
+    # ---- Waiting
+
+    def _wait(self, holds: Callable[[], bool], what: str, round: int) -> float:
+        """Blocks the training thread on communication until `holds()`, and counts the time, in seconds, as exposed."""
+
+        def now_holds() -> bool:
+            self._take_verdicts()
+            return holds()
+
+        start = time.monotonic_ns()
+        seconds = self._link.wait(now_holds, what)
+        if seconds > 0:
+            self._timeline.add(Stage.EXPOSED, start, time.monotonic_ns(), round=round)
+        self.exposed_s += seconds
+        return seconds

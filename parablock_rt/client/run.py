@@ -1,0 +1,487 @@
+"""The train-step runtime: what a training loop calls, and what happens at a round's end.
+
+At the end of round `t` the trained block is handed over and its encoding and sending begin in native threads; then the
+aggregates of the rounds up to `t − S` are applied, exactly those, waiting for one that is not there yet; then round
+`t + 1` starts. The training thread alone calls everything here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from parablock_rt import _C
+from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.blocks.flat import FlatBlock
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client import memory
+from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze
+from parablock_rt.client.entry import Entry
+from parablock_rt.client.exchange import Exchange
+from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
+from parablock_rt.client.replica import Replica
+from parablock_rt.client.server_link import ServerLink
+from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.observe import profiling
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.schedule import cohort_of
+from parablock_rt.stages import StageSeconds
+from parablock_rt.staging.device_stager import DeviceStager, stager_for
+from parablock_rt.staging.stager import Stager
+from parablock_rt.wire import protocol
+from parablock_rt.wire.connection import Connection
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.tls import Tls
+from parablock_rt.wire.transport import DEFAULT_LANES, Shape, Transport
+
+Batch = TypeVar("Batch")
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One local step. `exposed_s`: seconds this call was blocked on communication, at a round's boundary as a rule."""
+
+    loss_on_device: Tensor | float
+    round: int
+    block: int
+    exposed_s: float
+    finished: bool
+
+    @property
+    def loss(self) -> float:
+        """The loss. Of a model on a GPU, asking for it waits until the step has been computed."""
+        return float(self.loss_on_device)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round on this client. `exposed_s`: what its start waited for. Bytes are payload since the run began, and so
+    are the connections that broke and were replaced.
+
+    `stages`: seconds of what ended since the report before: this round's compute, and the transfers beside it.
+    """
+
+    round: int
+    block: int
+    loss: float
+    compute_s: float
+    exposed_s: float
+    bytes_up: int
+    bytes_down: int
+    reconnects: int
+    stages: StageSeconds
+
+
+@dataclass
+class _Round:
+    """The round that trains now."""
+
+    index: int
+    block: int
+    active: ActiveBlock
+    ref: list[Tensor]
+    began_ns: int
+    exposed_s: float
+    steps: int = 0
+    weight: float | Tensor = 0.0  # of the steps so far; on the GPU if what was added was
+    loss_sum: float | Tensor = 0.0
+
+
+class Run:
+    """A client's part in a run; made by `join`, used as a context manager."""
+
+    def __init__(
+        self,
+        link: ServerLink,
+        model: nn.Module,
+        plan: BlockPlan,
+        blocks: list[FlatBlock],
+        welcome: protocol.Welcome,
+        optimizer: OptimizerFactory,
+        on_round: Callable[[RoundReport], None] | None,
+        stager: Stager | DeviceStager,
+        timeline: Timeline,
+    ) -> None:
+        """For `join`, which has shaken hands and materialised the plan. The run closes the stager."""
+        self.model = model
+        self.plan = plan
+        self.config = welcome.config
+        self.client = welcome.client
+        self.timeline = timeline
+        self.compute_s = 0.0
+        self.digest: str | None = None
+        self._link = link
+        self._blocks = blocks
+        self._stager = stager
+        self._replica = Replica(blocks, self.config.format, self.config.local_view, stager.residual)
+        self._exchange = Exchange(link, self._replica, plan, self.config, stager, timeline)
+        link.transport.native.record(timeline.transfer_ring("pb-transport", plan, self.config, links=1))
+        self._optimizer = optimizer
+        self._on_round = on_round
+        self._was_trainable = {p: p.requires_grad for p in model.parameters()}
+        self._round: _Round | None = None
+        self._closed = False
+
+    # ---- What a training loop calls
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round's aggregate is applied: the model is the run's result."""
+        return self.digest is not None
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds for which the training thread was blocked on communication so far."""
+        return self._exchange.exposed_s
+
+    @property
+    def bad_groups(self) -> int:
+        """Groups with values that are not finite, which were handed over as zeros, so far."""
+        return self._exchange.bad_groups
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes handed over so far."""
+        return self._link.bytes_up
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes received so far."""
+        return self._link.bytes_down
+
+    @property
+    def stages(self) -> StageSeconds:
+        """Seconds a stage so far."""
+        return self.timeline.stages.total()
+
+    def link_stats(self) -> dict[str, _C.LinkStats]:
+        """What the link to the server is like now; nothing while there is none. Any thread."""
+        stats = self._link.stats()
+        return {} if stats is None else {"server": stats}
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection broke and was replaced."""
+        return self._link.reconnects
+
+    @property
+    def resumed_bytes(self) -> int:
+        """Of the transfers that were under way then: the bytes that did not have to travel again."""
+        return self._link.resumed_bytes
+
+    @property
+    def resent_bytes(self) -> int:
+        """Of the same transfers: the bytes that travelled after the break."""
+        return self._link.resent_bytes
+
+    def stream(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The loader's batches, epoch after epoch, until the run has finished. Take one step with each.
+
+        Raises ConfigError when the loader has none, ParaBlockError when a batch came back without a step.
+        """
+        seen = 0
+        while self._round is not None:
+            before = seen
+            for batch in loader:
+                seen += 1
+                steps_before = self._steps_taken()
+                yield batch
+                steps_after = self._steps_taken()
+                if steps_after is None:
+                    return
+                if steps_after == steps_before:
+                    raise ParaBlockError(
+                        "a batch of run.stream was used without run.train_step or run.step; call one for each"
+                    )
+            if seen == before:
+                raise ConfigError(
+                    f"the loader gave no batch after {seen}: it is empty, or it can be iterated only once; pass "
+                    "something that starts again, such as a DataLoader, or an endless iterator"
+                )
+
+    def train_step(
+        self, batch: Any, loss_fn: LossFunction | None = None, *, weight: float | Tensor | None = None
+    ) -> StepReport:
+        """Forward, backward, optimiser step and, after the last local step, the round boundary.
+
+        `batch`: a mapping is passed to the model as keywords, anything else as one argument. `loss_fn(model, batch)`
+        returns the loss; without one the model's output has `.loss`. `weight`: how much this step counts in the
+        server's mean; by default the number of labels that are trained on, or 1 where there are none.
+        """
+        self._require_round()
+        loss = loss_fn(self.model, batch) if loss_fn is not None else model_loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self.step(weight=weight_of(batch) if weight is None else weight, loss=loss)
+
+    def step(self, *, weight: float | Tensor = 1.0, loss: Tensor | float | None = None) -> StepReport:
+        """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
+
+        `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
+        the boundary when it is on a GPU. Raises ConfigError for a weight that is not positive and finite, there at the
+        boundary.
+        """
+        round = self._require_round()
+        before = self.exposed_s
+        weight = check_weight(as_number(weight))
+        if round.steps == 0:
+            self._exchange.release_handed_over()
+        round.active.step()
+        value = float("nan") if loss is None else as_number(loss)
+        round.steps += 1
+        round.weight = round.weight + weight
+        round.loss_sum = round.loss_sum + value
+        if round.steps == self.config.local_steps:
+            self._end_round(round)
+            self._begin_round(round.index + 1)
+        return StepReport(value, round.index, round.block, self.exposed_s - before, self.finished)
+
+    def block_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that train now, with their gradients after a backward pass (to clip them, say)."""
+        return self._require_round().active.flat.params
+
+    def holdings(self) -> dict[str, int]:
+        """Bytes that this client holds now, by the items of `memory.predict`; an item that is not there holds none.
+
+        Activations are not among them, nor the handed-over master while its encoding runs.
+        """
+        tensors = self._replica.holdings()
+        planned = {parameter for block in self._blocks for parameter in block.params}
+        frozen = (parameter for parameter in self.model.parameters() if parameter not in planned)
+        tensors["weights"] += [*frozen, *self.model.buffers()]
+        if self._round is not None:
+            for name, parts in self._round.active.holdings().items():
+                tensors[name] = parts
+            tensors["references"] += self._round.ref
+        held = {name: memory.storage_bytes(parts) for name, parts in tensors.items()}
+        return held | {"packed bodies": self._stager.buffers.allocated_bytes}
+
+    def close(self, reason: str = "") -> None:
+        """Leaves the run and gives the model back as it was found: same parameters, same `requires_grad`. Idempotent.
+
+        Before the end of the run this tells the server that the client is leaving, and `reason`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._round is not None:
+            self._round.active.close()
+            self._round = None
+        self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
+        self._stager.close()  # it reads memory that may go with this object
+        for parameter, trainable in self._was_trainable.items():
+            parameter.requires_grad_(trainable)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close("" if kind is None else f"stopped by {kind.__name__}")
+
+    # ---- Rounds
+
+    def begin(self) -> None:
+        """For `join`: takes what the server's reference has in other bits than this model, and starts the first round.
+
+        Waits for the other clients.
+        """
+        while (begin := self._link.opening()) is None:
+            self._exchange.take_snapshots()
+        freeze(self.model.parameters())
+        self._exchange.begin(begin.updates_from)
+        self._begin_round(begin.first_round)
+
+    def _require_round(self) -> _Round:
+        if self._round is None:
+            raise ParaBlockError("the run has ended; take steps only while run.finished is False, as run.stream does")
+        return self._round
+
+    def _steps_taken(self) -> int | None:
+        return None if self._round is None else self._round.index * self.config.local_steps + self._round.steps
+
+    def _begin_round(self, index: int) -> None:
+        """Applies what is due before round `index` and starts it, or the next one that is still open to us."""
+        self.timeline.drain()
+        profiling.mark_clock()
+        before = self.exposed_s
+        while index < self.config.rounds:
+            self._exchange.apply_through(index - 1 - self.config.staleness)
+            cohort = cohort_of(self.config.seed, index, self.config.clients, self.config.cohort_size)
+            self._link.check()
+            if self.client in cohort and not self._link.closed(index):
+                break
+            index += 1
+        else:
+            self._finish()
+            return
+        block = self._exchange.block_of(index)
+        flat = self._blocks[block]
+        flat.check_homed()
+        self._exchange.wait_encoded(block)
+        ref = self._replica.begin(block)
+        active = ActiveBlock(flat, self._optimizer, self._take_master(flat))
+        self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
+
+    def _end_round(self, round: _Round) -> None:
+        """Hands the block over. Nothing here waits for the network unless the block's last verdict is still out.
+
+        On a GPU it waits for the round's computation, once, after everything that can run without it has been queued.
+        """
+        self._round = None
+        steps_ended_ns = time.monotonic_ns()
+        waited_s = self._exchange.wait_for_verdict(round.block, round.index)
+        extremes = self._replica.extremes(round.block)
+        now = round.active.now()
+        round.active.close()  # gradients and optimiser state go before anything is kept for the hand-over
+        handover = self._exchange.pack(round.index, round.block, now, round.ref)
+        weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
+        check_weight(weight)
+        compute_s = self._note_compute(round, steps_ended_ns, waited_s)
+        with self.timeline.span(Stage.HAND_OVER, kind=Kind.UPLOAD, round=round.index, block=round.block):
+            stages = self.timeline.stages.take()
+            upload = protocol.Upload(
+                round=round.index,
+                block=round.block,
+                weight=weight,
+                loss=loss,
+                compute_s=compute_s,
+                exposed_s=round.exposed_s,
+                stages=stages,
+            )
+            self._exchange.hand_over(handover, upload, round.ref, finite=all(map(math.isfinite, values)))
+            counts = (self.bytes_up, self.bytes_down, self.reconnects)
+            report = RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, *counts, stages=stages)
+        if self._on_round is not None:
+            self._on_round(report)
+
+    def _note_compute(self, round: _Round, steps_ended_ns: int, waited_s: float) -> float:
+        """Seconds of the round's computation, which has ended now: its steps, and what came after a wait."""
+        key = {"round": round.index, "block": round.block}
+        ended_ns = time.monotonic_ns()
+        if waited_s > 0:
+            self.timeline.add(Stage.COMPUTE, round.began_ns, steps_ended_ns, **key)
+            self.timeline.add(Stage.COMPUTE, min(ended_ns, steps_ended_ns + int(waited_s * 1e9)), ended_ns, **key)
+        else:
+            self.timeline.add(Stage.COMPUTE, round.began_ns, ended_ns, **key)
+        seconds = (ended_ns - round.began_ns) / 1e9 - waited_s
+        self.compute_s += seconds
+        return seconds
+
+    def _finish(self) -> None:
+        digest = self._exchange.finish()
+        self._link.farewell(self._goodbye(digest, ""))
+        self.digest = digest
+
+    def _take_master(self, flat: FlatBlock) -> Tensor | None:
+        if not flat.block.needs_master:
+            return None
+        return torch.empty(flat.block.flat_numel, device=flat.flats[0].device)
+
+    def _goodbye(self, digest: str, reason: str) -> protocol.Goodbye:
+        return protocol.Goodbye(
+            digest=digest,
+            reason=reason,
+            compute_s=self.compute_s,
+            exposed_s=self.exposed_s,
+            reconnects=self.reconnects,
+            resumed_bytes=self.resumed_bytes,
+            resent_bytes=self.resent_bytes,
+            stages=self.stages,
+        )
+
+
+def join(
+    address: str,
+    model: nn.Module,
+    optimizer: OptimizerFactory,
+    *,
+    plan: BlockPlan | None = None,
+    token: str | None = None,
+    tls: Tls | None = None,
+    rate: float = 0.0,
+    delay: float = 0.0,
+    lanes: int | None = None,
+    on_round: Callable[[RoundReport], None] | None = None,
+    patience: float = 3600.0,
+    reconnect: float = 600.0,
+    idle_timeout: float = 60.0,
+    pinned_memory: int | None = None,
+    trace: bool = True,
+) -> Run:
+    """Joins the run of the server at `address` ("host:port") and returns when its first round can be trained.
+
+    The parameters that the server's plan names become views of flat buffers; all others are frozen until the run is
+    closed. If the model's weights differ from the server's reference, they are replaced by it.
+
+    Args:
+        model: the model that the server was started with; same architecture and dtype.
+        optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser.
+            On CUDA it is called with parameters on the meta device, too, to learn how much memory its state takes.
+        plan: a plan of your own, to be checked against the server's; None takes the server's.
+        token: the pre-shared token, if the server asks for one.
+        tls: speak TLS, with a server that is told from others as this says; None: in the clear.
+        rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
+        lanes: connections to spread the link over, 1 to 4, as far as the server allows; None: what was measured to
+            be best. More than one helps where a single TCP connection does not fill a long or lossy path.
+        on_round: called on the training thread after each hand-over.
+        patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
+        reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
+            it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
+        idle_timeout: seconds of silence after which a connection counts as broken.
+        pinned_memory: for a model on a GPU, the bytes of host memory that may be pinned; None: what the run uses, at
+            most half of this machine's memory.
+        trace: record what happens to every chunk, for `RunFolder.write_trace`.
+
+    Raises:
+        ConfigError: an optimiser instead of a function that makes one; TLS settings that cannot be used.
+        ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
+        DeviceMemoryError: the model's device has less free memory than the run will take.
+    """
+    if not callable(optimizer):
+        raise ConfigError(
+            "expected optimizer to be a function, such as lambda params: torch.optim.AdamW(params, lr=1e-5), since "
+            f"each round trains other parameters; found a {type(optimizer).__name__}"
+        )
+
+    def begin(connection: Connection, welcome: protocol.Welcome) -> Run:
+        link = ServerLink(connection, token, welcome, patience=patience, reconnect=reconnect)
+        if plan is not None:
+            plan.check_same(welcome.plan)
+        theirs = BlockPlan.from_spec(model, welcome.plan)
+        device = model.get_parameter(theirs.blocks[0].parameters[0]).device
+        memory.require_room(device, partial(memory.predict, model, theirs, welcome.config, optimizer, "cuda"))
+        blocks = theirs.materialise(model)
+        timeline = Timeline(f"client {welcome.client}", "training", on=trace)
+        timeline.run, timeline.seat = connection.run, welcome.client
+        ring = partial(timeline.transfer_ring, plan=theirs, config=welcome.config, links=1)
+        stager = stager_for(blocks, welcome.config, pinned_memory, ring)
+        run = Run(link, model, theirs, blocks, welcome, optimizer, on_round, stager, timeline)
+        try:
+            ready = protocol.Ready(
+                plan_digest=theirs.digest,
+                frozen=theirs.frozen_fingerprint(model),
+                fingerprints=[fingerprint(block) for block in blocks],
+            )
+            link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
+            run.begin()
+        except BaseException as error:
+            run.close(f"could not begin: {type(error).__name__}")
+            raise
+        return run
+
+    return Entry(address, token, reconnect).until_begun(
+        lambda: Transport(
+            Shape(rate, delay),
+            tls=None if tls is None else tls.for_client(),
+            idle_timeout=idle_timeout,
+            lanes=DEFAULT_LANES if lanes is None else lanes,
+        ),
+        begin,
+    )

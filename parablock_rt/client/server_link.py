@@ -1,0 +1,443 @@
+"""A client's end of the conversation with the server, which outlives the connections that it runs over.
+
+A thread of its own (`pb-link`) takes every event: it sorts what comes in, and when the connection breaks it makes a new
+one while the training thread computes. It sleeps in native code and wakes a few times a round. Everything else is
+called by the training thread, which waits here for what is not there yet. Decides nothing about training; what is on
+its way, and with what of it a new connection goes on, is `Transit`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+from parablock_rt import _C
+from parablock_rt.client.transit import Arrival, Transit, Upload
+from parablock_rt.errors import (
+    HandshakeError,
+    ParaBlockError,
+    PeerLostError,
+    PlanMismatchError,
+    TransportError,
+    WaitTimeoutError,
+)
+from parablock_rt.staging.stager import Encoding, Landing
+from parablock_rt.wire import protocol
+from parablock_rt.wire.connection import LONGEST_PAUSE_S, Connection, error_from, pause_before
+from parablock_rt.wire.patience import Patience
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import Transport, describe
+
+log = logging.getLogger("parablock")
+
+_FAREWELL_S = 10.0
+_EARLY_UPDATES = 4096
+_EVENT_WAIT_S = 0.5  # so that a link that nobody closed, and nobody needs any more, is noticed
+
+
+class ServerLink:
+    """One client's link to the server."""
+
+    def __init__(
+        self, connection: Connection, token: str | None, welcome: protocol.Welcome, *, patience: float, reconnect: float
+    ) -> None:
+        """`patience`: the longest time, in seconds, that one wait may take before it is an error, unless a transfer
+        gets on by a chunk meanwhile. `reconnect`: how long a broken connection is tried to be replaced."""
+        self.transport = connection.transport
+        self.address = connection.address
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.reconnects = 0
+        self.resumed_bytes = 0
+        self.resent_bytes = 0
+        self._token = token
+        self._run = connection.run
+        self._seat = welcome.client
+        self._secret = welcome.secret
+        self._epoch = welcome.epoch
+        self._chunk = welcome.config.chunk
+        self._patience = patience
+        self._reconnect_s = reconnect
+        self._least_moved = welcome.config.chunk  # bytes within `patience`, for a wait to go on
+
+        self._changed = threading.Condition()  # guards all that follows
+        self._connection: Connection | None = connection  # None: broken
+        self._open = True  # messages and transfers of the run may use it
+        self._begin: protocol.Begin | None = None
+        self._goodbye: protocol.Goodbye | None = None
+        self._farewell = False
+        self._lanes: protocol.Lanes | None = None  # an offer to take
+        self._closing = False
+        self._error: ParaBlockError | None = None  # what the server says, or makes impossible
+        self._lost: str | None = None  # why there is no connection and will not be one
+        self._lost_at = 0.0  # when the connection broke
+        self._tries = 0  # to replace it
+
+        self._transit = Transit(self._chunk)
+        self._verdicts: list[protocol.Verdict] = []
+        self._sent: list[tuple[int, int]] = []
+
+        self._thread = threading.Thread(
+            target=_attend, args=(weakref.ref(self), self.transport), name="pb-link", daemon=True
+        )
+        self._thread.start()
+
+    # ---- Opening and closing
+
+    def ready(self, message: protocol.Ready, block_bytes: list[int]) -> None:
+        """Says what the client holds. `block_bytes`: what each block weighs, for those that the server will send."""
+        with self._changed:
+            self._transit.block_bytes = block_bytes
+            self._send(message)
+
+    def opening(self) -> protocol.Begin | None:
+        """Waits for the start of the run. None: a whole block has come before it; take it and ask again."""
+        self.wait(lambda: self._transit.snapshot_is_here() or self._begin is not None, "the other clients to join")
+        with self._changed:
+            return None if self._transit.snapshot_is_here() else self._begin
+
+    def farewell(self, goodbye: protocol.Goodbye) -> None:
+        """Says goodbye and waits until the server has noted it, but not for long: the result is here already."""
+        with self._changed:
+            self._goodbye = goodbye
+            self._reconnect_s = min(self._reconnect_s, _FAREWELL_S)
+            if self._open:
+                self._send(goodbye)
+        try:
+            self.wait(lambda: self._farewell, "its farewell", min(self._patience, 2 * _FAREWELL_S))
+        except PeerLostError as error:
+            log.warning("the run is complete here, but the server may not know: %s", error)
+
+    def close(self, goodbye: protocol.Goodbye | None) -> None:
+        """Ends the conversation; `goodbye`: what to say if it ends early."""
+        with self._changed:
+            if goodbye is not None and self._open:
+                self._send(goodbye)
+            self._closing = True
+            self._changed.notify_all()
+        self.transport.close()
+        self._thread.join(LONGEST_PAUSE_S + 1)
+
+    # ---- Hand-overs
+
+    def send_upload(self, message: protocol.Upload, encoding: Encoding) -> None:
+        """Queues a hand-over; its chunks leave as they are encoded and as the server grants credit."""
+        with self._changed:
+            self._transit.handed_over = message.round
+            self.bytes_up += encoding.nbytes
+            if self._transit.closed(message.round):
+                late = f"round {message.round} was closed before this client had trained it"
+                refusal = protocol.Verdict(round=message.round, block=message.block, accepted=False, reason=late)
+                self._verdicts.append(refusal)
+                return
+            upload = Upload(message, encoding.source, encoding.nbytes)
+            self._transit.uploads[message.round] = upload
+            if self._open:
+                self._send_upload(upload)
+
+    def stats(self) -> _C.LinkStats | None:
+        """What the connection is like now; None while there is none. Any thread."""
+        connection = self._connection
+        return None if connection is None else self.transport.native.stats(connection.link)
+
+    def is_undecided(self, round: int) -> bool:
+        """Whether the hand-over's body may still have to be sent (again)."""
+        with self._changed:
+            return round in self._transit.uploads
+
+    def take_sent(self) -> Sequence[tuple[int, int]]:
+        """Uploads acknowledged since the last call: when the first byte left, when the last was acknowledged."""
+        with self._changed:
+            sent, self._sent = self._sent, []
+            return sent
+
+    def take_verdicts(self) -> Sequence[protocol.Verdict]:
+        """The verdicts that came since the last call."""
+        with self._changed:
+            verdicts, self._verdicts = self._verdicts, []
+            return verdicts
+
+    # ---- Aggregates
+
+    def post_update(self, round: int, block: int, landing: Landing) -> None:
+        """Opens a landing to a round's aggregate, so that the server may send it the moment it has it."""
+        with self._changed:
+            arrival = self._transit.open_to(round, block, landing)
+            if self._open and not self._transit.replaced(round, block):
+                self._receive(Kind.UPDATE, round, arrival)
+
+    def closed(self, round: int) -> bool:
+        """Whether the server is known to have closed the round."""
+        with self._changed:
+            return self._transit.closed(round)
+
+    def arrived(self, round: int) -> bool:
+        """Whether the round's aggregate is complete here."""
+        with self._changed:
+            return self._transit.arrived(round)
+
+    def replaced(self, round: int, block: int) -> bool:
+        """Whether the round's aggregate will not come, because its block comes whole."""
+        with self._changed:
+            return self._transit.replaced(round, block)
+
+    def take_arrival(self, round: int) -> Arrival:
+        """A round's aggregate, or what has come of one that was replaced. Its landing is the caller's again."""
+        with self._changed:
+            arrival = self._transit.arrivals.pop(round)
+            self.bytes_down += arrival.nbytes if arrival.complete else 0
+            return arrival
+
+    def take_snapshot(self) -> Arrival | None:
+        """A whole block, if one is there; the next one may come then."""
+        with self._changed:
+            arrival = self._transit.take_snapshot()
+            if arrival is not None:
+                self.bytes_down += arrival.nbytes
+                self._make_room_for_snapshot()
+            return arrival
+
+    def snapshot_is_here(self) -> bool:
+        """Whether `take_snapshot` would give one."""
+        with self._changed:
+            return self._transit.snapshot_is_here()
+
+    def spoiled(self) -> list[tuple[int, int]]:
+        """Rounds, and their blocks, whose landing must be renewed before their aggregates can come."""
+        with self._changed:
+            return self._transit.spoiled()
+
+    def renew(self, round: int, landing: Landing) -> Landing:
+        """Opens another landing to a round's aggregate and returns the spoiled one."""
+        with self._changed:
+            arrival = self._transit.arrivals[round]
+            spoiled, arrival.landing = arrival.landing, landing
+            arrival.spoiled = False
+            if self._open and not self._transit.replaced(round, arrival.block):
+                self._receive(Kind.UPDATE, round, arrival)
+            return spoiled
+
+    def passed(self, round: int) -> None:
+        """The round's aggregate is applied, or its block came whole: a server need not send it again."""
+        with self._changed:
+            self._transit.applied = round
+
+    def report_applied(self, round: int, fingerprint: int) -> None:
+        """Tells the server which bits an aggregate led to. What a broken connection swallows is not missed."""
+        with self._changed:
+            if self._open:
+                self._send(protocol.Applied(round=round, fingerprint=fingerprint))
+
+    # ---- Waiting
+
+    def check(self) -> None:
+        """Raises what the server has reported as its failure."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+
+    def wait(self, holds: Callable[[], bool], what: str, timeout: float | None = None) -> float:
+        """Waits until `holds()`, and returns the seconds that this thread was blocked.
+
+        Raises what the server reports as its failure, PeerLostError when it is gone or the wait takes too long.
+        """
+        with self._changed:
+            self.check()
+            if holds():
+                return 0.0
+            start = time.monotonic()
+            limit = self._patience if timeout is None else timeout
+            patience = Patience(limit, self._least_moved, start, self._moved_bytes())
+            while not holds():
+                self.check()
+                if self._lost is not None:
+                    raise PeerLostError(f"lost the server at {self.address} while waiting for {what}: {self._lost}")
+                if patience.over(time.monotonic(), self._moved_bytes()):
+                    raise WaitTimeoutError(
+                        f"waited {limit:g} s for {what} from the server at {self.address}; it may be overloaded or "
+                        "stuck"
+                    )
+                self._changed.wait(patience.left(time.monotonic()))
+            return time.monotonic() - start
+
+    def _moved_bytes(self) -> int:
+        stats = self.stats()
+        return 0 if stats is None else stats.moved_bytes
+
+    # ---- The link's thread. Everything below is called with the lock held, but for coming back.
+
+    def attend(self, event: _C.Event | None) -> bool:
+        """Takes one event, and replaces a connection that it says is broken. Returns whether to go on."""
+        with self._changed:
+            if self._closing:
+                return False
+            if event is not None:
+                try:
+                    self._take(event)
+                except ParaBlockError as error:
+                    self._error = self._error or error
+                self._changed.notify_all()
+            if self._lost is not None:
+                return False
+            broken = self._connection is None and self._error is None
+            connection, lanes, self._lanes = self._connection, self._lanes, None
+        if broken:
+            self._come_back()
+        elif lanes is not None and connection is not None:
+            self.transport.open_lanes(connection.link, lanes)  # waits for the network
+        return True
+
+    def _take(self, event: _C.Event) -> None:
+        kinds = _C.Event.Type
+        if self._connection is None or event.link != self._connection.link:
+            return  # of a connection that was given up
+        if event.type == kinds.CLOSED:
+            self._break(event)
+        elif event.type == kinds.CONTROL:
+            self._take_message(protocol.decode(event.message))
+        elif event.type == kinds.STALLED:
+            log.warning("%s, with the server at %s: %s", describe(event), self.address, event.text)
+        elif event.type == kinds.SENT:
+            self._sent.append((event.first_byte_ns, event.at_ns))
+        elif event.type == kinds.RECEIVED:
+            self._transit.received(event)
+
+    def _take_message(self, message: protocol.Message) -> None:
+        match message:
+            case protocol.Failure():
+                raise error_from(message)
+            case protocol.Lanes():
+                self._lanes = message
+            case protocol.Verdict():
+                self._transit.uploads.pop(message.round, None)
+                self._verdicts.append(message)
+            case protocol.Update():
+                self._transit.update_announced(message)
+                if len(self._transit.early_updates) > _EARLY_UPDATES:
+                    raise HandshakeError(f"the server at {self.address} announces rounds that are far away")
+            case protocol.Snapshot() if message.block < len(self._transit.block_bytes):
+                self._transit.announced.append(message)
+                self._make_room_for_snapshot()
+            case protocol.Begin() if self._begin is None:
+                self._begin = message
+                self._transit.applied = message.updates_from - 1
+            case protocol.Resume() if not self._open:
+                self._resume(message)
+            case protocol.Farewell():
+                self._farewell = True
+            case _:
+                raise PlanMismatchError(f"the server at {self.address} sent what has no place here: {message}")
+
+    def _send(self, message: protocol.Message) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def _send_upload(self, upload: Upload) -> None:
+        assert self._connection is not None
+        message = upload.message
+        self._connection.send(message)
+        self.transport.native.send(self._connection.link, Kind.UPLOAD, message.round, message.block, upload.source)
+
+    def _receive(self, kind: Kind, round: int, arrival: Arrival) -> None:
+        assert self._connection is not None
+        self.transport.native.receive(
+            self._connection.link,
+            kind,
+            round,
+            arrival.block,
+            arrival.landing.buffer,
+            arrival.landing.layout,
+            arrival.received,
+            arrival.landing.watermark,
+        )
+
+    def _make_room_for_snapshot(self) -> None:
+        arrival = self._transit.next_snapshot()
+        if arrival is not None:
+            self.resumed_bytes += arrival.received
+            self._receive(Kind.SNAPSHOT, 0, arrival)
+
+    # ---- Losing the connection and coming back
+
+    def _break(self, event: _C.Event) -> None:
+        self._connection = None
+        was_open, self._open = self._open, False
+        if self._begin is None or self._reconnect_s <= 0 or self._farewell:
+            self._lost = event.text
+        elif was_open and self._error is None:
+            self._lost_at = time.monotonic()
+            log.warning("lost the server at %s (%s); trying to come back", self.address, event.text)
+        self._transit.interrupted(event.unfinished)
+
+    def _come_back(self) -> None:
+        """Replaces the connection, or gives up when that takes too long or the server does not want it."""
+        while True:
+            pause = pause_before(self._tries)
+            self._tries += 1
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closing, pause):
+                    return
+            connection = None
+            try:
+                connection = Connection(self.transport, self.address, tries=1)
+                welcome = connection.reclaim(self._token, self._run, self._seat, self._secret)
+            except (ParaBlockError, RuntimeError) as error:
+                if not isinstance(error, ParaBlockError):  # the transport was closed meanwhile
+                    return
+                if connection is not None:
+                    connection.close("gave up")
+                log.info("try %d to come back: %s", self._tries, error)
+                final = isinstance(error, HandshakeError) or not isinstance(error, TransportError)
+                if not final and time.monotonic() - self._lost_at < self._reconnect_s:
+                    continue
+                with self._changed:
+                    if final:
+                        self._error = error
+                    else:
+                        self._lost = f"it did not come back within {self._reconnect_s:g} s ({error})"
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._rejoin(connection, welcome)
+            return
+
+    def _rejoin(self, connection: Connection, welcome: protocol.WelcomeBack) -> None:
+        """Says on a new connection where this client stands; the server answers with Resume."""
+        self._connection = connection
+        if welcome.epoch != self._epoch:
+            self._epoch = welcome.epoch
+            self._transit.server_restarted()
+        connection.send(self._transit.rejoin())
+
+    def _resume(self, message: protocol.Resume) -> None:
+        """Goes on with everything that was on its way."""
+        self._open = True
+        self._tries = 0
+        self.reconnects += 1
+        resumption = self._transit.resume(message)
+        for round, arrival in resumption.receive:
+            self._receive(Kind.UPDATE, round, arrival)
+        for upload in resumption.send:
+            self._send_upload(upload)
+        if self._goodbye is not None:
+            self._send(self._goodbye)
+        self.resumed_bytes += resumption.resumed_bytes
+        self.resent_bytes += resumption.resent_bytes
+        log.warning(
+            "back at the server at %s after %.1f s: %d bytes under way are kept, %d are to go, %d blocks come whole",
+            *(self.address, time.monotonic() - self._lost_at, resumption.resumed_bytes, resumption.resent_bytes),
+            len(message.snapshots),
+        )
+
+
+def _attend(link: weakref.ref[ServerLink], transport: Transport) -> None:
+    """The body of the thread. It holds no link while it sleeps, so that one that is dropped unclosed can go."""
+    while True:
+        event = transport.native.next_event(_EVENT_WAIT_S)
+        alive = link()
+        if alive is None or not alive.attend(event):
+            return
+        del alive

@@ -1,0 +1,73 @@
+"""`runs/NAME/`: what a run leaves behind, in files that are strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from parablock_rt.errors import ConfigError
+from parablock_rt.observe import trace
+from parablock_rt.observe.timeline import Timeline
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Strict JSON, which knows neither NaN nor infinity: a number that is not finite becomes null.
+
+    `content`: what JSON knows, and msgspec's structs.
+    """
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, msgspec.Struct):
+        return _finite(msgspec.structs.asdict(content))
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class RunFolder:
+    """`runs/NAME/`: what a run leaves behind. Every file is replaced whole or appended a line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the folder, without the metrics and telemetry of an earlier run.
+
+        Raises ConfigError when it cannot be written.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "metrics.jsonl").write_text("")
+            (path / "telemetry.jsonl").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
+            ) from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes `name` in one step, so that a reader never sees half a file."""
+        temporary = self.path / f".{name}.part"
+        temporary.write_text(to_json(content, indent=2) + "\n")
+        temporary.replace(self.path / name)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        self.append("metrics.jsonl", record)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Adds a line to `name`."""
+        with (self.path / name).open("a") as file:
+            file.write(to_json(record) + "\n")
+
+    def write_trace(self, timeline: Timeline, samples: Iterable[trace.Sample] = ()) -> None:
+        """Writes trace.json; see `trace.write`."""
+        temporary = self.path / ".trace.json.part"
+        trace.write(temporary, timeline, samples)
+        temporary.replace(self.path / "trace.json")

@@ -1,0 +1,95 @@
+"""One trace out of several: of all processes of a run, of several runs, and of `torch.profiler` beside them.
+
+All files of one boot of one machine share the monotonic clock, so their events stay where they are. A profile has a
+clock of its own; marks that the runtime left in it (profiling.py) say what that clock read at known moments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from parablock_rt.errors import TraceError
+from parablock_rt.observe.profiling import CLOCK_MARK
+from parablock_rt.observe.trace import FLOW
+
+Trace = dict[str, Any]
+
+
+def read(path: Path) -> Trace:
+    """A trace file, with its times on the monotonic clock. Raises TraceError when it is none or keeps another clock."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise TraceError(f"{path} is no JSON ({error}); was its run or profile cut short?") from error
+    events = found.get("traceEvents") if isinstance(found, dict) else None
+    if not isinstance(events, list) or not all(isinstance(event, dict) and "ph" in event for event in events):
+        raise TraceError(f"{path} is no Chrome trace: expected an object with a list `traceEvents`")
+    if found.get("otherData", {}).get("clock") == "CLOCK_MONOTONIC":
+        return dict(found)
+    return _on_our_clock(path, found)
+
+
+def merge(traces: Iterable[tuple[str, Trace]]) -> Trace:
+    """One trace; each name, if there is one, is put in front of the names of its processes.
+
+    Raises TraceError when they were recorded on different machines.
+    """
+    merged: list[dict[str, Any]] = []
+    boots: dict[str, str] = {}
+    pids: dict[tuple[int, Any], int] = {}
+    for number, (name, trace) in enumerate(traces):
+        boot = trace.get("otherData", {}).get("boot")
+        if boot:
+            boots.setdefault(boot, name or f"trace {number}")
+        for event in trace["traceEvents"]:
+            pid = pids.setdefault((number, event.get("pid", 0)), len(pids) + 1)
+            moved = event | {"pid": pid}
+            if name and event["ph"] == "M" and event["name"] == "process_name":
+                moved["args"] = {"name": f"{name}: {event['args']['name']}"}
+            if "id" in event and event.get("cat") != FLOW:
+                moved["id"] = f"{number}:{event['id']}"  # numbers of one file mean nothing in another
+            merged.append(moved)
+    if len(boots) > 1:
+        raise TraceError(
+            f"these traces come from different machines or boots ({', '.join(boots.values())}): their clocks do not "
+            "compare; merge those of one machine"
+        )
+    _join_flows(merged)
+    return {"displayTimeUnit": "ms", "otherData": {"clock": "CLOCK_MONOTONIC"}, "traceEvents": merged}
+
+
+def _join_flows(events: list[dict[str, Any]]) -> None:
+    """A flow that passes through several files began and ended in each: now it begins and ends once."""
+    flows: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") == FLOW:
+            flows.setdefault(event["id"], []).append(event)
+    for stops in flows.values():
+        stops.sort(key=lambda event: float(event["ts"]))
+        for stop in stops:
+            stop["ph"] = "t"
+        stops[0]["ph"], stops[-1]["ph"] = "s", "f"
+
+
+def _on_our_clock(path: Path, profile: Trace) -> Trace:
+    marks = [
+        (float(event["ts"]), int(event["name"].removeprefix(CLOCK_MARK)) / 1e3)
+        for event in profile["traceEvents"]
+        if str(event.get("name", "")).startswith(CLOCK_MARK) and event["ph"] == "X"
+    ]
+    if not marks:
+        raise TraceError(
+            f"{path} has none of the runtime's clock marks: record it with torch.profiler around run.step or "
+            "run.train_step on the training thread, with ProfilerActivity.CPU, over at least one round's end"
+        )
+    # A mark is read a moment before its event begins: the pair that is closest together is the truest.
+    offset = min(theirs - ours for theirs, ours in marks)
+    events = [
+        event | {"ts": float(event["ts"]) - offset} if "ts" in event else event for event in profile["traceEvents"]
+    ]
+    return {"otherData": {"clock": "CLOCK_MONOTONIC"}, "traceEvents": events}

@@ -1,0 +1,73 @@
+"""Who takes part in which round: whose upload it waits for, who is missing, who may still come back.
+
+Answers from the roster and from the rounds; seats that are vacant, or whose holder was given up, are the one thing it
+keeps itself. Says nothing to anybody and knows no clock. The server's thread alone uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from parablock_rt.config import RunConfig
+from parablock_rt.server.members import Member
+from parablock_rt.server.roster import Roster
+from parablock_rt.server.rounds import Round
+
+
+class Attendance:
+    """The presence of one run's clients."""
+
+    def __init__(self, roster: Roster, config: RunConfig) -> None:
+        self._roster = roster
+        self._config = config
+        self._absent: set[int] = set()  # seats that no round waits for
+
+    def begin_with(self, members: Iterable[Member]) -> None:
+        """The run begins, or goes on, with these; rounds do not wait for the other seats until somebody takes them."""
+        self._absent = set(range(self._config.clients)) - {member.seat for member in members}
+
+    def takes_part(self, member: Member) -> None:
+        """A member begins, or is back: rounds wait for it."""
+        self._absent.discard(member.seat)
+
+    def give_up(self, seats: Iterable[int]) -> None:
+        """A round was closed without these: later ones do not wait for those of them that have no connection."""
+        self._absent |= set(seats) - {member.seat for member in self._roster.members if member.link is not None}
+
+    def expected(self, round: Round) -> set[int]:
+        """The seats whose delivery a round waits for: a seat may be vacant for a while, or begin later."""
+        not_yet = {member.seat for member in self._roster.members if member.first_round > round.index}
+        return set(round.cohort) - self._absent - not_yet
+
+    def outstanding(self, round: Round) -> set[int]:
+        """Those of the expected that neither delivered nor were refused."""
+        return self.expected(round) - round.uploads.keys() - round.refused.keys()
+
+    def is_needed(self, newcomer: Member, round: Round) -> bool:
+        """Whether a round cannot reach its quorum without this member, who could still take part in it."""
+        training = {m.seat for m in self._roster.here if m.begun and m.first_round <= round.index}
+        reachable = round.uploads.keys() | (round.cohort & training - round.refused.keys())
+        return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
+
+    @property
+    def lost(self) -> list[Member]:
+        """Those whose connection broke and who have not come back yet."""
+        return [m for m in self._roster.members if m.link is None and m.goodbye is None]
+
+    def gone(self, left: Iterable[str]) -> list[str]:
+        """Who is not there any more, and why. `left`: those whose seats are free again."""
+        return [*left, *(f"client {member.seat}: {member.lost_why}" for member in self.lost)]
+
+    def unfinished(self) -> list[Member]:
+        """Those whose goodbye is still to come."""
+        waiting = [m for m in self._roster.members if m.begun and m.goodbye is None]
+        return [m for m in waiting if m.here or m.seat not in self._absent]
+
+    def who_is_missing(self, round: Round, left: Iterable[str]) -> str:
+        """For a reader, why a round has fewer uploads than clients."""
+        missing = sorted(round.cohort - round.uploads.keys() - round.refused.keys())
+        parts = [f"missing: {missing}"] if missing else []
+        parts += [f"rejected: client {seat} ({reason})" for seat, reason in sorted(round.refused.items())]
+        gone = self.gone(left)
+        parts += [f"gone: {'; '.join(gone)}"] if gone else []
+        return "; ".join(parts)

@@ -1,0 +1,362 @@
+"""A server's durable state: a folder that a run can be taken up from after the server was killed at any moment.
+
+`journal` is a list of records, each with its length and checksum, that only ever grows. `round-N.safetensors` holds
+what round N changed: one block (reference, master, the server optimiser's state) and the aggregate that went to the
+clients. A block that no round has changed is in no file: it is as the model was at the start, and the journal has its
+fingerprint.
+
+The order of writing makes it whole: the round's file first (under another name, synced, then renamed), then the record
+that names the round, synced, and only then is any client told. So a record's file is always there; a file without its
+record is of a round that did not happen; and a record that is torn in the middle was never acted upon.
+
+Nothing here knows clients or rounds; one process at a time, which a lock sees to. The seats' secrets are in the
+journal, so it is readable for its owner alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from parablock_rt import _C
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import CheckpointError
+from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.version import __version__
+from parablock_rt.wire import protocol
+
+FORMAT = 1
+_JOURNAL = "journal"
+_FRAME = struct.Struct("<II")  # length and CRC-32C of a record
+_MAX_RECORD = 64 * 2**20
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class Begin(_Record, frozen=True, kw_only=True, tag=True):
+    """The first record: what run this is. `fingerprints`: of every block as the run began."""
+
+    format: int
+    release: str
+    run: int
+    config: RunConfig
+    plan_digest: str
+    frozen: str
+    fingerprints: list[int]
+
+
+class Listening(_Record, frozen=True, kw_only=True, tag=True):
+    """A server has started, or started again, at this address."""
+
+    address: str
+
+
+class Seated(_Record, frozen=True, kw_only=True, tag=True):
+    """A client got a seat."""
+
+    seat: int
+    secret: bytes
+
+
+class Started(_Record, frozen=True, kw_only=True, tag=True):
+    """The client in the seat takes part from this round on."""
+
+    seat: int
+    first_round: int
+
+
+class Vacated(_Record, frozen=True, kw_only=True, tag=True):
+    """The seat is free again: its holder left, was dismissed or replaced."""
+
+    seat: int
+    reason: str
+
+
+class Finished(_Record, frozen=True, kw_only=True, tag=True):
+    """The client in the seat has applied the last round and said goodbye."""
+
+    seat: int
+    goodbye: protocol.Goodbye
+
+
+class Closed(_Record, frozen=True, kw_only=True, tag=True):
+    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it was folded; by seat."""
+
+    closed: ClosedRound
+    update: protocol.Update
+    verdicts: dict[int, str]
+
+
+Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+@dataclass
+class SeatState:
+    """A seat as the journal has it."""
+
+    secret: bytes
+    first_round: int | None = None  # None: it never began
+    finished: protocol.Goodbye | None = None
+
+
+@dataclass
+class Past:
+    """What a journal says of a run so far."""
+
+    begin: Begin
+    starts: int = 0  # of servers
+    address: str = ""
+    seats: dict[int, SeatState] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    closed: list[Closed] = field(default_factory=list)
+
+    def take(self, record: Record) -> None:
+        """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
+        match record:
+            case Listening():
+                self.starts += 1
+                self.address = record.address
+            case Seated():
+                self.seats[record.seat] = SeatState(record.secret)
+            case Started() if record.seat in self.seats:
+                self.seats[record.seat].first_round = record.first_round
+            case Vacated() if record.seat in self.seats:
+                del self.seats[record.seat]
+                self.left.append(f"client {record.seat}: {record.reason}")
+            case Finished() if record.seat in self.seats:
+                self.seats[record.seat].finished = record.goodbye
+            case Closed() if record.closed.round == len(self.closed):
+                self.closed.append(record)
+            case _:
+                raise CheckpointError(
+                    f"the journal has a record ({type(record).__name__}) that cannot stand where it does: it was "
+                    "changed by something else than this program"
+                )
+
+    def last_round_of(self, block: int) -> int | None:
+        """The last round that changed a block."""
+        return next((c.closed.round for c in reversed(self.closed) if c.closed.block == block), None)
+
+
+class Checkpoint:
+    """The state folder of the one server that runs now. Close it, or let the process end: both free the lock."""
+
+    def __init__(self, folder: Path, journal: int) -> None:
+        """For `create` and `open`."""
+        self.folder = folder
+        self._journal = journal
+
+    @classmethod
+    def create(cls, folder: Path, begin: Begin) -> Checkpoint:
+        """Begins the state of a new run. Raises CheckpointError when the folder holds a run or cannot be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise CheckpointError(
+                f"{folder} holds the state of a run already; resume that run, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"the state cannot be written to {folder}: {error.strerror}") from error
+        _lock(journal, folder)
+        checkpoint = cls(folder, journal)
+        checkpoint.append(begin)
+        _sync_folder(folder)
+        return checkpoint
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple[Checkpoint, Past]:
+        """Takes up the state of an earlier server; what that was writing when it died is removed.
+
+        Raises CheckpointError when there is none, when another server uses it, or when it is damaged.
+        """
+        try:
+            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(
+                f"there is no run to resume in {folder} ({error.strerror}); expected the folder that an earlier server "
+                "was told to keep its state in"
+            ) from error
+        try:
+            _lock(journal, folder)
+            past = _read(journal, folder)
+        except BaseException:
+            os.close(journal)
+            raise
+        checkpoint = cls(folder, journal)
+        for file in folder.glob("round-*"):
+            if file.suffix == ".part" or _round_of(file) >= len(past.closed):
+                file.unlink()
+        return checkpoint, past
+
+    @classmethod
+    def closed_rounds(cls, folder: Path) -> list[ClosedRound]:
+        """The rounds that a state knows as closed. Raises as `open`."""
+        checkpoint, past = cls.open(folder)
+        checkpoint.close()
+        return [record.closed for record in past.closed]
+
+    def append(self, *records: Record) -> None:
+        """Adds records, which are on the disk when this returns. Raises CheckpointError when it does not take them."""
+        data = b""
+        for record in records:
+            payload = _encoder.encode(record)
+            data += _FRAME.pack(len(payload), _C.crc32c(payload)) + payload
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._journal, view) :]
+            os.fdatasync(self._journal)
+        except OSError as error:
+            raise CheckpointError(f"the state in {self.folder} cannot be written: {error.strerror}") from error
+
+    def write_round(self, round: int, tensors: dict[str, Tensor]) -> None:
+        """Writes what a round changed; it counts once a Closed record follows. Raises CheckpointError."""
+        target = self._file(round)
+        temporary = target.with_suffix(".part")
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata={"crc": _crc_text(tensors)})
+            with open(temporary, "rb+") as file:
+                os.fchmod(file.fileno(), 0o600)
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(self.folder)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"round {round} cannot be written to {self.folder}: {error}") from error
+
+    def read_round(self, round: int) -> dict[str, Tensor]:
+        """What a round changed. Raises CheckpointError when the file is missing or damaged."""
+        file = self._file(round)
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                expected = (opened.metadata() or {}).get("crc")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): the state is damaged and the run cannot be resumed from it"
+            ) from error
+        if _crc_text(tensors) != expected:
+            raise CheckpointError(f"{file} failed its checksum: the state is damaged and the run cannot be resumed")
+        return tensors
+
+    def keep_rounds(self, rounds: set[int]) -> None:
+        """Removes the files of all other rounds."""
+        for file in self.folder.glob("round-*.safetensors"):
+            if _round_of(file) not in rounds:
+                file.unlink()
+
+    def has_round(self, round: int) -> bool:
+        """Whether a round's file is there."""
+        return self._file(round).exists()
+
+    def close(self) -> None:
+        """Frees the lock."""
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round-{round:06d}.safetensors"
+
+
+def _round_of(file: Path) -> int:
+    number = file.stem.removeprefix("round-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _crc_text(tensors: dict[str, Tensor]) -> str:
+    crcs = {name: _C.crc32c(_bytes_of(tensors[name])) for name in sorted(tensors)}
+    return " ".join(f"{name}:{crc:08x}" for name, crc in crcs.items())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _lock(journal: int, folder: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CheckpointError(f"another server is using the state in {folder}; stop it first") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(journal: int, folder: Path) -> Past:
+    """Follows the records, and cuts off what a server that died has left of its last one."""
+    with os.fdopen(os.dup(journal), "rb") as file:
+        file.seek(0)
+        data = file.read()
+    payloads = list(_payloads(data, folder))
+    records = []
+    for payload in payloads:
+        try:
+            records.append(_decoder.decode(payload))
+        except msgspec.DecodeError as error:
+            raise CheckpointError(
+                f"the journal in {folder} has a record that this release does not understand ({error}); resume with "
+                "the release that wrote it"
+            ) from error
+    if not records or not isinstance(records[0], Begin):
+        raise CheckpointError(f"the journal in {folder} has no beginning: there is no run to resume")
+    begin = records[0]
+    if begin.format != FORMAT:
+        raise CheckpointError(
+            f"the state in {folder} has format {begin.format}, written by release {begin.release}; this release, "
+            f"{__version__}, reads format {FORMAT}. Resume with the release that wrote it"
+        )
+    past = Past(begin)
+    for record in records[1:]:
+        past.take(record)
+    os.ftruncate(journal, sum(_FRAME.size + len(payload) for payload in payloads))
+    return past
+
+
+def _payloads(data: bytes, folder: Path) -> Iterator[bytes]:
+    """The records' bytes, up to a torn last one. Raises CheckpointError for one that is damaged, not torn."""
+    at = 0
+    while at + _FRAME.size <= len(data):
+        length, crc = _FRAME.unpack_from(data, at)
+        payload = data[at + _FRAME.size : at + _FRAME.size + length]
+        if length == 0 or length > _MAX_RECORD or len(payload) < length or _C.crc32c(payload) != crc:
+            break
+        yield payload
+        at += _FRAME.size + length
+    rest = data[at:]
+    if _has_record(rest):
+        raise CheckpointError(
+            f"the journal in {folder} is damaged {at} bytes into it, with whole records behind: the disk or another "
+            "program changed it, and the run cannot be resumed from it"
+        )
+
+
+def _has_record(rest: bytes) -> bool:
+    """Whether a whole record stands somewhere behind a broken one: then it was not torn by the end of a server."""
+    for at in range(1, len(rest) - _FRAME.size):
+        length, crc = _FRAME.unpack_from(rest, at)
+        start = at + _FRAME.size
+        if 0 < length <= len(rest) - start and _C.crc32c(rest[start : start + length]) == crc:
+            return True
+    return False

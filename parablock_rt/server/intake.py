@@ -1,0 +1,141 @@
+"""Lets clients send their uploads: a buffer for each, posted before it is needed, within a byte budget.
+
+What has come of an upload whose connection broke stays, and the client goes on from there on its next connection.
+
+Knows nothing of what an upload holds. The server's thread alone uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parablock_rt import _C, codec
+from parablock_rt.config import RunConfig
+from parablock_rt.schedule import cohort_of
+from parablock_rt.server.members import Member, Posted
+from parablock_rt.server.roster import Roster
+from parablock_rt.wire import protocol
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import BufferPool, Transport, body_layout
+
+LARGEST_UPLOAD_BUDGET = 2**30  # bytes of unfinished uploads, one upload apart, unless the user wants more
+
+
+class Intake:
+    """The uploads that may come, of all members."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        buffers: BufferPool,
+        roster: Roster,
+        config: RunConfig,
+        numel_of: Callable[[int], tuple[int, int]],
+        budget: int = LARGEST_UPLOAD_BUDGET,
+    ) -> None:
+        """`numel_of`: the block of a round and how many elements it has."""
+        self._transport = transport
+        self._buffers = buffers
+        self._roster = roster
+        self._config = config
+        self._numel_of = numel_of
+        self.budget = budget
+        self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
+        self.is_short = False  # whether somebody was left out for want of room when members were let in last
+
+    def let_in(self, oldest: int) -> None:
+        """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
+
+        Of the oldest open round one upload that is ready to come is always let in, whatever the others hold.
+        """
+        held = sum(posted.nbytes for member in self._roster.members for posted in member.posted.values())
+        held += self.taken_bytes
+        next_in_line = self._next_in_line(oldest)
+        left_out: set[Member] = set()  # a later block may be smaller and fit, but must not go before an earlier one
+        for index in range(oldest, min(oldest + self._config.staleness + 2, self._config.rounds)):
+            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
+            for member in self._roster.here:
+                if not member.begun or member.next_post > index or member.seat not in cohort or member in left_out:
+                    continue
+                full = held + self.nbytes_of(index) > self.budget
+                if full and not (index == oldest and member is next_in_line):
+                    left_out.add(member)
+                    continue
+                self._post(member, index)
+                if member is next_in_line:
+                    next_in_line = None
+                held += self.nbytes_of(index)
+        self.is_short = bool(left_out)
+
+    def resume(self, member: Member) -> None:
+        """Goes on, on a new connection, with what was under way on the old one."""
+        for posted in member.posted.values():
+            self._receive(member, posted)
+
+    def take(self, member: Member, arrived: _C.Event) -> tuple[Posted, protocol.Upload] | None:
+        """The upload whose last byte has arrived, and its announcement; the buffer goes back with `give_back`.
+
+        None: its round was closed meanwhile, as the client has been told, or the announcement comes yet, on another of
+        the link's connections; then it is taken when that is here.
+        """
+        posted = member.posted.get(arrived.round)
+        if posted is None:
+            return None
+        if arrived.round not in member.announced:
+            posted.arrived = arrived
+            return None
+        del member.posted[arrived.round]
+        self.taken_bytes += posted.nbytes
+        return posted, member.announced.pop(arrived.round)
+
+    def give_back(self, posted: Posted) -> None:
+        """The caller is done with an upload's buffer."""
+        self.taken_bytes -= posted.nbytes
+        self._buffers.give_back(posted.buffer)
+
+    def refuse(self, member: Member, round: int) -> bool:
+        """A round closes without the member's upload, if one may still come. Returns whether that was so."""
+        if member.here and member.begun and member.next_post <= round:
+            self._post(member, round)  # never let in for want of room; only what is posted can be cancelled
+        posted = member.posted.pop(round, None)
+        if posted is None:
+            return False
+        member.announced.pop(round, None)
+        if member.here:
+            assert member.link is not None
+            self._transport.native.cancel_receive(member.link, Kind.UPLOAD, round, posted.block)
+        self._buffers.give_back(posted.buffer)
+        return True
+
+    def forget(self, member: Member) -> None:
+        """Nothing more will come of a member, whose connection has ended."""
+        for posted in member.posted.values():
+            self._buffers.give_back(posted.buffer)
+        member.posted.clear()
+
+    def nbytes_of(self, round: int) -> int:
+        """What a round's upload weighs."""
+        return codec.body_bytes(self._numel_of(round)[1], self._config.format)
+
+    def _next_in_line(self, oldest: int) -> Member | None:
+        """The first member whose upload of the oldest open round is ready; None when one of these has been let in."""
+        ready = [m for m in self._roster.here if oldest in m.announced]
+        if any(oldest in m.posted for m in ready):
+            return None
+        cohort = cohort_of(self._config.seed, oldest, self._config.clients, self._config.cohort_size)
+        return next((m for m in ready if m.next_post <= oldest and m.seat in cohort), None)
+
+    def _post(self, member: Member, round: int) -> None:
+        nbytes = self.nbytes_of(round)
+        block, _ = self._numel_of(round)
+        member.posted[round] = Posted(round, block, self._buffers.take(nbytes), nbytes)
+        member.next_post = round + 1
+        self._receive(member, member.posted[round])
+
+    def _receive(self, member: Member, posted: Posted) -> None:
+        assert member.link is not None
+        _, numel = self._numel_of(posted.round)
+        layout = body_layout(self._config.format, numel, self._config.chunk)
+        self._transport.native.receive(
+            member.link, Kind.UPLOAD, posted.round, posted.block, posted.buffer, layout, posted.received
+        )

@@ -1,0 +1,132 @@
+"""The server's copy of the model: the step by a round's mean, the server optimiser, the change that goes back down.
+
+Two copies of each block: the master `x` in fp32, which the optimiser moves, and the reference `x̂` in the model's dtype,
+the bits that every client holds. What a downlink body cannot carry stays in `x − x̂` and goes down the next time.
+
+Nothing here knows clients, deadlines or sockets. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parablock_rt import codec
+from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.blocks.flat import FlatBlock
+from parablock_rt.errors import CheckpointError
+from parablock_rt.staging.stager import Encoding, Piece, Stager
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import Transport
+
+_MOMENTUM = 0.9
+_BETA1, _BETA2, _TAU = 0.9, 0.99, 1e-3  # the values of Reddi et al., "Adaptive Federated Optimization", 2021
+
+
+class ServerOptimizer:
+    """`x[b] ← x[b] + lr · direction(mean change)`, with the state of each block apart.
+
+    `average` moves by the mean itself (FedAvg at lr 1), `momentum` by its running sum, `adam` and `yogi` as FedAdam and
+    FedYogi (Reddi et al. 2021, algorithm 2, no bias correction).
+    """
+
+    def __init__(self, name: str, lr: float) -> None:
+        self.name = name
+        self.lr = lr
+        self._first: dict[int, Tensor] = {}
+        self._second: dict[int, Tensor] = {}
+
+    def state(self, block: int) -> dict[str, Tensor]:
+        """What is kept of a block, by name."""
+        kept = {"first": self._first.get(block), "second": self._second.get(block)}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+    def restore(self, block: int, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave."""
+        for name, kept in (("first", self._first), ("second", self._second)):
+            if name in state:
+                kept[block] = state[name]
+
+    def step(self, block: int, x: Tensor, mean: Tensor) -> None:
+        """Moves `x` (fp32, [flat_numel]) in place; `mean` may be overwritten."""
+        if self.name == "average":
+            x.add_(mean, alpha=self.lr)
+            return
+        m = self._first.setdefault(block, torch.zeros_like(x))
+        if self.name == "momentum":
+            x.add_(m.mul_(_MOMENTUM).add_(mean), alpha=self.lr)
+            return
+        v = self._second.setdefault(block, torch.full_like(x, _TAU**2))
+        m.lerp_(mean, 1 - _BETA1)
+        square = mean.square_()
+        if self.name == "adam":
+            v.lerp_(square, 1 - _BETA2)
+        else:
+            v.addcmul_(square, torch.sign(v - square), value=-(1 - _BETA2))
+        x.addcdiv_(m, v.sqrt().add_(_TAU), value=self.lr)
+
+
+class Master:
+    """All blocks of the server's model. `blocks[b].flats` is the reference: the model's own parameters."""
+
+    def __init__(self, blocks: list[FlatBlock], format: str, optimizer: ServerOptimizer) -> None:
+        self.blocks = blocks
+        self.format = format
+        self.fingerprints = [fingerprint(block) for block in blocks]  # of the reference, kept up to date by `land`
+        self._optimizer = optimizer
+        self._x: dict[int, Tensor] = {}
+
+    def x(self, block: int) -> Tensor:
+        """The fp32 master of a block, [flat_numel]; begins as the reference widened."""
+        if block not in self._x:
+            self._x[block] = torch.cat([flat.float() for flat in self.blocks[block].flats])
+        return self._x[block]
+
+    def state(self, block: int) -> dict[str, Tensor]:
+        """All that is known of a block that a round has changed, by name; the tensors are the live ones."""
+        references = {f"reference.{i}": flat for i, flat in enumerate(self.blocks[block].flats)}
+        return references | {"x": self.x(block)} | self._optimizer.state(block)
+
+    def restore(self, block: int, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave. Raises CheckpointError when it is of another block."""
+        flats = self.blocks[block].flats
+        found = [state.get(f"reference.{i}") for i in range(len(flats))]
+        x = state.get("x")
+        if (
+            x is None
+            or x.shape != self.x(block).shape
+            or any(
+                f is None or f.shape != flat.shape or f.dtype != flat.dtype
+                for f, flat in zip(found, flats, strict=True)
+            )
+        ):
+            raise CheckpointError(
+                f"the saved state of block {block} does not fit the model; resume with the same model"
+            )
+        for flat, kept in zip(flats, found, strict=True):
+            assert kept is not None
+            flat.copy_(kept)
+        self._x[block] = x
+        self._optimizer.restore(block, state)
+        self.fingerprints[block] = fingerprint(self.blocks[block])
+
+    def step(self, round: int, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int) -> Encoding:
+        """Moves the master by the round's mean and begins to encode what the clients get. `mean` is overwritten.
+
+        The encoding's source may be sent at once; `land` must follow before the block is touched again.
+        """
+        x = self.x(block)
+        self._optimizer.step(block, x, mean)
+        pieces = [
+            Piece(now=x[segment.start : segment.start + segment.length], ref=flat)
+            for segment, flat in zip(self.blocks[block].block.segments, self.blocks[block].flats, strict=True)
+        ]
+        return stager.encode(pieces, self.format, chunk, transport, kind=Kind.UPDATE, round=round, block=block)
+
+    def land(self, block: int, encoding: Encoding) -> int:
+        """Waits for the encoding, moves the reference by it and returns the reference's fingerprint."""
+        encoding.wait()
+        self.blocks[block].check_homed()
+        codec.apply_(self.blocks[block].flats, encoding.body, format=self.format)
+        self.fingerprints[block] = fingerprint(self.blocks[block])
+        return self.fingerprints[block]

@@ -1,0 +1,59 @@
+"""What a run has come to, as the server knows it: round by round, client by client. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from parablock_rt.stages import NO_TIME, StageSeconds
+from parablock_rt.wire import protocol
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one client delivered to a round. `late_s`: seconds after the round's first upload."""
+
+    client: int
+    compute_s: float
+    exposed_s: float
+    late_s: float
+
+
+@dataclass(frozen=True)
+class ClosedRound:
+    """What is known of a round once it is closed. Times in seconds, means over the clients that were folded.
+
+    `stages`: what ended on the clients between this hand-over and the one before. `server_stages`: what ended on the
+    server between this close and the one before.
+    """
+
+    round: int
+    block: int
+    loss: float
+    contributions: int
+    weight: float
+    bad_groups: int
+    compute_s: float
+    exposed_s: float
+    open_s: float
+    skew_s: float  # between the first and the last upload that was folded
+    bytes_up: int
+    bytes_down: int
+    fingerprint: int
+    parts: tuple[Part, ...] = ()
+    stages: StageSeconds = NO_TIME
+    server_stages: StageSeconds = NO_TIME
+
+
+@dataclass
+class Outcome:
+    """The result of a run, also of one that was cut short."""
+
+    rounds: list[ClosedRound] = field(default_factory=list)
+    wall_s: float = 0.0
+    digest: str = ""
+    client_digests: dict[int, str] = field(default_factory=dict)
+    goodbyes: dict[int, protocol.Goodbye] = field(default_factory=dict)
+    server_stages: StageSeconds = NO_TIME
+    left: list[str] = field(default_factory=list)  # who went before the end, and why
+    reconnects: int = 0  # connections that broke and were replaced
+    unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting

@@ -1,0 +1,95 @@
+"""From the durable state of a server that is gone to that of one that takes its place.
+
+What an earlier server knew and had not written (uploads on their way, or folded into a round that was still open) is
+not missed: no client was told that it counts, so every client has it still and sends it again.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import CheckpointError
+from parablock_rt.server.backlog import Kept
+from parablock_rt.server.checkpoint import Checkpoint, Closed, Past
+from parablock_rt.server.master import Master
+from parablock_rt.server.members import Member
+from parablock_rt.wire import protocol
+from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
+
+
+def check_same(past: Past, config: RunConfig | None, plan_digest: str, frozen: str) -> None:
+    """Raises CheckpointError when the state is of another run than the caller has in mind; `config`: None to take the
+    state's."""
+    if config is not None and config != past.begin.config:
+        differing = [
+            f"{name} = {getattr(config, name)!r} instead of {getattr(past.begin.config, name)!r}"
+            for name in RunConfig.__struct_fields__
+            if getattr(config, name) != getattr(past.begin.config, name)
+        ]
+        raise CheckpointError(f"a run is resumed with its own settings; found {', '.join(differing)}")
+    if plan_digest != past.begin.plan_digest:
+        raise CheckpointError(
+            f"the saved run cuts another model, or cuts it differently (plan digest {past.begin.plan_digest[:12]}, "
+            f"here {plan_digest[:12]}); resume with the same model and the same blocks"
+        )
+    if frozen != past.begin.frozen:
+        raise CheckpointError(
+            "what is not trained differs from the saved run's; resume with the checkpoint it began with"
+        )
+
+
+def restore_master(past: Past, state: Checkpoint, master: Master) -> None:
+    """Puts every block into the state of its last closed round. Raises CheckpointError when that cannot be."""
+    for block, began in enumerate(past.begin.fingerprints):
+        last = past.last_round_of(block)
+        if last is not None:
+            master.restore(block, state.read_round(last))
+            expected = past.closed[last].closed.fingerprint
+        else:
+            expected = began
+        if fingerprint(master.blocks[block]) != expected:
+            raise CheckpointError(
+                f"block {block} has other weights than the saved run; resume with the checkpoint that the run began "
+                "with"
+            )
+
+
+def members(past: Past) -> list[Member]:
+    """Who takes part, each away and with nothing on its way. Who never began starts anew, as a newcomer."""
+    return [_member(seat, past) for seat, state in past.seats.items() if state.first_round is not None]
+
+
+def _member(seat: int, past: Past) -> Member:
+    state = past.seats[seat]
+    assert state.first_round is not None
+    member = Member(seat, state.secret, None, "", time.monotonic(), "the server was restarted")
+    member.ready = member.synced = member.begun = True
+    member.first_round = member.next_post = state.first_round
+    member.goodbye = state.finished
+    for record in past.closed[state.first_round :]:
+        if seat in record.verdicts:
+            member.remember(_verdict(record, seat), past.begin.config.staleness + 3)
+    return member
+
+
+def _verdict(record: Closed, seat: int) -> protocol.Verdict:
+    reason = record.verdicts[seat]
+    return protocol.Verdict(round=record.closed.round, block=record.closed.block, accepted=not reason, reason=reason)
+
+
+def aggregates(past: Past, state: Checkpoint, master: Master, transport: Transport, buffers: BufferPool) -> list[Kept]:
+    """The aggregates that are on the disk still, oldest first. Raises CheckpointError when one is damaged."""
+    kept = []
+    for record in past.closed:
+        if state.has_round(record.closed.round):
+            body = state.read_round(record.closed.round)["update"]
+            buffer = buffers.take(body.numel())
+            as_tensor(buffer, body.numel()).copy_(body)
+            numel = master.blocks[record.closed.block].block.flat_numel
+            layout = body_layout(past.begin.config.format, numel, past.begin.config.chunk)
+            source = transport.native.make_source(buffer, layout, True)
+            kept.append(Kept(record.update, body.numel(), source, partial(buffers.give_back, buffer)))
+    return kept

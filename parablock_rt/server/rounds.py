@@ -1,0 +1,192 @@
+"""The open rounds on the server: of each, who is expected, who has delivered, when it may close.
+
+A round holds its accumulator; an upload counts wholly or not at all. Knows no links, and no clock but to measure how
+long folding takes: times are passed in. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from parablock_rt import stages
+from parablock_rt.codec import Accumulator, Contribution
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import CodecError, RoundError
+from parablock_rt.schedule import cohort_of
+from parablock_rt.server.outcome import ClosedRound, Part
+from parablock_rt.wire.protocol import Upload
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A complete upload of a client: how it was announced, its bytes, and when the last came (seconds of any clock)."""
+
+    client: int
+    upload: Upload
+    body: Tensor
+    at: float
+
+
+@dataclass(eq=False)
+class Round:
+    """The state of one round. `uploads`: what was folded, by client."""
+
+    index: int
+    block: int
+    cohort: frozenset[int]
+    accumulator: Accumulator
+    uploads: dict[int, Upload] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)  # why, by client
+    folded_at: dict[int, float] = field(default_factory=dict)  # when it arrived, seconds of any one clock, by client
+    fold_span_ns: dict[int, tuple[int, int]] = field(default_factory=dict)  # when it was added to the sum, by client
+
+    def fold(self, deliveries: Sequence[Delivery], format: str) -> list[str]:
+        """Folds what clients delivered, in one pass over the sum.
+
+        Returns for each why not, or an empty text when it was folded. What was refused is not waited for any more.
+        """
+        start_ns = time.monotonic_ns()
+        fit: list[Contribution] = []
+        reasons = [self._admit(delivery, format, fit) for delivery in deliveries]
+        self.accumulator.add_all(fit)
+        share_ns = (time.monotonic_ns() - start_ns) // len(deliveries)  # of each, as if one had followed the other
+        for i, (delivery, reason) in enumerate(zip(deliveries, reasons, strict=True)):
+            if not reason:
+                self.fold_span_ns[delivery.client] = start_ns + i * share_ns, start_ns + (i + 1) * share_ns
+        return reasons
+
+    def _admit(self, delivery: Delivery, format: str, fit: list[Contribution]) -> str:
+        """Adds a delivery to those that are fit for the sum, or returns why not."""
+        client, upload = delivery.client, delivery.upload
+        if client in self.uploads:
+            return f"client {client} has already delivered round {self.index}"
+        try:
+            if client not in self.cohort:
+                raise RoundError(f"client {client} is not in the cohort of round {self.index}")
+            if upload.block != self.block:
+                raise RoundError(f"round {self.index} trains block {self.block}, not {upload.block}")
+            fit.append(self.accumulator.check(delivery.body, upload.weight, format))
+        except (CodecError, RoundError) as error:
+            self.refused[client] = str(error)
+            return str(error)
+        self.uploads[client] = upload
+        self.folded_at[client] = delivery.at
+        return ""
+
+    def fold_s(self, client: int) -> float:
+        """Seconds that adding a client's upload to the sum took; 0 if it has none."""
+        start_ns, end_ns = self.fold_span_ns.get(client, (0, 0))
+        return (end_ns - start_ns) / 1e9
+
+    def waited_s(self, client: int, closed_ns: int) -> float:
+        """Seconds from when a client's upload was in the sum until the round was closed; 0 if it has none."""
+        return (closed_ns - self.fold_span_ns[client][1]) / 1e9 if client in self.fold_span_ns else 0.0
+
+    def closed(self, *, bad_groups: int, **of_the_server: Any) -> ClosedRound:
+        """What is to be known of the round, now that it closes. `bad_groups`: of the aggregate that goes down;
+        `of_the_server`: the fields that only the server knows."""
+        uploads = list(self.uploads.values())
+        return ClosedRound(
+            round=self.index,
+            block=self.block,
+            loss=sum(u.loss * u.weight for u in uploads) / sum(u.weight for u in uploads),
+            contributions=len(uploads),
+            weight=self.accumulator.total_weight,
+            bad_groups=self.accumulator.bad_groups + bad_groups,
+            compute_s=sum(u.compute_s for u in uploads) / len(uploads),
+            exposed_s=sum(u.exposed_s for u in uploads) / len(uploads),
+            skew_s=self.skew_s,
+            parts=self.parts(),
+            stages=stages.mean(u.stages for u in uploads),
+            **of_the_server,
+        )
+
+    @property
+    def skew_s(self) -> float:
+        """Seconds between the first and the last upload that was folded."""
+        return max(self.folded_at.values()) - min(self.folded_at.values()) if self.folded_at else 0.0
+
+    def parts(self) -> tuple[Part, ...]:
+        """What each client delivered, in the order of arrival."""
+        if not self.folded_at:
+            return ()
+        first = min(self.folded_at.values())
+        return tuple(
+            Part(client, upload.compute_s, upload.exposed_s, self.folded_at[client] - first)
+            for client, upload in self.uploads.items()
+        )
+
+
+class OpenRounds:
+    """The rounds that are not closed yet, made when they are first asked for. Their sums are used again."""
+
+    def __init__(self, config: RunConfig, numel_of: Callable[[int], tuple[int, int]]) -> None:
+        """`numel_of`: the block of a round and how many elements it has."""
+        self._config = config
+        self._numel_of = numel_of
+        self._rounds: dict[int, Round] = {}
+        self._spare_sums: list[Accumulator] = []
+
+    def __getitem__(self, index: int) -> Round:
+        if index not in self._rounds:
+            block, numel = self._numel_of(index)
+            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
+            self._rounds[index] = Round(index, block, cohort, self._take_sum(numel))
+        return self._rounds[index]
+
+    def uploads_of(self, index: int) -> dict[int, Upload]:
+        """What was folded into a round, by client."""
+        return self._rounds[index].uploads if index in self._rounds else {}
+
+    def retire(self, round: Round) -> None:
+        """The round is closed; its sum is emptied for another one."""
+        del self._rounds[round.index]
+        round.accumulator.reset()
+        self._spare_sums.append(round.accumulator)
+
+    def _take_sum(self, numel: int) -> Accumulator:
+        for i, spare in enumerate(self._spare_sums):
+            if spare.numel == numel:
+                return self._spare_sums.pop(i)
+        return Accumulator(numel)
+
+
+class Deadline:
+    """How long the oldest open round may stay open: a fixed time, or one that follows the rounds seen so far.
+
+    Adaptive: ten times the longest of the last rounds, at least 30 s; ten minutes before the first round has closed.
+    """
+
+    _FIRST_S = 600.0
+    _LEAST_S = 30.0
+    _RETURN_S = 300.0
+    _FACTOR = 10.0
+    _REMEMBERED = 8
+
+    def __init__(self, fixed: float | None) -> None:
+        self._fixed = fixed
+        self._seen: list[float] = []
+
+    def saw(self, seconds: float) -> None:
+        """Notes how long a round stayed the oldest open one."""
+        self._seen = [*self._seen[-self._REMEMBERED + 1 :], seconds]
+
+    @property
+    def seconds(self) -> float:
+        """The limit for the round that is open now."""
+        if self._fixed is not None:
+            return self._fixed
+        if not self._seen:
+            return self._FIRST_S
+        return max(self._LEAST_S, self._FACTOR * max(self._seen))
+
+    @property
+    def without_quorum(self) -> float:
+        """How long a round that cannot be closed without clients whose connections broke waits for them to come back:
+        the fixed time, or at least five minutes."""
+        return self._fixed if self._fixed is not None else max(self._RETURN_S, self.seconds)

@@ -1,0 +1,274 @@
+"""A server inside a process: `serve` starts it, its own thread runs it, this object watches it.
+
+Owns the transport and the thread; what happens in a round is the coordinator's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from parablock_rt import _C
+from parablock_rt.blocks.flat import FlatBlock
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.observe.timeline import Timeline
+from parablock_rt.server import checkpoint, recovery
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
+from parablock_rt.server.master import Master, ServerOptimizer
+from parablock_rt.server.members import Identity
+from parablock_rt.server.outcome import ClosedRound, Outcome
+from parablock_rt.version import __version__
+from parablock_rt.wire.tls import Tls
+from parablock_rt.wire.transport import MAX_LANES, Shape, Transport
+
+_BUDGET_PART, _ELEMENT_BYTES = 32, 9
+
+
+class Server:
+    """A running server; made by `serve`, used as a context manager. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        transport: Transport,
+        address: str,
+        model: nn.Module,
+        state: Checkpoint | None,
+    ) -> None:
+        """For `serve`. Starts the thread."""
+        self.address = address
+        self._state = state
+        self._coordinator = coordinator
+        self._transport = transport
+        self._model = model
+        self._error: ParaBlockError | None = None
+        self._crash: BaseException | None = None
+        self._ended = threading.Event()  # not Thread.join: before Python 3.13 a Ctrl-C in it makes the thread seem over
+        self._thread = threading.Thread(target=self._run, name="pb-server", daemon=True)
+        self._thread.start()
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings; those of the saved run when it was resumed."""
+        return self._coordinator.config
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the run has come to so far."""
+        return self._coordinator.outcome
+
+    @property
+    def timeline(self) -> Timeline:
+        """The server's spans; read it when the run has ended."""
+        return self._coordinator.timeline
+
+    def link_stats(self) -> dict[str, _C.LinkStats]:
+        """What the link to each client is like now, by the client's name."""
+        return self._coordinator.link_stats()
+
+    @property
+    def running(self) -> bool:
+        """Whether the run has not ended yet."""
+        return not self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Returns when every client has applied the last round. `timeout` in seconds.
+
+        Raises what ended the run early (RoundError, say), and TimeoutError when it goes on after `timeout`.
+        """
+        if threading.current_thread() is self._thread:
+            raise ParaBlockError("the server's own thread cannot wait for itself; call wait() outside of on_round")
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
+        if self._crash is not None:
+            raise self._crash
+        if self._error is not None:
+            raise self._error
+        return self.outcome
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's state: the reference, in the model's own dtype. Call it when the run has ended."""
+        if self.running:
+            raise ParaBlockError("the run is still changing the model; call wait() before state_dict()")
+        return self._model.state_dict()
+
+    def close(self, reason: str = "closed by its owner") -> None:
+        """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent.
+
+        Called from `on_round`, on the server's own thread, it cannot wait: the run ends when the callback returns.
+        """
+        self._coordinator.stop(reason)
+        if threading.current_thread() is not self._thread:
+            self._ended.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            self._coordinator.run()
+        except ParaBlockError as error:
+            self._error = error
+        except BaseException as error:
+            self._crash = error
+        finally:
+            self._transport.close()
+            if self._state is not None:
+                self._state.close()
+            self._ended.set()
+
+
+def serve(
+    model: nn.Module,
+    *,
+    address: str | None = None,
+    plan: BlockPlan | None = None,
+    token: str | None = None,
+    tls: Tls | None = None,
+    insecure: bool = False,
+    rate: float = 0.0,
+    delay: float = 0.0,
+    lanes: int | None = None,
+    idle_timeout: float = 60.0,
+    durable: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    on_round: Callable[[ClosedRound], None] | None = None,
+    upload_budget: int | None = None,
+    trace: bool = True,
+    **settings: Any,
+) -> Server:
+    """Starts a server for `model` and returns at once; clients may join from now on.
+
+    The model becomes the reference: its planned parameters are moved into flat buffers and change round by round.
+
+    Args:
+        address: "host:port"; port 0 takes a free one, see `Server.address`. None: a free port of 127.0.0.1, or where
+            the resumed run listened before.
+        plan: the partition; None takes `BlockPlan.from_model(model)`.
+        token: clients must prove that they know it.
+        tls: every link is in TLS; with a CA in it, clients show certificates.
+        insecure: allows an address that is not loopback without both TLS and a proof of who the clients are.
+        rate, delay: slow each link down artificially: bytes a second (0: unlimited) and seconds, one way.
+        lanes: the most connections that a client may spread its link over, 1 to 4; None: 4.
+        idle_timeout: seconds of silence after which a connection counts as broken.
+        durable: a new folder to keep the run's state in, so that it can be resumed if this process is killed. A round
+            then writes about seven bytes a parameter of its block.
+        resume: such a folder: the run goes on with the round that was open; its clients come back by themselves.
+        on_round: called on the server's thread after each closed round.
+        upload_budget: bytes of unfinished uploads held at once, one upload apart; None: about half of what the sum
+            of the largest block takes, which is eight int8 uploads, or a 32nd of what the model takes if that is more,
+            at most 1 GiB. More lets more clients with slow links send at the same time.
+        trace: record what happens to every chunk, for `RunFolder.write_trace`.
+        settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
+            with `resume` none are needed, and others than the run's are an error.
+
+    Raises:
+        ConfigError: a setting that no run can use. PlanError: no blocks. TransportError: the address is taken.
+        CheckpointError: the state to resume is damaged, in use, or of another run.
+    """
+    if durable is not None and resume is not None:
+        raise ConfigError("give either durable, for a new run, or resume, which goes on to keep the run's state")
+    config = RunConfig(**settings) if settings or resume is None else None
+    protected = _proves_clients(token, tls)
+    context = None if tls is None else tls.for_server()
+    plan = plan or BlockPlan.from_model(model)
+    blocks = plan.materialise(model)
+    _check_on_host(blocks)
+    state, past = (None, None) if resume is None else Checkpoint.open(Path(resume))
+    transport = None
+    try:
+        if past is not None:
+            recovery.check_same(past, config, plan.digest, plan.frozen_fingerprint(model))
+            config = past.begin.config
+        assert config is not None
+        master = Master(blocks, config.format, ServerOptimizer(config.server_optimizer, config.server_lr))
+        if past is not None and state is not None:
+            recovery.restore_master(past, state, master)
+        identity = Identity(
+            run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
+            token=token,
+            config=config,
+            plan=plan.spec(),
+            plan_digest=plan.digest,
+            frozen=plan.frozen_fingerprint(model),
+            certificate_suffices=tls is not None and tls.clients == "optional",
+            epoch=0 if past is None else past.starts,
+        )
+        transport = Transport(
+            Shape(rate, delay),
+            tls=context,
+            idle_timeout=idle_timeout,
+            lanes=MAX_LANES if lanes is None else lanes,
+        )
+        at = address or (past.address if past is not None else "127.0.0.1:0")
+        taken = transport.listen(at, protected=protected, insecure=insecure)
+        if durable is not None:
+            state = Checkpoint.create(Path(durable), _beginning(identity, master))
+        if state is not None:
+            state.append(checkpoint.Listening(address=taken))
+        budget = default_upload_budget(plan) if upload_budget is None else upload_budget
+        coordinator = Coordinator(
+            transport, identity, plan, master, on_round, budget, state=state, past=past, trace=trace
+        )
+    except BaseException:
+        if transport is not None:
+            transport.close(flush=0.0)
+        if state is not None:
+            state.close()
+        raise
+    return Server(coordinator, transport, taken, model, state)
+
+
+def _proves_clients(token: str | None, tls: Tls | None) -> bool:
+    """Whether clients must prove who they are. Raises ConfigError for optional certificates with nothing beside."""
+    certificates_asked = tls is not None and tls.asks_for_certificates
+    if tls is not None and tls.clients == "optional" and (token is None or not certificates_asked):
+        raise ConfigError(
+            "optional client certificates take a CA to check them by and a token for clients that have none: give "
+            "both, or require certificates"
+        )
+    return token is not None or certificates_asked
+
+
+def _check_on_host(blocks: list[FlatBlock]) -> None:
+    if elsewhere := {str(flat.device) for block in blocks for flat in block.flats if flat.device.type != "cpu"}:
+        raise ConfigError(
+            f"a server's model must be in host memory; found it on {', '.join(sorted(elsewhere))}; give it a copy of "
+            "its own: model.cpu(). Clients may train on GPUs"
+        )
+
+
+def _beginning(identity: Identity, master: Master) -> checkpoint.Begin:
+    return checkpoint.Begin(
+        format=checkpoint.FORMAT,
+        release=__version__,
+        run=identity.run,
+        config=identity.config,
+        plan_digest=identity.plan_digest,
+        frozen=identity.frozen,
+        fingerprints=list(master.fingerprints),
+    )
+
+
+def default_upload_budget(plan: BlockPlan) -> int:
+    """Bytes of unfinished uploads that a server holds at most, one upload apart.
+
+    A small part of what it holds for the model in any case (an fp32 master and the reference), so that its memory does
+    not grow with its clients; but about half as much as the sum that they go into (eight int8 uploads with their
+    scales), so that it is seldom moved for a few of them. Never more than 1 GiB.
+    """
+    model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
+    largest = max(block.flat_numel for block in plan.blocks)
+    return min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest), LARGEST_UPLOAD_BUDGET)

@@ -1,0 +1,113 @@
+"""Host memory that a GPU copies from and to at full speed: one pinned slab of known size, cut into buffers.
+
+Pinning is slow and takes memory from everybody else, so it happens once, up to a cap. What does not fit, or all of it
+if the system refuses, is ordinary memory: everything still works, with copies that the training thread waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from parablock_rt import _C
+from parablock_rt.blocks.layout import Block
+from parablock_rt.errors import ConfigError
+
+log = logging.getLogger("parablock")
+
+_PAGE = 4096
+COUNT_BYTES = 8
+
+
+def bytes_needed(blocks: list[Block], format: str, staleness: int) -> int:
+    """Bytes of pinned memory that a client's run uses: the error feedback of every block and the bodies under way.
+
+    A block's hand-over has a second residual until the server has accepted it; `staleness + 1` may be under way, with
+    as many bodies. `staleness + 2` landings are open. Three bodies are spare: native threads let go of theirs a moment
+    late.
+    """
+    residuals = [0 if format == "fp32" else sum(_pages(4 * s.length) for s in block.segments) for block in blocks]
+    bodies = 2 * (staleness + 3)
+    body = buffer_bytes(max(block.wire_bytes(format) for block in blocks))
+    return sum(residuals) + (staleness + 1) * max(residuals) + bodies * _pages(body)
+
+
+def buffer_bytes(nbytes: int) -> int:
+    """Bytes of the buffer for a body of `nbytes`: behind it is room for the count of bad groups."""
+    return -(-nbytes // 8) * 8 + COUNT_BYTES
+
+
+def default_cap() -> int:
+    """Half of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class PinnedMemory:
+    """A slab and what it is too small for. Any thread."""
+
+    def __init__(self, driver: _C.Driver, needed: int, cap: int | None = None) -> None:
+        """Pins `needed` bytes, at most `cap` (half of the machine's memory if None; 0: pin nothing).
+
+        Raises ConfigError for a negative cap.
+        """
+        if cap is not None and cap < 0:
+            raise ConfigError(f"pinned memory must be 0 bytes or more; found {cap}")
+        cap = default_cap() if cap is None else cap
+        self.needed = needed
+        self._slab: _C.Slab | None = None
+        self._overflowed = needed > cap
+        if self._overflowed:
+            log.warning(
+                "pinning %s of host memory instead of the %s that would be used (a cap, or half of this machine's "
+                "memory); copies of the rest are slower and the training waits for them. Raise --pinned-memory if the "
+                "machine has more to give",
+                _mib(cap),
+                _mib(needed),
+            )
+        size = min(needed, cap)
+        if size < _PAGE:
+            return
+        try:
+            self._slab = _C.Slab(driver, size)
+            log.info("pinned %s of host memory", _mib(self._slab.nbytes))
+        except (_C.DeviceError, MemoryError) as error:
+            self._overflowed = True
+            log.warning(
+                "expected to pin %s of host memory, but the system refused (%s); going on with pageable memory: copies "
+                "are slower and the training waits for them. Free memory, raise the limit (ulimit -l), or lower "
+                "--pinned-memory",
+                _mib(size),
+                error or "out of memory",
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are pinned."""
+        return 0 if self._slab is None else self._slab.nbytes
+
+    @property
+    def used(self) -> int:
+        """Bytes of them that are in use."""
+        return 0 if self._slab is None else self._slab.used
+
+    def take(self, nbytes: int) -> _C.Buffer:
+        """A page-aligned buffer with arbitrary contents, pinned if there is room."""
+        buffer = None if self._slab is None else self._slab.take(nbytes)
+        if buffer is not None:
+            return buffer
+        if not self._overflowed:
+            self._overflowed = True
+            log.warning(
+                "the %s of pinned memory are in use, %s more were asked for; going on with pageable memory for them",
+                _mib(self.nbytes),
+                _mib(nbytes),
+            )
+        return _C.Buffer(nbytes)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"

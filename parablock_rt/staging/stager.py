@@ -1,0 +1,223 @@
+"""From a block in memory to a body on its way, and from a body that comes in to where it is applied.
+
+This is the staging of blocks in host memory: encode jobs, the thread that runs them, the buffers they fill. For blocks
+on a GPU `device_staging` has the same face, with streams for the thread. Nobody here waits for a network. One thread at
+a time uses a Stager; the native thread reads the tensors of a job until it is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parablock_rt import _C, codec
+from parablock_rt.errors import CodecError, ParaBlockError
+from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
+
+ENCODE_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous range of a block: `now − ref (+ residual)` is encoded. All 1-D and of one length.
+
+    `residual_out` (fp32) receives what the encoding left out; None: nobody wants to know.
+    """
+
+    now: Tensor
+    ref: Tensor
+    residual: Tensor | None = None
+    residual_out: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job and the tensors that the native thread reads until it is done."""
+
+    pieces: list[Piece]
+    job: _C.EncodeJob | None = None
+
+
+class Encoding:
+    """A body in the making. Its source may be sent at once: the watermark rises as the chunks get ready.
+
+    The pieces' tensors must stay unchanged until `wait` has returned; the stager keeps them alive.
+    """
+
+    def __init__(self, job: _C.EncodeJob | _C.Download, source: _C.Source, buffer: _C.Buffer, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.buffer = buffer
+        self._source: _C.Source | None = source
+        self._job = job
+
+    @property
+    def source(self) -> _C.Source:
+        """What the transport sends. Gone once the encoding is released."""
+        assert self._source is not None
+        return self._source
+
+    def wait(self) -> None:
+        """Returns when the whole body is encoded."""
+        if not self._job.wait(ENCODE_DEADLINE_S):
+            raise ParaBlockError(
+                f"encoding a block took longer than {ENCODE_DEADLINE_S:g} s; is the machine suspended?"
+            )
+
+    def before_writing(self) -> bool:
+        """To be called before one of the pieces' tensors is written again; whether that took waiting."""
+        waits = not self.done
+        self.wait()
+        return waits
+
+    def let_go(self) -> None:
+        """Nothing will be sent any more that is not on its way."""
+        self._source = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole body is encoded."""
+        return self._job.wait(0.0)
+
+    @property
+    def body(self) -> Tensor:
+        """The packed body, uint8 [nbytes]; complete after `wait`."""
+        return as_tensor(self.buffer, self.nbytes)
+
+    @property
+    def bad_groups(self) -> int:
+        """Groups that were not finite and went out as zeros; valid after `wait`."""
+        assert isinstance(self._job, _C.EncodeJob)
+        return self._job.bad_groups
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """When encoding began and ended (monotonic clock); valid after `wait`."""
+        return self._job.started_ns, self._job.finished_ns
+
+    @property
+    def copy_span_ns(self) -> tuple[int, int]:
+        """When copying from a device began and ended; nothing is copied here. Valid after `wait`."""
+        return 0, 0
+
+
+class Landing:
+    """Room for a packed body that will come over the network."""
+
+    def __init__(self, buffer: _C.Buffer, layout: _C.Layout) -> None:
+        self.buffer = buffer
+        self.layout = layout
+        self.watermark: _C.Watermark | None = None  # who wants to know, while the body comes in, how much is there
+
+    def body(self) -> Tensor:
+        """The packed body, uint8 [layout.nbytes], where it is to be applied. Call it when all of it has arrived."""
+        return as_tensor(self.buffer, self.layout.nbytes)
+
+
+class Stager:
+    """The encode thread and the buffers of a process."""
+
+    def __init__(self, ring: _C.Ring | None = None) -> None:
+        """`ring`: where the encode thread notes each chunk."""
+        self.buffers = BufferPool()
+        self._encoder = _C.Encoder(ring)
+        self._running: list[_Running] = []
+
+    def __del__(self) -> None:
+        self.close()
+
+    def encode(
+        self,
+        pieces: list[Piece],
+        format: str,
+        chunk: int,
+        transport: Transport,
+        *,
+        kind: int = 0,
+        round: int = 0,
+        block: int = 0,
+    ) -> Encoding:
+        """Begins to encode the pieces, which follow each other in the flat block, into one body. Does not wait.
+
+        `kind`, `round` and `block` name the transfer in the timeline. Raises CodecError for tensors that
+        the codec cannot read.
+        """
+        for piece in pieces:
+            check_piece(piece, "cpu")
+        numel = sum(piece.now.numel() for piece in pieces)
+        nbytes = codec.body_bytes(numel, format)
+        buffer = self.buffers.take(nbytes)
+        source = transport.native.make_source(buffer, body_layout(format, numel, chunk), False)
+        native = [_native(piece) for piece in pieces]
+        self._running = [entry for entry in self._running if entry.job is None or not entry.job.wait(0.0)]
+        entry = _Running(pieces)
+        self._running.append(entry)  # before the native thread may read: whatever is raised from here on, they live
+        entry.job = self._encoder.submit(native, codec.FORMATS.index(format), source, kind, round, block)
+        return Encoding(entry.job, source, buffer, nbytes)
+
+    def let_inputs_go(self, encoding: Encoding) -> bool:
+        """Keeps the encoding's tensors no longer than it reads them. Returns whether that took waiting for it."""
+        waits = not encoding.done
+        encoding.wait()
+        self._running = [entry for entry in self._running if entry.job is not encoding._job]
+        return waits
+
+    def release(self, encoding: Encoding) -> None:
+        """Takes a finished encoding's buffer back; it is used again once the transport has let go of it, too."""
+        self.let_inputs_go(encoding)
+        self.buffers.give_back(encoding.buffer)
+        encoding.let_go()
+
+    def fit(self, nbytes: int) -> None:
+        """From now on no body is larger than `nbytes`, and every buffer is for any of them."""
+        self.buffers.fit(nbytes)
+
+    def residual(self, numel: int) -> Tensor:
+        """An uninitialised fp32 [numel] in host memory, to keep an error feedback in."""
+        return torch.empty(numel)
+
+    def landing(self, numel: int, format: str, chunk: int) -> Landing:
+        """Room for the packed body of a block of `numel` elements."""
+        layout = body_layout(format, numel, chunk)
+        return Landing(self.buffers.take(layout.nbytes), layout)
+
+    def leave(self, landing: Landing) -> None:
+        """Takes a landing back, whose body has been applied."""
+        self.buffers.give_back(landing.buffer)
+
+    def close(self) -> None:
+        """Returns when nothing reads a job's tensors any more."""
+        for entry in self._running:
+            if entry.job is not None:
+                entry.job.wait(ENCODE_DEADLINE_S)
+
+
+def check_piece(piece: Piece, device: str) -> None:
+    """Raises CodecError unless the weights are on `device` ("cpu" or "cuda"), the rest on the host, and all fit."""
+    for tensor, where in (
+        (piece.now, device),
+        (piece.ref, device),
+        (piece.residual, "cpu"),
+        (piece.residual_out, "cpu"),
+    ):
+        if tensor is None:
+            continue
+        if tensor.device.type != where or tensor.dtype not in codec.DTYPE_CODES:
+            raise CodecError(f"expected fp32, bf16 or fp16 on {where}; found {tensor.dtype} on {tensor.device}")
+        if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != piece.now.numel():
+            raise CodecError(
+                f"the tensors of a piece must be 1-D, contiguous and of one length; found shape {tuple(tensor.shape)}"
+            )
+
+
+def _native(piece: Piece) -> tuple[int, int, int, int, int, int, int]:
+    return (
+        piece.now.data_ptr(),
+        codec.DTYPE_CODES[piece.now.dtype],
+        piece.ref.data_ptr(),
+        codec.DTYPE_CODES[piece.ref.dtype],
+        0 if piece.residual is None else piece.residual.data_ptr(),
+        0 if piece.residual_out is None else piece.residual_out.data_ptr(),
+        piece.now.numel(),
+    )

@@ -1,0 +1,232 @@
+"""The Python face of the native transport: buffers, events, addresses. Payload bytes never pass through here.
+
+Every function may be called from any thread; each object is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parablock_rt import _C
+from parablock_rt.codec import FORMATS
+from parablock_rt.config import parse_address
+from parablock_rt.errors import ConfigError, ConnectError, TransportError
+from parablock_rt.wire import protocol
+
+log = logging.getLogger("parablock")
+
+MAX_LANES: int = _C.MAX_LANES
+DEFAULT_LANES = 1  # connections a client opens; measured: `python -m bench.transport --only lanes`
+_LANE_TIMEOUT_S = 5.0
+
+_RAW_UNIT = 256  # bytes; every flat block is a multiple: 128 elements of at least 2 bytes
+
+# Ctrl-C reaches a thread that waits in native code only when it comes back to Python.
+_LONGEST_WAIT_S = 0.1
+
+
+def body_layout(format: str, numel: int, chunk: int) -> _C.Layout:
+    """How the packed body of `numel` elements is cut into chunks of `chunk` elements (both multiples of 128)."""
+    return _C.body_layout(FORMATS.index(format), numel, chunk)
+
+
+def raw_layout(nbytes: int, chunk: int) -> _C.Layout:
+    """How a raw block of `nbytes` bytes (a multiple of 256) is cut, in chunks of about `chunk` bytes."""
+    return _C.Layout(
+        units=nbytes // _RAW_UNIT, scale_bytes=0, code_bytes=_RAW_UNIT, chunk_units=max(1, chunk // _RAW_UNIT)
+    )
+
+
+def as_tensor(buffer: _C.Buffer, nbytes: int) -> Tensor:
+    """The first `nbytes` bytes of a buffer as a uint8 tensor that shares its memory and keeps it alive."""
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
+
+
+def describe(event: _C.Event) -> str:
+    """What an event's transfer is: "upload of round 3"."""
+    return f"{protocol.Kind(event.kind).name.lower()} of round {event.round}"
+
+
+class BufferPool:
+    """Buffers that are used again, so that a run in steady state allocates nothing.
+
+    `give_back` may come while native code still reads the buffer (a cancelled transfer drains): it is handed out again
+    only when nobody else owns it.
+    """
+
+    def __init__(self, allocate: Callable[[int], _C.Buffer] = _C.Buffer) -> None:
+        """`allocate`: makes a buffer of so many bytes."""
+        self._allocate = allocate
+        self._free: list[_C.Buffer] = []
+        self._least = 0
+        self.allocated_bytes = 0
+
+    def take(self, nbytes: int) -> _C.Buffer:
+        """A buffer of at least `nbytes` bytes; its contents are arbitrary."""
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes and buffer.owners == 1]
+        if fitting:
+            smallest = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free.remove(smallest)
+            return smallest
+        buffer = self._allocate(max(nbytes, self._least))
+        self.allocated_bytes += buffer.nbytes
+        return buffer
+
+    def give_back(self, buffer: _C.Buffer) -> None:
+        """The caller will not touch `buffer` any more."""
+        self._free.append(buffer)
+
+    def fit(self, nbytes: int) -> None:
+        """From now on every new buffer has `nbytes` at least, so that each serves for any block; unused ones go."""
+        self._least = nbytes
+        self.allocated_bytes -= sum(buffer.nbytes for buffer in self._free)
+        self._free = []
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An artificial link: bytes a second (0: unlimited) and one-way delay in seconds, for what this side sends."""
+
+    rate: float = 0.0
+    delay: float = 0.0
+
+
+class Transport:
+    """One native thread with its links. Closing it ends the thread; a context manager does so."""
+
+    def __init__(
+        self,
+        shape: Shape | None = None,
+        *,
+        tls: _C.TlsContext | None = None,
+        idle_timeout: float = 60.0,
+        lanes: int = DEFAULT_LANES,
+    ) -> None:
+        """`tls`: every connection is in TLS, see `Tls.for_server` and `Tls.for_client`; None: none is.
+
+        `lanes`: connections a link may have, 1 to MAX_LANES: those opened to a server, or offered to a client.
+        """
+        if not 1 <= lanes <= MAX_LANES:
+            raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes}")
+        shape = shape or Shape()
+        self.encrypted = tls is not None
+        self._lanes = lanes
+        self.native = _C.Transport(bytes_per_second=shape.rate, delay=shape.delay, idle_timeout=idle_timeout, tls=tls)
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def listen(self, address: str, *, protected: bool, insecure: bool = False) -> str:
+        """Listens on "host:port" (port 0: any free one) and returns the address with the port taken.
+
+        An address that others can reach takes both TLS and `protected` (clients must prove who they are, by a token or
+        a certificate), or `insecure`. Raises ConfigError otherwise, and TransportError when the port is taken or the
+        host is not this machine's.
+        """
+        host, port = parse_address(address)
+        if not (insecure or _is_loopback(host)):
+            if not protected:
+                raise ConfigError(
+                    f"refusing to listen on {address} without protection: anyone who reaches it could join the run. "
+                    "Set a token, ask for client certificates, listen on 127.0.0.1, or say --insecure when the network "
+                    "itself is trusted"
+                )
+            if not self.encrypted:
+                raise ConfigError(
+                    f"refusing to listen on {address} without TLS: the token keeps strangers out, but whoever is on "
+                    "the way could read and change everything, and take over a connection that has proved it. Give "
+                    "--tls-cert and --tls-key (`parablock certs` makes them), listen on 127.0.0.1, or say --insecure "
+                    "when the network itself is trusted"
+                )
+        try:
+            taken = self.native.listen(host, port)
+        except OSError as error:
+            raise TransportError(
+                f"cannot listen on {address}: {_why(error)}; is another server running there?"
+            ) from error
+        return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
+
+    def connect(self, address: str, *, tries: int = 8, timeout: float = 5.0) -> int:
+        """Connects to "host:port" and returns the link. Waits between tries: 0.1 s, doubled up to 5 s.
+
+        Raises ConnectError with the address when all tries fail.
+        """
+        host, port = parse_address(address)
+        for attempt in range(1, tries + 1):
+            try:
+                return self.native.connect(host or "127.0.0.1", port, timeout)
+            except OSError as error:
+                if attempt == tries:
+                    raise ConnectError(
+                        f"no server at {address} after {tries} tries ({_why(error)}); is `parablock serve` running "
+                        "there, and does a firewall let this port through?"
+                    ) from error
+                time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
+        raise ConfigError(f"tries must be at least 1; found {tries}")
+
+    def offer_lanes(self, link: int) -> protocol.Lanes | None:
+        """Lets the peer, who has proved who it is, open further lanes: what to tell it. None: one is all."""
+        if self._lanes == 1:
+            return None
+        return protocol.Lanes(most=self._lanes, key=self.native.offer_lanes(link, self._lanes - 1))
+
+    def open_lanes(self, link: int, offer: protocol.Lanes) -> None:
+        """Opens as many further lanes as the server offers and this side wants; waits for the connections.
+
+        A network that allows one connection alone gets a warning: the link works with one.
+        """
+        more = min(self._lanes, offer.most) - 1
+        if more <= 0:
+            return
+        try:
+            self.native.attach_lanes(link, offer.key, more, _LANE_TIMEOUT_S)
+        except OSError as error:
+            log.warning("going on with one connection to the server: no further one could be opened (%s)", error)
+        except ValueError as error:
+            log.warning("no further connections to the server: %s", error)
+
+    def send_message(self, link: int, message: protocol.Message) -> None:
+        """Queues a control message; it overtakes data that waits."""
+        self.native.send_control(link, protocol.encode(message))
+
+    def next_event(self, timeout: float) -> _C.Event | None:
+        """The next event, or None after `timeout` seconds. The GIL is free while waiting, and Ctrl-C is seen."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            event = self.native.next_event(max(0.0, min(left, _LONGEST_WAIT_S)))
+            if event is not None or left <= _LONGEST_WAIT_S:
+                return event
+
+    def waiting_events(self) -> Iterator[_C.Event]:
+        """Every event that is there already; never waits."""
+        while (event := self.native.next_event(0.0)) is not None:
+            yield event
+
+    def close(self, flush: float = 5.0) -> None:
+        """Lets queued messages leave for at most `flush` seconds, closes every link and ends the thread."""
+        self.native.close(flush)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _why(error: OSError) -> str:
+    """The reason alone: the native message has the address, and so has ours. A resolver's reason stands in brackets."""
+    _, opened, reason = str(error.strerror).partition("(")
+    return reason.partition(")")[0] if opened else os.strerror(error.errno or 0)

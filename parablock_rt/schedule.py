@@ -6,6 +6,10 @@ Nothing here depends on Python's or torch's generators, whose streams may change
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+
+from parablock_rt import codec
+from parablock_rt.config import RunConfig
 
 
 def _draws(seed: int, purpose: str, index: int, count: int) -> list[bytes]:
@@ -37,3 +41,28 @@ def cohort_of(seed: int, round: int, clients: int, size: int) -> frozenset[int]:
     if size >= clients:
         return frozenset(range(clients))
     return frozenset(permutation(seed, "cohort", round, clients)[:size])
+
+
+class Schedule:
+    """The rounds of one run: what each trains, who trains in it, and what a body of it weighs."""
+
+    def __init__(self, config: RunConfig, flat_numels: Sequence[int]) -> None:
+        """`flat_numels`: the length of each block's flat index space, `Block.flat_numel`."""
+        self._config = config
+        self._flat_numels = tuple(flat_numels)
+
+    def block(self, index: int) -> int:
+        """The block that a round trains."""
+        return block_of(self._config.schedule, self._config.seed, index, len(self._flat_numels))
+
+    def numel(self, index: int) -> int:
+        """How many elements a body of a round has, those in its block's gaps with them."""
+        return self._flat_numels[self.block(index)]
+
+    def body_bytes(self, index: int) -> int:
+        """What a packed body of a round weighs, on its way up or down."""
+        return codec.body_bytes(self.numel(index), self._config.format)
+
+    def cohort(self, index: int) -> frozenset[int]:
+        """The seats whose holders train in a round."""
+        return cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)

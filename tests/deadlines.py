@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import parablock_rt as pb
-from parablock_rt.server.rounds import Deadline
+from parablock_rt.server.progress import Deadline
 
 _NEVER_S = 300.0
 
@@ -25,11 +25,13 @@ class _WithoutSeats(Deadline):
     @property
     def seconds(self) -> float:
         server = self._coordinator
-        index = server._oldest
-        if server._started_at is None or index == server.config.rounds:
+        index = server._progress.oldest
+        if not server._progress.started or server._progress.all_closed:
             return _NEVER_S
         round = server._rounds[index]
-        missing = round.cohort - round.uploads.keys() - round.refused.keys() - server._uplink.waiting(index)
+        missing = (
+            round.cohort - round.uploads.keys() - round.refused.keys() - server._participants.uplink.waiting(index)
+        )
         return 0.0 if missing and missing <= set(self._given_up(index)) else _NEVER_S
 
     @property
@@ -40,7 +42,7 @@ class _WithoutSeats(Deadline):
 def do_not_wait_for(server: pb.Server, seats: Callable[[int], Collection[int]]) -> None:
     """The deadline of a round passes when only these seats' uploads are missing. `seats` of a round: asked whenever
     the server looks at the clock."""
-    server._coordinator._deadline = _WithoutSeats(server, seats)
+    server._coordinator._progress.deadline = _WithoutSeats(server, seats)
 
 
 def do_not_wait_for_the_gone(server: pb.Server) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from parablock_rt.server import checkpoint
 from parablock_rt.server.checkpoint import Checkpoint
-from parablock_rt.server.coordinator import Coordinator
+from parablock_rt.server.closing import Closing
 from parablock_rt.server.members import Member
+from parablock_rt.server.roster import Roster
 from parablock_rt.server.rounds import Delivery, Round
 from parablock_rt.wire import protocol
 from parablock_rt.wire.transport import Transport
@@ -45,10 +46,10 @@ def _after_the_first_fold(round: int, die: Callable[[], NoReturn]) -> None:
 
 def _in_the_broadcast(round: int, die: Callable[[], NoReturn]) -> None:
     """One client has been told that the round is closed, or may have been; the others have not."""
-    say = Coordinator._say
+    say = Roster.say
     told: list[int] = []
 
-    def say_and_die(self: Coordinator, member: Member, message: protocol.Message) -> None:
+    def say_and_die(self: Roster, member: Member, message: protocol.Message) -> None:
         if isinstance(message, protocol.Update) and message.round == round:
             if told:
                 self._transport.close(flush=1.0)  # what was said leaves
@@ -56,7 +57,7 @@ def _in_the_broadcast(round: int, die: Callable[[], NoReturn]) -> None:
             told.append(member.seat)
         say(self, member, message)
 
-    Coordinator._say = say_and_die  # type: ignore[method-assign]
+    Roster.say = say_and_die  # type: ignore[method-assign]
 
 
 def _with_half_a_round_file(round: int, die: Callable[[], NoReturn]) -> None:
@@ -86,11 +87,11 @@ def _before_the_record(round: int, die: Callable[[], NoReturn]) -> None:
 
 def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
     """The journal ends in the middle of the record that the round is closed. The aggregate's bytes have left."""
-    append, close = Checkpoint.append, Coordinator._close
+    append, close = Checkpoint.append, Closing._close
     transports: list[Transport] = []
 
-    def note_transport(self: Coordinator, *args: Any) -> None:
-        transports.append(self._transport)
+    def note_transport(self: Closing, *args: Any) -> None:
+        transports.append(self._roster._transport)
         close(self, *args)
 
     def append_half(self: Checkpoint, *records: checkpoint.Record) -> None:
@@ -102,7 +103,7 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
             transports[-1].close(flush=1.0)
             die()
 
-    Coordinator._close = note_transport  # type: ignore[method-assign]
+    Closing._close = note_transport  # type: ignore[method-assign]
     Checkpoint.append = append_half  # type: ignore[method-assign]
 
 

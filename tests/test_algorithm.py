@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from parablock_rt.client.replica import Replica
 from parablock_rt.client.run import Run
 from parablock_rt.errors import DigestError
-from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.master import Master, ServerOptimizer
+from parablock_rt.server.participants import Participants
 
 # ---- Against a plain loop
 
@@ -258,19 +258,19 @@ def test_after_every_round_each_clients_reference_has_the_servers_fingerprint(
     """Recomputed here from the bytes that each client holds, and compared with what the clients told the server."""
     held: dict[int, dict[int, int]] = {}
     told: list[tuple[int, int, int]] = []
-    apply, check = Replica.apply, Coordinator._check_applied
+    apply, check = Replica.apply, Participants._take_applied
 
     def spy(self: Replica, round: int, block: int, *rest: Any) -> None:
         apply(self, round, block, *rest)
         (flat,) = self._states[block].reference or self.blocks[block].flats
         held.setdefault(id(self), {})[round] = statement.fingerprint(to_numpy(flat).tobytes())
 
-    def listen(self: Coordinator, member: Any, message: Any) -> None:
+    def listen(self: Participants, member: Any, message: Any) -> None:
         told.append((member.seat, message.round, message.fingerprint))
         check(self, member, message)
 
     monkeypatch.setattr(Replica, "apply", spy)
-    monkeypatch.setattr(Coordinator, "_check_applied", listen)
+    monkeypatch.setattr(Participants, "_take_applied", listen)
     result = Case(ONE, torch.bfloat16, settings={"staleness": staleness}).run()
     expected = dict(enumerate(result.fingerprints))
     assert len(set(expected.values())) == 10

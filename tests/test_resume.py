@@ -113,7 +113,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(start: Start, way: str,
 def running_lost(running: Any, count: int) -> None:
     """Waits until the server has noticed that so many connections are broken."""
     deadline = time.monotonic() + WAIT_S
-    while len(running._coordinator._attendance.lost) < count:
+    while len(running._coordinator._participants.attendance.lost) < count:
         assert time.monotonic() < deadline, "the server noticed nothing"
         running._ended.wait(0.02)
 

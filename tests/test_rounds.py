@@ -86,24 +86,25 @@ class Gathering:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, clients: int) -> None:
         self.due: dict[int, bool] = {}
         self.passes: dict[int, list[int]] = {}
-        fold, close = Round.fold, Coordinator._close
+        fold, settle = Round.fold, Coordinator._settle
 
         def count(round: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
             self.passes.setdefault(round.index, []).append(len(deliveries))
             return fold(round, deliveries, format)
 
-        def close_then_gather(server: Coordinator, round: Round) -> None:
-            close(server, round)
-            while round.index == 0 and len(server._uplink.waiting(1)) < clients:
-                server._intake.let_in(1)
+        def settle_then_gather(server: Coordinator, *, idle: bool = False) -> None:
+            settle(server, idle=idle)
+            uplink, intake = server._participants.uplink, server._participants.intake
+            while server._progress.oldest == 1 and 1 not in self.passes and len(uplink.waiting(1)) < clients:
+                intake.let_in(1)
                 event = server._transport.next_event(WAIT_S)
                 assert event is not None
                 server._take(event)
-                if waiting := server._uplink.waiting(1):
-                    self.due[len(waiting)] = server._uplink.is_worth_a_pass(1)
+                if waiting := uplink.waiting(1):
+                    self.due[len(waiting)] = uplink.is_worth_a_pass(1)
 
         monkeypatch.setattr(Round, "fold", count)
-        monkeypatch.setattr(Coordinator, "_close", close_then_gather)
+        monkeypatch.setattr(Coordinator, "_settle", settle_then_gather)
 
 
 def federate(

@@ -18,7 +18,7 @@ from parablock_rt.client.replica import Handover, Replica
 from parablock_rt.client.server_link import ServerLink
 from parablock_rt.config import RunConfig
 from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.schedule import block_of
+from parablock_rt.schedule import Schedule
 from parablock_rt.staging.device_stager import DeviceStager
 from parablock_rt.staging.stager import Stager
 from parablock_rt.wire import protocol
@@ -38,6 +38,7 @@ class Exchange:
         timeline: Timeline,
     ) -> None:
         """`plan`: of the replica's blocks, which are materialised. Closes nothing of what it is given."""
+        self.schedule = Schedule(config, [block.flat_numel for block in plan.blocks])
         self.exposed_s = 0.0  # seconds that the training thread was blocked on communication
         self.bad_groups = 0
         self._link = link
@@ -59,10 +60,6 @@ class Exchange:
         self._applied = updates_from - 1
         self._posted = self._applied
         self._post_updates()
-
-    def block_of(self, round: int) -> int:
-        """The block that a round trains."""
-        return block_of(self._config.schedule, self._config.seed, round, len(self._plan.blocks))
 
     # ---- Up
 
@@ -89,7 +86,7 @@ class Exchange:
         """Queues what `pack` has begun, with its message. `finite`: whether the block's weights all are."""
         self._report_applied()
         self._link.send_upload(upload, handover.encoding)
-        others_pending = any(self.block_of(q) == handover.block for q in range(self._applied + 1, handover.round))
+        others_pending = any(self.schedule.block(q) == handover.block for q in range(self._applied + 1, handover.round))
         self._replica.hand_over(handover, ref, finite=finite, others_pending=others_pending)
         self._handed_over = handover.round
         self._in_flight.append(handover)
@@ -143,7 +140,7 @@ class Exchange:
             self._wait_for_aggregate(round)
             self._take_verdicts()  # the one on this round came before its aggregate, which is the end of the hand-over
             arrival = self._link.take_arrival(round)
-            block = self.block_of(round)
+            block = self.schedule.block(round)
             if round >= self._versions[block]:  # else the block came whole, with this round in it
                 assert isinstance(arrival.message, protocol.Update)  # it has arrived
                 self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
@@ -175,7 +172,7 @@ class Exchange:
 
     def _wait_for_aggregate(self, round: int) -> None:
         """Returns when the round's aggregate is here, or its block has come whole instead."""
-        block = self.block_of(round)
+        block = self.schedule.block(round)
 
         def settled() -> bool:
             replaced = self._link.replaced(round, block) and self._versions[block] > round
@@ -210,7 +207,7 @@ class Exchange:
         last = min(self._applied + self._config.staleness + 2, self._config.rounds - 1)
         while self._posted < last:
             self._posted += 1
-            block = self.block_of(self._posted)
+            block = self.schedule.block(self._posted)
             numel = self._plan.blocks[block].flat_numel
             landing = self._stager.landing(numel, self._config.format, self._config.chunk)
             self._link.post_update(self._posted, block, landing)

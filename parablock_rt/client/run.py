@@ -31,7 +31,6 @@ from parablock_rt.client.server_link import ServerLink
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.observe import profiling
 from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.schedule import cohort_of
 from parablock_rt.stages import StageSeconds
 from parablock_rt.staging.device_stager import DeviceStager, stager_for
 from parablock_rt.staging.stager import Stager
@@ -313,15 +312,14 @@ class Run:
         before = self.exposed_s
         while index < self.config.rounds:
             self._exchange.apply_through(index - 1 - self.config.staleness)
-            cohort = cohort_of(self.config.seed, index, self.config.clients, self.config.cohort_size)
             self._link.check()
-            if self.client in cohort and not self._link.closed(index):
+            if self.client in self._exchange.schedule.cohort(index) and not self._link.closed(index):
                 break
             index += 1
         else:
             self._finish()
             return
-        block = self._exchange.block_of(index)
+        block = self._exchange.schedule.block(index)
         flat = self._blocks[block]
         flat.check_homed()
         self._exchange.wait_encoded(block)

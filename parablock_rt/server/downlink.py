@@ -13,7 +13,9 @@ import torch
 from parablock_rt import _C
 from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.server import recovery
 from parablock_rt.server.backlog import Backlog, Kept
+from parablock_rt.server.checkpoint import Checkpoint, Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.rounds import Round
 from parablock_rt.staging.stager import Encoding, Stager
@@ -42,6 +44,11 @@ class Downlink:
         """Where its buffers come from, for others that need some."""
         return self._stager.buffers
 
+    @property
+    def fingerprints(self) -> list[int]:
+        """Of every block's bits as they are now, which is what the clients get."""
+        return self._master.fingerprints
+
     def aggregate(self, round: Round, links: Iterable[int]) -> tuple[Encoding, int]:
         """Moves the model by the round's mean and sends the change, while it is being encoded.
 
@@ -56,17 +63,17 @@ class Downlink:
         encoding.wait()
         self._timeline.stages.add("encode", *encoding.span_ns)
         with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, **key, bytes=encoding.nbytes):
-            return encoding, self._master.land(round.block, encoding)
+            return encoding, self._master.apply(round.block, encoding)
 
     def keep(self, update: protocol.Update, encoding: Encoding) -> None:
         """Keeps an aggregate for those who come back."""
         self.backlog.add(Kept(update, encoding.nbytes, encoding.source, lambda: self._stager.release(encoding)))
 
-    def restore(self, kept: Iterable[Kept], nbytes: int) -> None:
-        """Takes up where an earlier server ended, which had kept these aggregates and sent `nbytes`."""
-        for one in kept:
-            self.backlog.add(one)
-        self.nbytes = nbytes
+    def restore(self, past: Past, state: Checkpoint) -> None:
+        """Takes up where an earlier server ended. Raises CheckpointError when an aggregate that it kept is damaged."""
+        for kept in recovery.aggregates(past, state, self._master, self._transport, self.buffers):
+            self.backlog.add(kept)
+        self.nbytes = past.closed[-1].closed.bytes_down if past.closed else 0
 
     def send_again(self, link: int, round: int) -> None:
         """Sends the aggregate of a closed round once more."""

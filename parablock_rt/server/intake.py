@@ -7,11 +7,9 @@ Knows nothing of what an upload holds. The server's thread alone uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from parablock_rt import _C, codec
+from parablock_rt import _C
 from parablock_rt.config import RunConfig
-from parablock_rt.schedule import cohort_of
+from parablock_rt.schedule import Schedule
 from parablock_rt.server.members import Member, Posted
 from parablock_rt.server.roster import Roster
 from parablock_rt.wire import protocol
@@ -30,15 +28,15 @@ class Intake:
         buffers: BufferPool,
         roster: Roster,
         config: RunConfig,
-        numel_of: Callable[[int], tuple[int, int]],
+        schedule: Schedule,
         budget: int = LARGEST_UPLOAD_BUDGET,
     ) -> None:
-        """`numel_of`: the block of a round and how many elements it has."""
+        """`budget`: bytes of uploads that are not folded yet, one upload apart."""
         self._transport = transport
         self._buffers = buffers
         self._roster = roster
         self._config = config
-        self._numel_of = numel_of
+        self._schedule = schedule
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
         self.is_short = False  # whether somebody was left out for want of room when members were let in last
@@ -53,18 +51,18 @@ class Intake:
         next_in_line = self._next_in_line(oldest)
         left_out: set[Member] = set()  # a later block may be smaller and fit, but must not go before an earlier one
         for index in range(oldest, min(oldest + self._config.staleness + 2, self._config.rounds)):
-            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
+            cohort, nbytes = self._schedule.cohort(index), self._schedule.body_bytes(index)
             for member in self._roster.here:
                 if not member.begun or member.next_post > index or member.seat not in cohort or member in left_out:
                     continue
-                full = held + self.nbytes_of(index) > self.budget
+                full = held + nbytes > self.budget
                 if full and not (index == oldest and member is next_in_line):
                     left_out.add(member)
                     continue
                 self._post(member, index)
                 if member is next_in_line:
                     next_in_line = None
-                held += self.nbytes_of(index)
+                held += nbytes
         self.is_short = bool(left_out)
 
     def resume(self, member: Member) -> None:
@@ -113,29 +111,23 @@ class Intake:
             self._buffers.give_back(posted.buffer)
         member.posted.clear()
 
-    def nbytes_of(self, round: int) -> int:
-        """What a round's upload weighs."""
-        return codec.body_bytes(self._numel_of(round)[1], self._config.format)
-
     def _next_in_line(self, oldest: int) -> Member | None:
         """The first member whose upload of the oldest open round is ready; None when one of these has been let in."""
         ready = [m for m in self._roster.here if oldest in m.announced]
         if any(oldest in m.posted for m in ready):
             return None
-        cohort = cohort_of(self._config.seed, oldest, self._config.clients, self._config.cohort_size)
+        cohort = self._schedule.cohort(oldest)
         return next((m for m in ready if m.next_post <= oldest and m.seat in cohort), None)
 
     def _post(self, member: Member, round: int) -> None:
-        nbytes = self.nbytes_of(round)
-        block, _ = self._numel_of(round)
-        member.posted[round] = Posted(round, block, self._buffers.take(nbytes), nbytes)
+        nbytes = self._schedule.body_bytes(round)
+        member.posted[round] = Posted(round, self._schedule.block(round), self._buffers.take(nbytes), nbytes)
         member.next_post = round + 1
         self._receive(member, member.posted[round])
 
     def _receive(self, member: Member, posted: Posted) -> None:
         assert member.link is not None
-        _, numel = self._numel_of(posted.round)
-        layout = body_layout(self._config.format, numel, self._config.chunk)
+        layout = body_layout(self._config.format, self._schedule.numel(posted.round), self._config.chunk)
         self._transport.native.receive(
             member.link, Kind.UPLOAD, posted.round, posted.block, posted.buffer, layout, posted.received
         )

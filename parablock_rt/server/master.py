@@ -72,7 +72,7 @@ class Master:
     def __init__(self, blocks: list[FlatBlock], format: str, optimizer: ServerOptimizer) -> None:
         self.blocks = blocks
         self.format = format
-        self.fingerprints = [fingerprint(block) for block in blocks]  # of the reference, kept up to date by `land`
+        self.fingerprints = [fingerprint(block) for block in blocks]  # of the reference, kept up to date by `apply`
         self._optimizer = optimizer
         self._x: dict[int, Tensor] = {}
 
@@ -113,7 +113,7 @@ class Master:
     def step(self, round: int, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int) -> Encoding:
         """Moves the master by the round's mean and begins to encode what the clients get. `mean` is overwritten.
 
-        The encoding's source may be sent at once; `land` must follow before the block is touched again.
+        The encoding's source may be sent at once; `apply` must follow before the block is touched again.
         """
         x = self.x(block)
         self._optimizer.step(block, x, mean)
@@ -123,7 +123,7 @@ class Master:
         ]
         return stager.encode(pieces, self.format, chunk, transport, kind=Kind.UPDATE, round=round, block=block)
 
-    def land(self, block: int, encoding: Encoding) -> int:
+    def apply(self, block: int, encoding: Encoding) -> int:
         """Waits for the encoding, moves the reference by it and returns the reference's fingerprint."""
         encoding.wait()
         self.blocks[block].check_homed()

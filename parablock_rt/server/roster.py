@@ -64,6 +64,12 @@ class Roster:
         """Who holds a seat."""
         return self._seats.get(seat)
 
+    def say(self, member: Member, message: protocol.Message) -> None:
+        """Sends a member a message, if messages reach it."""
+        if member.here:
+            assert member.link is not None
+            self._transport.send_message(member.link, message)
+
     def restore(self, member: Member) -> None:
         """Puts back a member of an earlier server's; its connection is broken."""
         self._seats[member.seat] = member

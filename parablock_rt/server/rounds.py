@@ -7,7 +7,7 @@ long folding takes: times are passed in. One thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from parablock_rt import stages
 from parablock_rt.codec import Accumulator, Contribution
-from parablock_rt.config import RunConfig
 from parablock_rt.errors import CodecError, RoundError
-from parablock_rt.schedule import cohort_of
+from parablock_rt.schedule import Schedule
 from parablock_rt.server.outcome import ClosedRound, Part
 from parablock_rt.wire.protocol import Upload
 
@@ -125,18 +124,16 @@ class Round:
 class OpenRounds:
     """The rounds that are not closed yet, made when they are first asked for. Their sums are used again."""
 
-    def __init__(self, config: RunConfig, numel_of: Callable[[int], tuple[int, int]]) -> None:
-        """`numel_of`: the block of a round and how many elements it has."""
-        self._config = config
-        self._numel_of = numel_of
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
         self._rounds: dict[int, Round] = {}
         self._spare_sums: list[Accumulator] = []
 
     def __getitem__(self, index: int) -> Round:
         if index not in self._rounds:
-            block, numel = self._numel_of(index)
-            cohort = cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)
-            self._rounds[index] = Round(index, block, cohort, self._take_sum(numel))
+            schedule = self._schedule
+            sum_ = self._take_sum(schedule.numel(index))
+            self._rounds[index] = Round(index, schedule.block(index), schedule.cohort(index), sum_)
         return self._rounds[index]
 
     def uploads_of(self, index: int) -> dict[int, Upload]:
@@ -154,39 +151,3 @@ class OpenRounds:
             if spare.numel == numel:
                 return self._spare_sums.pop(i)
         return Accumulator(numel)
-
-
-class Deadline:
-    """How long the oldest open round may stay open: a fixed time, or one that follows the rounds seen so far.
-
-    Adaptive: ten times the longest of the last rounds, at least 30 s; ten minutes before the first round has closed.
-    """
-
-    _FIRST_S = 600.0
-    _LEAST_S = 30.0
-    _RETURN_S = 300.0
-    _FACTOR = 10.0
-    _REMEMBERED = 8
-
-    def __init__(self, fixed: float | None) -> None:
-        self._fixed = fixed
-        self._seen: list[float] = []
-
-    def saw(self, seconds: float) -> None:
-        """Notes how long a round stayed the oldest open one."""
-        self._seen = [*self._seen[-self._REMEMBERED + 1 :], seconds]
-
-    @property
-    def seconds(self) -> float:
-        """The limit for the round that is open now."""
-        if self._fixed is not None:
-            return self._fixed
-        if not self._seen:
-            return self._FIRST_S
-        return max(self._LEAST_S, self._FACTOR * max(self._seen))
-
-    @property
-    def without_quorum(self) -> float:
-        """How long a round that cannot be closed without clients whose connections broke waits for them to come back:
-        the fixed time, or at least five minutes."""
-        return self._fixed if self._fixed is not None else max(self._RETURN_S, self.seconds)

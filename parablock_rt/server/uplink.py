@@ -48,6 +48,10 @@ class Uplink:
         self._format = format
         self._waiting: dict[int, list[tuple[Member, Posted, Delivery]]] = {}  # by round
 
+    def restore(self, nbytes: int) -> None:
+        """Goes on counting where an earlier server ended."""
+        self.nbytes = nbytes
+
     def take(self, member: Member, arrived: _C.Event) -> bool:
         """Takes in the upload whose last byte has arrived. Returns whether there was one that is still wanted and was
         announced."""

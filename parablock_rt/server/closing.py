@@ -1,0 +1,137 @@
+"""The end of a round: when the oldest open one closes, and what happens then, in which order.
+
+The model moves, the round is put on the disk, and only then is anybody told. The server's thread alone uses it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import RoundError
+from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.server import comeback
+from parablock_rt.server.downlink import Downlink
+from parablock_rt.server.journal import Journal
+from parablock_rt.server.outcome import ClosedRound, Outcome
+from parablock_rt.server.participants import Participants
+from parablock_rt.server.progress import Progress
+from parablock_rt.server.rounds import OpenRounds, Round
+from parablock_rt.staging.stager import Encoding
+from parablock_rt.wire import protocol
+
+
+class Closing:
+    """Closes the rounds of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        progress: Progress,
+        rounds: OpenRounds,
+        participants: Participants,
+        downlink: Downlink,
+        journal: Journal,
+        timeline: Timeline,
+        outcome: Outcome,
+        on_round: Callable[[ClosedRound], None] | None,
+    ) -> None:
+        """`on_round`: called after each round that closes."""
+        self._config = config
+        self._progress = progress
+        self._rounds = rounds
+        self._participants = participants
+        self._roster = participants.roster
+        self._attendance = participants.attendance
+        self._downlink = downlink
+        self._journal = journal
+        self._timeline = timeline
+        self._outcome = outcome
+        self._on_round = on_round
+
+    def close_due(self) -> None:
+        """Closes the oldest open rounds, in order, as long as nothing more is expected for them.
+
+        Raises RoundError when one can never close, CheckpointError when the disk fails.
+        """
+        while self._progress.started and not self._progress.all_closed:
+            round = self._rounds[self._progress.oldest]
+            if overdue := self._progress.overdue:
+                self._participants.fold()
+            waited_for = self._attendance.outstanding(round)
+            if waited_for and not overdue:
+                return
+            if len(round.uploads) < self._config.quorum_size:
+                if self._may_reach_quorum(waited_for):
+                    return
+                raise RoundError(self._without_quorum(round))
+            self._attendance.give_up(waited_for)
+            self._close(round)
+
+    def _may_reach_quorum(self, waited_for: set[int]) -> bool:
+        """Whether some of those whose uploads are missing lost their connection not so long ago."""
+        lost = {member.seat for member in self._attendance.lost}
+        return bool(waited_for & lost) and self._progress.open_s < self._progress.deadline.without_quorum
+
+    def _without_quorum(self, round: Round) -> str:
+        missing = self._attendance.who_is_missing(round, self._outcome.left)
+        return (
+            f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients delivered in "
+            f"the {self._progress.open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
+            f"({missing}); restart them, or set a lower --quorum or a longer --deadline"
+        )
+
+    def _close(self, round: Round) -> None:
+        start_ns = time.monotonic_ns()
+        folded = [end for _, end in round.fold_span_ns.values()]
+        self._timeline.stages.add("wait", min(folded, default=start_ns), start_ns)
+        receivers = [m for m in self._roster.here if m.ready and m.updates_from <= round.index]
+        # The bytes of the aggregate are on their way from here on, but nobody applies them before it is announced.
+        encoding, value = self._downlink.aggregate(round, [m.link for m in receivers if m.link is not None])
+        update = protocol.Update(
+            round=round.index,
+            block=round.block,
+            fingerprint=value,
+            contributions=len(round.uploads),
+            bad_groups=round.accumulator.bad_groups,
+        )
+        closed = self._record_of(round, encoding, value)
+        self._journal.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
+        self._say_verdicts(round)
+        for member in receivers:
+            wait_s = round.waited_s(member.seat, start_ns)
+            self._roster.say(member, msgspec.structs.replace(update, wait_s=wait_s))
+        self._downlink.keep(update, encoding)
+        behind = [m.applied for m in self._roster.members if m.begun and m.goodbye is None]
+        self._downlink.backlog.drop_through(min(behind, default=round.index))
+        self._timeline.add(Stage.CLOSE, start_ns, time.monotonic_ns(), round=round.index, block=round.block)
+        self._timeline.drain()
+        self._outcome.rounds.append(closed)
+        self._rounds.retire(round)  # now, when nobody waits for it
+        self._progress.close_oldest(closed.open_s)
+        if self._on_round is not None:
+            self._on_round(closed)
+
+    def _record_of(self, round: Round, encoding: Encoding, fingerprint: int) -> ClosedRound:
+        return round.closed(
+            open_s=self._progress.open_s,
+            bad_groups=encoding.bad_groups,
+            bytes_up=self._participants.uplink.nbytes,
+            bytes_down=self._downlink.nbytes,
+            fingerprint=fingerprint,
+            server_stages=self._timeline.stages.take(),
+        )
+
+    def _say_verdicts(self, round: Round) -> None:
+        """Tells those whose uploads are in the sum, if they were to wait for the disk; and those who are too late."""
+        for seat in round.uploads if self._journal.is_kept else ():
+            if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
+                self._participants.say_verdict(holder, round.index, "", round.fold_s(seat))
+        for member in self._roster.members:
+            if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
+                continue
+            if member.here:
+                self._participants.say_verdict(member, round.index, comeback.LATE.format(round.index))

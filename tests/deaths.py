@@ -90,9 +90,9 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
     append, close = Checkpoint.append, Closing._close
     transports: list[Transport] = []
 
-    def note_transport(self: Closing, *args: Any) -> None:
+    def note_transport(self: Closing, *args: Any, **named: Any) -> None:
         transports.append(self._roster._transport)
-        close(self, *args)
+        close(self, *args, **named)
 
     def append_half(self: Checkpoint, *records: checkpoint.Record) -> None:
         before = os.fstat(self._journal).st_size

@@ -28,7 +28,7 @@ import transformers
 from processes import WAIT_S, Process, command, start_server, starter
 
 from parablock_rt import _C, cli, codec, demo
-from parablock_rt.blocks.fingerprint import fingerprint
+from parablock_rt.blocks.fingerprint import digest, fingerprint
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import PeerLostError
@@ -473,10 +473,10 @@ def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start:
     assert summary["complete"] is True
     assert summary["clients"] == 3
     assert summary["bytes_up"] == 4 * 3 * codec.body_bytes(TINY_BLOCK, "bf16")
-    digest = summary["digest"]["server"]
-    assert summary["digest"]["clients"] == [digest] * 3
+    ends_on = summary["digest"]["server"]
+    assert summary["digest"]["clients"] == [ends_on] * 3
     ends = [json.loads((tmp_path / f"c{i}" / "output").read_text()) for i in range(3)]
-    assert [end["digest"] for end in ends] == [digest] * 3
+    assert [end["digest"] for end in ends] == [ends_on] * 3
     assert sorted(end["client"] for end in ends) == [0, 1, 2]
     for i in range(3):
         assert read(tmp_path / f"c{i}" / "run" / "summary.json")["complete"] is True
@@ -487,7 +487,7 @@ def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start:
 
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "server" / "run" / "model", dtype=torch.float32)
     plan = BlockPlan.from_model(net)
-    assert digest(plan, [fingerprint(block) for block in plan.materialise(net)]) == digest
+    assert digest(plan, [fingerprint(block) for block in plan.materialise(net)]) == ends_on
     workload = Workload.for_model("tiny", eval_examples=8)
     after = finetune.evaluate(net, finetune.load(workload)[2], workload)
     assert after == pytest.approx(summary["eval_loss_after"], rel=1e-6)
@@ -551,7 +551,8 @@ def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
 def test_ctrl_c_ends_a_client_and_sigterm_the_server_with_partial_summaries(start: Start, tmp_path: Path) -> None:
     flags = "--rounds 100000 --blocks 2 --quorum 1 --deadline 60 --eval-examples 0"
     server, address = serve(start, tmp_path / "server", *flags.split())
-    leaver, stayer = (join(start, tmp_path / name, address) for name in ("leaver", "stayer"))
+    leaver = join(start, tmp_path / "leaver", address)
+    stayer = join(start, tmp_path / "stayer", address, "--reconnect", "1")
     metrics = tmp_path / "leaver" / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size, leaver.pause)
     leaver.signal(signal.SIGINT)
@@ -572,7 +573,11 @@ def test_ctrl_c_ends_a_client_and_sigterm_the_server_with_partial_summaries(star
         "Stopped before the end. What there is of it is in run; `parablock serve --resume run` goes" in said.read_text()
     )
     assert stayer.wait() == 1
-    assert "error: the server was stopped: " in (tmp_path / "stayer" / "errors").read_text()
+    said_last = (tmp_path / "stayer" / "errors").read_text()
+    assert "may be resumed in the 1 s that this client waits for it: the server was stopped: " in said_last
+    assert re.search(
+        "error: lost the server .*: it did not come back within 1 s .*; it had said: the server was", said_last
+    )
     assert read(tmp_path / "stayer" / "run" / "summary.json")["complete"] is False
     for name in ("server", "leaver", "stayer"):
         shown = (tmp_path / name / "errors").read_text()

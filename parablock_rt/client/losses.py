@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parablock_rt.codec import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from parablock_rt.errors import ConfigError
 
 
@@ -40,9 +40,9 @@ def as_number(value: float | Tensor) -> float | Tensor:
 
 
 def check_weight(weight: float | Tensor) -> float | Tensor:
-    """The weight, unless it is known here and not positive and finite: ConfigError."""
-    if not isinstance(weight, Tensor) and not (weight > 0 and math.isfinite(weight)):
-        raise ConfigError(f"weight must be positive and finite; found {weight!r}")
+    """The weight, unless it is known here and no contribution to a sum can have it: ConfigError."""
+    if not isinstance(weight, Tensor) and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # nor is a NaN
+        raise ConfigError(f"expected a weight from 2^-64 to 2^64, such as a count of tokens; found {weight!r}")
     return weight
 
 

@@ -385,7 +385,7 @@ class Run:
     def _goodbye(self, digest: str, reason: str) -> protocol.Goodbye:
         return protocol.Goodbye(
             digest=digest,
-            reason=reason,
+            reason=reason[: protocol.REASON_CHARS],
             compute_s=self.compute_s,
             exposed_s=self.exposed_s,
             reconnects=self.reconnects,

@@ -73,6 +73,7 @@ class ServerLink:
         self._closing = False
         self._error: ParaBlockError | None = None  # what the server says, or makes impossible
         self._lost: str | None = None  # why there is no connection and will not be one
+        self._stopped = ""  # what the server said of its end, if it may be resumed
         self._lost_at = 0.0  # when the connection broke
         self._tries = 0  # to replace it
 
@@ -108,7 +109,7 @@ class ServerLink:
                 self._send(goodbye)
         try:
             self.wait(lambda: self._farewell, "its farewell", min(self._patience, 2 * _FAREWELL_S))
-        except PeerLostError as error:
+        except (PeerLostError, HandshakeError) as error:  # gone, or a newcomer has the seat
             log.warning("the run is complete here, but the server may not know: %s", error)
 
     def close(self, goodbye: protocol.Goodbye | None) -> None:
@@ -307,6 +308,12 @@ class ServerLink:
 
     def _take_message(self, message: protocol.Message) -> None:
         match message:
+            case protocol.Failure(resumable=True) if self._begin is not None:
+                self._stopped = f"; it had said: {message.reason}"
+                log.warning(
+                    "the server at %s has stopped, and may be resumed in the %g s that this client waits for it: %s",
+                    *(self.address, self._reconnect_s, message.reason),
+                )
             case protocol.Failure():
                 raise error_from(message)
             case protocol.Lanes():
@@ -397,7 +404,7 @@ class ServerLink:
                     if final:
                         self._error = error
                     else:
-                        self._lost = f"it did not come back within {self._reconnect_s:g} s ({error})"
+                        self._lost = f"it did not come back within {self._reconnect_s:g} s ({error}){self._stopped}"
                     self._changed.notify_all()
                 return
             with self._changed:
@@ -415,6 +422,7 @@ class ServerLink:
     def _resume(self, message: protocol.Resume) -> None:
         """Goes on with everything that was on its way."""
         self._open = True
+        self._stopped = ""
         self._tries = 0
         self.reconnects += 1
         resumption = self._transit.resume(message)

@@ -27,12 +27,12 @@ class Attendance:
         self._absent = set(range(self._config.clients)) - {member.seat for member in members}
 
     def takes_part(self, member: Member) -> None:
-        """A member begins, or is back: rounds wait for it."""
+        """A member begins, is back or has trained a round: rounds wait for it."""
         self._absent.discard(member.seat)
 
     def give_up(self, seats: Iterable[int]) -> None:
-        """A round was closed without these: later ones do not wait for those of them that have no connection."""
-        self._absent |= set(seats) - {member.seat for member in self._roster.members if member.link is not None}
+        """A round was closed without these: later ones do not wait for them until they take part again."""
+        self._absent |= set(seats)
 
     def expected(self, round: Round) -> set[int]:
         """The seats whose delivery a round waits for: a seat may be vacant for a while, or begin later."""

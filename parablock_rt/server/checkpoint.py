@@ -40,6 +40,7 @@ FORMAT = 1
 _JOURNAL = "journal"
 _FRAME = struct.Struct("<II")  # length and CRC-32C of a record
 _MAX_RECORD = 64 * 2**20
+LEFT_KEPT = 100  # of those who left, the last
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -138,7 +139,7 @@ class Past:
                 self.seats[record.seat].first_round = record.first_round
             case Vacated() if record.seat in self.seats:
                 del self.seats[record.seat]
-                self.left.append(f"client {record.seat}: {record.reason}")
+                self.left = [*self.left, f"client {record.seat}: {record.reason}"][-LEFT_KEPT:]
             case Finished() if record.seat in self.seats:
                 self.seats[record.seat].finished = record.goodbye
             case Closed() if record.closed.round == len(self.closed):
@@ -167,17 +168,21 @@ class Checkpoint:
         """Begins the state of a new run. Raises CheckpointError when the folder holds a run or cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise CheckpointError(
-                f"{folder} holds the state of a run already; resume that run, or choose another folder"
-            ) from None
+            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise CheckpointError(f"the state cannot be written to {folder}: {error.strerror}") from error
-        _lock(journal, folder)
         checkpoint = cls(folder, journal)
-        checkpoint.append(begin)
-        _sync_folder(folder)
+        try:
+            _lock(journal, folder)
+            if os.fstat(journal).st_size > 0:  # an empty one is of a server that died before its first record
+                raise CheckpointError(
+                    f"{folder} holds the state of a run already; resume that run, or choose another folder"
+                )
+            checkpoint.append(begin)
+            _sync_folder(folder)
+        except BaseException:
+            checkpoint.close()
+            raise
         return checkpoint
 
     @classmethod

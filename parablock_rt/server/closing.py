@@ -69,7 +69,7 @@ class Closing:
                     return
                 raise RoundError(self._without_quorum(round))
             self._attendance.give_up(waited_for)
-            self._close(round)
+            self._close(round, complete=not waited_for)
 
     def _may_reach_quorum(self, waited_for: set[int]) -> bool:
         """Whether some of those whose uploads are missing lost their connection not so long ago."""
@@ -84,7 +84,7 @@ class Closing:
             f"({missing}); restart them, or set a lower --quorum or a longer --deadline"
         )
 
-    def _close(self, round: Round) -> None:
+    def _close(self, round: Round, *, complete: bool) -> None:
         start_ns = time.monotonic_ns()
         folded = [end for _, end in round.fold_span_ns.values()]
         self._timeline.stages.add("wait", min(folded, default=start_ns), start_ns)
@@ -111,7 +111,7 @@ class Closing:
         self._timeline.drain()
         self._outcome.rounds.append(closed)
         self._rounds.retire(round)  # now, when nobody waits for it
-        self._progress.close_oldest(closed.open_s)
+        self._progress.close_oldest(closed.open_s, complete=complete)
         if self._on_round is not None:
             self._on_round(closed)
 

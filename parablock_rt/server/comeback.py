@@ -18,7 +18,8 @@ def check(member: Member, message: protocol.Rejoin, oldest: int, staleness: int)
     """Raises HandshakeError when the client cannot be where it says; `oldest`: the oldest open round."""
     rounds = [message.handed_over, *message.undecided]
     possible = -1 <= message.applied < oldest and max(rounds) <= oldest + staleness
-    if not possible or min(rounds[1:], default=0) < 0 or len(message.undecided) > staleness + 3:
+    too_many = max(len(message.undecided), len(message.held)) > staleness + 3
+    if not possible or min(rounds[1:], default=0) < 0 or too_many:
         raise HandshakeError(f"client {member.seat} says that it is where it cannot be; join again for a snapshot")
 
 

@@ -73,7 +73,7 @@ class Coordinator:
         self._rounds = OpenRounds(schedule)
         stager = Stager(self.timeline.transfer_ring("pb-encode", plan, config, links=1))
         downlink = Downlink(transport, master, config.chunk, stager, self.timeline)
-        journal = Journal(state, master, self.timeline)
+        self._journal = journal = Journal(state, master, self.timeline)
         self._watch = Watch(config)
         self._participants = Participants(
             transport,
@@ -114,7 +114,8 @@ class Coordinator:
     def link_stats(self) -> dict[str, _C.LinkStats]:
         """What the link to each client is like now. Any thread."""
         native = self._transport.native
-        return {f"client-{m.seat}": native.stats(m.link) for m in self._roster.members if m.link is not None}
+        links = [(member.seat, member.link) for member in self._roster.members]  # once: they change meanwhile
+        return {f"client-{seat}": native.stats(link) for seat, link in links if link is not None}
 
     def stop(self, reason: str) -> None:
         """Ends the run soon; every client is told why. Any thread."""
@@ -159,18 +160,21 @@ class Coordinator:
             self._participants.intake.let_in(self._progress.oldest)
 
     def _tell_all(self, error: ParaBlockError) -> None:
+        """Why the run ends here; with a durable state it may be taken up by another process."""
+        resumable = self._journal.is_kept
+        failure = protocol.Failure(error=type(error).__name__, reason=str(error), resumable=resumable)
         for member in self._roster.members:
             if member.link is not None:
-                failure = protocol.Failure(error=type(error).__name__, reason=str(error))
                 self._transport.send_message(member.link, failure)
 
     # ---- Events
 
     def _take(self, event: _C.Event) -> None:
         kinds = _C.Event.Type
-        if event.type == kinds.CLOSED or (event.type == kinds.SENT and event.kind == Kind.SNAPSHOT):
-            self._participants.fold()  # who goes or begins now does so after what has arrived
         member = self._roster.on(event.link)
+        ends = event.type == kinds.CLOSED or (event.type == kinds.SENT and event.kind == Kind.SNAPSHOT)
+        if member is not None and ends:
+            self._participants.fold()  # who goes or begins now does so after what has arrived
         if event.type == kinds.CONNECTED:
             self._roster.connected(event.link, event.text, time.monotonic())
         elif event.type == kinds.CLOSED:
@@ -191,15 +195,19 @@ class Coordinator:
 
     def _take_message(self, link: int, data: bytes) -> None:
         """Hands a message to whom it concerns. What a client does wrong ends its link, never the run."""
+        candidate, member = self._roster.candidate(link), self._roster.on(link)
+        visits = self._visitors.serves(link)
+        if candidate is None and member is None and not visits:
+            return  # it was dismissed, and what it had sent before that is nobody's any more
         try:
             message = protocol.decode(data)
-            if not isinstance(message, (protocol.Upload, protocol.Applied)):
-                self._participants.fold()  # one who comes back, or leaves, is told of what has arrived
-            if (candidate := self._roster.candidate(link)) is not None:
+            if candidate is not None:
                 self._take_candidate(candidate, message)
-            elif self._visitors.serves(link):
+            elif visits:
                 self._visitors.take(link, message)
-            elif (member := self._roster.on(link)) is not None:
+            elif member is not None:
+                if not isinstance(message, (protocol.Upload, protocol.Applied)):
+                    self._participants.fold()  # one who comes back, or leaves, is told of what has arrived
                 self.timeline.seats[link] = member.seat
                 self._participants.take(member, message)
         except ParaBlockError as error:
@@ -224,10 +232,12 @@ class Coordinator:
     # ---- Time
 
     def _check_clock(self) -> None:
-        self._roster.check_clock(time.monotonic())
+        now = time.monotonic()
+        self._roster.check_clock(now)
         if (overdue := self._visitors.overdue()) is not None:
             self._dismiss(overdue, HandshakeError("measuring this link took longer than the server allows"))
-        self._participants.dismiss_laggards()
+        self._participants.dismiss_overdue(now)
+        self._participants.refuse_silent(now)
         attendance = self._participants.attendance
         if not self._progress.started:
             if self._progress.open_s > self._config.join_timeout:

@@ -6,12 +6,12 @@ who gets what, and says nothing about it to anybody. The server's thread alone u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from parablock_rt import _C
-from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.server import recovery
 from parablock_rt.server.backlog import Backlog, Kept
@@ -24,9 +24,18 @@ from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, raw_layout
 
 
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """A whole block as it was when somebody was sent it."""
+
+    source: _C.Source
+    nbytes: int
+    fingerprint: int
+
+
 class Downlink:
     """The way down, to all clients. `nbytes`: what was sent since the run began; a restored run goes on counting.
-    `backlog`: the aggregates that may have to be sent again."""
+    `backlog`: the aggregates that may have to be sent again. `snapshot_bytes`: what all blocks weigh, sent whole."""
 
     def __init__(self, transport: Transport, master: Master, chunk: int, stager: Stager, timeline: Timeline) -> None:
         """`chunk`: elements of a transfer's chunk."""
@@ -36,7 +45,10 @@ class Downlink:
         self._chunk = chunk
         self._stager = stager
         self._timeline = timeline
-        self.backlog = Backlog([sum(flat.nbytes for flat in block.flats) for block in master.blocks])
+        block_bytes = [sum(flat.nbytes for flat in block.flats) for block in master.blocks]
+        self.snapshot_bytes = sum(block_bytes)
+        self.backlog = Backlog(block_bytes)
+        self._copies: dict[int, _Copy] = {}
         self._mean = torch.empty(max(block.block.flat_numel for block in master.blocks))  # of the round that closes
 
     @property
@@ -81,7 +93,21 @@ class Downlink:
         self._send(link, Kind.UPDATE, round, kept.update.block, kept.source, kept.nbytes)
 
     def send_block(self, link: int, block: int) -> int:
-        """Sends a whole block as it is now. Returns the fingerprint of its bits."""
+        """Sends a whole block as it is now. Returns the fingerprint of its bits.
+
+        Many newcomers may want the same block: it is copied once for all who are sent it before it changes.
+        """
+        if (copy := self._copies.get(block)) is None or copy.fingerprint != self.fingerprints[block]:
+            copy = self._copies[block] = self._copy(block)
+        self._send(link, Kind.SNAPSHOT, 0, block, copy.source, copy.nbytes)
+        return copy.fingerprint
+
+    def keep_copies_of(self, blocks: Collection[int]) -> None:
+        """These blocks are on their way to somebody; copies of others are let go."""
+        for block in self._copies.keys() - set(blocks):
+            del self._copies[block]
+
+    def _copy(self, block: int) -> _Copy:
         flats = self._master.blocks[block].flats
         nbytes = sum(flat.nbytes for flat in flats)
         buffer = self.buffers.take(nbytes)
@@ -91,9 +117,8 @@ class Downlink:
             raw[start : start + flat.nbytes].view(flat.dtype).copy_(flat)
             start += flat.nbytes
         source = self._transport.native.make_source(buffer, raw_layout(nbytes, self._chunk), True)
-        self._send(link, Kind.SNAPSHOT, 0, block, source, nbytes)
-        self.buffers.give_back(buffer)
-        return fingerprint(flats)
+        self.buffers.give_back(buffer)  # which takes it as free once no source and no link has it
+        return _Copy(source, nbytes, self.fingerprints[block])
 
     def _send(self, link: int, kind: Kind, round: int, block: int, source: _C.Source, nbytes: int) -> None:
         self._transport.native.send(link, kind, round, block, source)

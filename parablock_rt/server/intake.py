@@ -111,6 +111,23 @@ class Intake:
             self._buffers.give_back(posted.buffer)
         member.posted.clear()
 
+    def silent(self, oldest: int, now: float, limit_s: float) -> list[Member]:
+        """Who has announced an upload of the oldest open round and room for it, over whose link nothing has moved for
+        `limit_s` seconds, while others wait for room. Looks at the links, and only then."""
+        announced = [member for member in self._roster.here if oldest in member.announced]
+        if all(oldest in member.posted for member in announced):
+            return []
+        silent = []
+        for member in announced:
+            if (posted := member.posted.get(oldest)) is None or member.link is None:
+                continue
+            moved = self._transport.native.stats(member.link).moved_bytes
+            if moved != posted.moved[0]:
+                posted.moved = moved, now
+            elif now - posted.moved[1] > limit_s:
+                silent.append(member)
+        return silent
+
     def _next_in_line(self, oldest: int) -> Member | None:
         """The first member whose upload of the oldest open round is ready; None when one of these has been let in."""
         ready = [m for m in self._roster.here if oldest in m.announced]

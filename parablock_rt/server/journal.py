@@ -48,7 +48,7 @@ class Journal:
             return
         with self._timeline.span(Stage.CHECKPOINT, round=round.index, block=round.block):
             self._state.write_round(round.index, self._master.state(round.block) | {"update": body})
-            verdicts = dict.fromkeys(round.uploads, "") | round.refused
+            verdicts = round.refused | dict.fromkeys(round.uploads, "")  # a seat may have had two holders
             self._state.append(checkpoint.Closed(closed=closed, update=update, verdicts=verdicts))
             self._latest[round.block] = round.index
             self._state.keep_rounds(wanted | set(self._latest.values()))

@@ -129,6 +129,7 @@ class Posted:
     buffer: _C.Buffer
     nbytes: int
     received: int = 0
+    moved: tuple[int, float] = (-1, 0.0)  # payload over the member's link when last looked at, and since when
     arrived: _C.Event | None = None  # its last byte, when that overtook the message that announces the upload
 
 
@@ -143,9 +144,11 @@ class Member:
     lost_at: float = 0.0  # when the connection broke
     lost_why: str = ""
     anew: bool = False  # it had this seat before, and its connection broke before it could begin
+    seated_at: float = 0.0  # when it got the seat, or came back to it
     rejoining: bool = False  # connected again, but it has not said where it stands
     ready: bool = False  # its Ready was checked
     to_send: list[int] = field(default_factory=list)  # blocks of the snapshot not sent yet
+    sending: int | None = None  # the one on its way
     synced: bool = False  # it holds the reference: nothing of the snapshot is on its way any more
     begun: bool = False
     first_round: int = 0
@@ -182,6 +185,7 @@ class Member:
         """The connection is gone. `unfinished`: the receives that were posted on it, and where to resume them."""
         self.link = None
         self.rejoining = False
+        self.sending = None
         self.lost_at, self.lost_why = now, why
         for kind, round, _, received in unfinished:
             if kind == Kind.UPLOAD and round in self.posted:

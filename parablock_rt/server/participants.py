@@ -13,7 +13,7 @@ from parablock_rt import _C
 from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.schedule import Schedule
-from parablock_rt.server import checkpoint, comeback, recovery
+from parablock_rt.server import checkpoint, comeback, recovery, roster
 from parablock_rt.server.attendance import Attendance
 from parablock_rt.server.checkpoint import Checkpoint, Past
 from parablock_rt.server.downlink import Downlink
@@ -33,6 +33,8 @@ from parablock_rt.wire.transport import Transport
 log = logging.getLogger("parablock")
 
 _STRANGER_LOG_S = 1.0
+_SILENT_S = 10.0
+_LEAST_READY_S = 60.0  # a large model's fingerprints take their time
 MAX_LAG = 32  # rounds that a connected client may leave its aggregates lying
 UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave lying, the newest ones apart
 
@@ -101,6 +103,7 @@ class Participants:
             raise HandshakeError(
                 f"an upload for round {message.round} was announced while round {self._progress.oldest} is open"
             )
+        self.attendance.takes_part(member)
         if message.round < self._progress.oldest:
             return  # it was closed meanwhile, and the client has been told
         if self.uplink.has(member.seat, message.round):
@@ -121,7 +124,8 @@ class Participants:
             raise DigestError(f"client {member.seat} ends with other bits than the server")
         self._outcome.goodbyes[member.seat] = message
         if message.reason:
-            self.roster.vacate(member, message.reason)
+            printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
+            self.roster.vacate(member, printable)
             return
         self._journal.note(checkpoint.Finished(seat=member.seat, goodbye=message))
         member.goodbye = message
@@ -146,6 +150,16 @@ class Participants:
             if folded.reason or not self._journal.is_kept:
                 self.say_verdict(folded.member, folded.round, folded.reason, folded.fold_s)
 
+    def refuse_silent(self, now: float) -> None:
+        """Room that others wait for is not kept for an upload of which nothing comes."""
+        oldest = self._progress.oldest
+        limit_s = min(_SILENT_S, self._progress.deadline.seconds / 2)
+        for member in self.intake.silent(oldest, now, limit_s):
+            reason = f"nothing of it came for {limit_s:g} s, and others waited for its room"
+            self._rounds[oldest].refused.setdefault(member.seat, reason)
+            self.intake.refuse(member, oldest)
+            self.say_verdict(member, oldest, reason)
+
     def say_verdict(self, member: Member, index: int, reason: str, fold_s: float = 0.0) -> None:
         """Tells a member what became of its upload for a round. `reason`: why it was refused, or an empty text."""
         if reason:
@@ -169,11 +183,12 @@ class Participants:
     def send_snapshot(self, member: Member) -> None:
         """Sends the next block that a member lacks, or lets it begin if it has not yet."""
         assert member.link is not None
-        if member.to_send:
-            block = member.to_send.pop(0)
-            value = self._downlink.send_block(member.link, block)
+        member.sending = member.to_send.pop(0) if member.to_send else None
+        self._downlink.keep_copies_of({m.sending for m in self.roster.members if m.sending is not None})
+        if member.sending is not None:
+            value = self._downlink.send_block(member.link, member.sending)
             version = self._progress.oldest
-            self.roster.say(member, protocol.Snapshot(block=block, version=version, fingerprint=value))
+            self.roster.say(member, protocol.Snapshot(block=member.sending, version=version, fingerprint=value))
         elif not member.begun:
             member.synced = True
             if self._progress.started:
@@ -223,6 +238,10 @@ class Participants:
         """Goes on with a client on its new connection: says the verdicts that it may have missed, which uploads are
         wanted and from which byte, and sends the aggregates of the rounds since, or their blocks."""
         assert member.link is not None
+        if member.goodbye is not None:  # all that it may have missed is the answer to that
+            member.rejoining = False
+            self.roster.say(member, protocol.Farewell())
+            return
         oldest = self._progress.oldest
         comeback.check(member, message, oldest, self._config.staleness)
         member.rejoining = False
@@ -284,19 +303,32 @@ class Participants:
         if (member := self.roster.on(link)) is not None:
             self.roster.vacate(member, str(error))
 
-    def dismiss_laggards(self) -> None:
-        """Who leaves more lying than is kept for one must join again."""
-        for member in [m for m in self.roster.here if m.begun and self._lags(m)]:
+    def dismiss_overdue(self, now: float) -> None:
+        """Ends the links of those who do not say what they must, or leave more lying than is kept for one."""
+        longest = max(_LEAST_READY_S, self._config.join_timeout)
+        for member in self.roster.members:
+            limit = roster.HANDSHAKE_S if member.rejoining else longest
+            if member.link is not None and (member.rejoining or not member.ready) and now - member.seated_at > limit:
+                where = "where it stands" if member.rejoining else "what its model holds"
+                self.dismiss(member.link, HandshakeError(f"a client has {limit:g} s to say {where}; join again"))
+        for member in [m for m in self.roster.here if m.ready and self._lags(m)]:
             assert member.link is not None
             behind = self._progress.oldest - 1 - member.applied
             reason = f"this client fell {behind} rounds behind; join again for a snapshot"
+            if not member.begun:
+                reason = (
+                    f"{behind} rounds have closed while this client took its snapshot: its link is too slow for them"
+                )
             self.dismiss(member.link, RoundError(reason))
 
     def _lags(self, member: Member) -> bool:
-        """Whether more is kept for a member than one may leave lying."""
+        """Whether more is kept for a member than one may leave lying. A snapshot may take many rounds, as long as their
+        aggregates weigh no more than the snapshot."""
         behind = range(max(member.applied + 1, member.updates_from), self._progress.oldest)
         newest = self._config.staleness + 2
         left_lying = sum(self._schedule.body_bytes(index) for index in behind[:-newest])
+        if not member.begun:
+            return left_lying > max(self._update_budget, self._downlink.snapshot_bytes)
         return len(behind) > member.max_lag or left_lying > self._update_budget
 
     def seated(self, member: Member) -> None:
@@ -308,7 +340,7 @@ class Participants:
         """For the roster: a seat is free, and with it what was kept of its holder."""
         self.intake.forget(member)
         self._journal.note(checkpoint.Vacated(seat=member.seat, reason=reason))
-        self._outcome.left.append(f"client {member.seat}: {reason}")
+        self._outcome.left = [*self._outcome.left, f"client {member.seat}: {reason}"][-checkpoint.LEFT_KEPT :]
         log.warning("client %d is gone: %s", member.seat, reason)
 
     # ---- After a restart of the server

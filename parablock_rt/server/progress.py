@@ -16,7 +16,9 @@ _PAUSED_S = 5.0  # a turn of the loop that took longer than this was a stopped p
 class Deadline:
     """How long the oldest open round may stay open: a fixed time, or one that follows the rounds seen so far.
 
-    Adaptive: ten times the longest of the last rounds, at least 30 s; ten minutes before the first round has closed.
+    Adaptive: ten times the longest of the last rounds in which nobody was missing, at least 30 s; ten minutes before
+    there is one. A round that ran to its deadline says nothing about how long one takes, and would make the next
+    deadline ten times as long.
     """
 
     _FIRST_S = 600.0
@@ -30,7 +32,7 @@ class Deadline:
         self._seen: list[float] = []
 
     def saw(self, seconds: float) -> None:
-        """Notes how long a round stayed the oldest open one."""
+        """Notes how long a round stayed the oldest open one that closed because everyone had delivered."""
         self._seen = [*self._seen[-self._REMEMBERED + 1 :], seconds]
 
     @property
@@ -92,9 +94,11 @@ class Progress:
         if started:
             self.started_at = self.oldest_since
 
-    def close_oldest(self, open_s: float) -> None:
-        """The oldest open round was closed after so many seconds; the next one is the oldest."""
-        self.deadline.saw(open_s)
+    def close_oldest(self, open_s: float, *, complete: bool) -> None:
+        """The oldest open round was closed after so many seconds; the next one is the oldest. `complete`: everyone who
+        was waited for had delivered."""
+        if complete:
+            self.deadline.saw(open_s)
         self.oldest += 1
         self.oldest_since = time.monotonic()
 

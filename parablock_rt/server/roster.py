@@ -130,9 +130,9 @@ class Roster:
                 self._seating.dismiss(candidate.link, error)
 
     def _secret_of(self, seat: int, *, begun: bool = True) -> bytes | None:
-        """What its holder proves a seat with; `begun`: only of one who has begun, and can go on."""
+        """What its holder proves a seat with; `begun`: only of one who has begun, and can go on or hear a farewell."""
         member = self._seats.get(seat)
-        if member is None or (begun and not member.begun) or member.goodbye is not None:
+        if member is None or (not member.begun if begun else member.goodbye is not None):
             return None
         return member.secret
 
@@ -150,7 +150,7 @@ class Roster:
                 raise HandshakeError(f"seat {candidate.seat} was given up meanwhile: join again to get a snapshot")
             if member.link is None:  # else the end of the old connection is on its way
                 member.rejoining = True
-                self._seat(candidate, member)
+                self._seat(candidate, member, now)
                 answer = candidate.welcome_back(member.seat, member.secret, self._identity)
                 self._transport.send_message(candidate.link, answer)
                 self._offer_lanes(candidate.link)
@@ -164,7 +164,7 @@ class Roster:
         member = Member(seat, handshake.secret(), candidate.link, candidate.address, anew=seat == former)
         self._seats[seat] = member
         self._seating.seated(member)
-        self._seat(candidate, member)
+        self._seat(candidate, member, now)
         self._transport.send_message(candidate.link, candidate.welcome(seat, member.secret, self._identity))
         self._offer_lanes(candidate.link)
 
@@ -172,8 +172,9 @@ class Roster:
         if (lanes := self._transport.offer_lanes(link)) is not None:
             self._transport.send_message(link, lanes)
 
-    def _seat(self, candidate: Candidate, member: Member) -> None:
+    def _seat(self, candidate: Candidate, member: Member, now: float) -> None:
         del self._candidates[candidate.link]
+        member.seated_at = now
         member.link, member.address = candidate.link, candidate.address
         self._by_link[candidate.link] = member
         self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES)

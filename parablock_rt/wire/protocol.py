@@ -19,9 +19,10 @@ Nothing here touches a socket, and nothing is ever pickled.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from parablock_rt import _C
 from parablock_rt.blocks.layout import PlanSpec
@@ -32,6 +33,8 @@ from parablock_rt.stages import NO_TIME, StageSeconds
 VERSION: int = _C.PROTOCOL_VERSION
 CONTROL_BYTES_BEFORE_PROOF = 4096
 CONTROL_BYTES = 16 * 2**20
+DIGEST_CHARS = 64
+REASON_CHARS = 500  # of why a client leaves: the server keeps it, and shows it to others
 PROBE_CHUNK = 2**16  # bytes, of what a measurement moves
 
 
@@ -239,8 +242,8 @@ class Goodbye(_Message, frozen=True, kw_only=True, tag=True):
     what was kept and what had to travel after the break.
     """
 
-    digest: str
-    reason: str
+    digest: Annotated[str, Meta(max_length=DIGEST_CHARS)]
+    reason: Annotated[str, Meta(max_length=REASON_CHARS)]
     compute_s: float
     exposed_s: float
     reconnects: int = 0
@@ -254,10 +257,15 @@ class Farewell(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Failure(_Message, frozen=True, kw_only=True, tag=True):
-    """The conversation cannot go on. `error` is the name of a class in `parablock_rt.errors`."""
+    """The conversation cannot go on. `error` is the name of a class in `parablock_rt.errors`.
+
+    `resumable`: it is the server's process that ends, and another one may take up the run: a client may wait for it as
+    for one that was killed.
+    """
 
     error: str
     reason: str
+    resumable: bool = False
 
 
 class Observe(_Message, frozen=True, kw_only=True, tag=True):

@@ -1,0 +1,295 @@
+"""What one client, or one that is none, can cost the server and the others: each was once without a bound.
+
+The clients here say what they like; the honest ones are real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deadlines import do_not_wait_for
+from processes import WAIT_S, Process, client, make_model, start_server, starter
+from test_bad_input import RawClient, announcement, good_body
+from test_replay import Returning
+
+import parablock_rt as pb
+from parablock_rt import _C
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import CheckpointError
+from parablock_rt.server import checkpoint
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.participants import Participants
+from parablock_rt.server.progress import Progress
+from parablock_rt.server.roster import Roster
+from parablock_rt.wire import protocol
+
+Start = Callable[..., Process]
+WIDE = 256
+WIDE_NUMEL = WIDE * WIDE + WIDE
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with starter() as start:
+        yield start
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come about"
+        time.sleep(0.005)
+
+
+def seated(clients: list[RawClient], width: int = 64, **changes: Any) -> None:
+    """Has all of them take a seat and say that they hold the server's weights, or what `changes` say."""
+    welcomes = [each.take_seat() for each in clients]
+    model = make_model(width=width)
+    plan = pb.BlockPlan.from_spec(model, welcomes[0].plan)
+    here = clients[0].ready(welcomes[0]).fingerprints if width == 64 else [1] * len(plan.blocks)
+    truth = {"plan_digest": plan.digest, "frozen": plan.frozen_fingerprint(model), "fingerprints": here}
+    for each in clients:
+        each.say(protocol.Ready(**truth | changes))
+
+
+# ---- Time
+
+
+def test_a_round_that_ran_to_its_deadline_does_not_make_the_next_deadline_longer() -> None:
+    progress = Progress(RunConfig(rounds=9, clients=2))
+    progress.start()
+    progress.close_oldest(5.0, complete=True)
+    assert progress.deadline.seconds == 50.0
+    for _ in range(3):
+        progress.close_oldest(50.0, complete=False)
+    assert (progress.deadline.seconds, progress.oldest) == (50.0, 4)
+
+
+def test_a_client_that_missed_a_deadline_is_waited_for_again_only_when_it_has_trained(start: Start) -> None:
+    """It stays connected all the time. Only round 0 has a deadline that passes: round 1 would hang if it waited."""
+    with start_server(quorum=1, deadline=300.0) as running, RawClient(running.address) as silent:
+        welcome = silent.take_seat()
+        seat = welcome.client
+        do_not_wait_for(running, lambda index: {seat} if index == 0 or running.outcome.left else ())
+        honest = start(client, running.address, data=0, stop_before=[2])
+        silent.say(silent.ready(welcome))
+        silent.hear(protocol.Begin)
+        honest.expect("stopped")
+        until(lambda: len(running.outcome.rounds) == 2, "the end of round 1 without the silent client")
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        assert seat not in attendance.expected(rounds[2])
+        silent.say(announcement(0))  # too late, but it has trained
+        until(lambda: seat in attendance.expected(rounds[2]), "the silent client's return")
+        silent.say(protocol.Goodbye(digest="", reason="enough", compute_s=0.0, exposed_s=0.0))
+        honest.let_go()
+        assert honest.expect("done")["digest"] == running.wait(WAIT_S).digest
+    assert [closed.contributions for closed in running.outcome.rounds] == [1] * 6
+
+
+def test_a_client_that_never_says_what_it_holds_loses_its_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parablock_rt.server.participants._LEAST_READY_S", 0.0)
+    with start_server(clients=1, join_timeout=0.2) as running:
+        with RawClient(running.address) as mute:
+            mute.take_seat()
+            monkeypatch.setattr(Participants, "start_if_complete", lambda self, **at_deadline: None)
+            assert "to say what its model holds" in mute.hear(protocol.Failure).reason
+        with RawClient(running.address) as other:
+            other.take_seat()
+
+
+def test_a_client_that_comes_back_and_never_says_where_it_stands_loses_its_seat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("parablock_rt.server.roster.HANDSHAKE_S", 0.5)
+    with start_server(clients=1) as running, RawClient(running.address) as holder:
+        welcome = holder.begin()
+        with Returning(running.address) as mute:
+            mute.claim(welcome.client, welcome.secret)
+            mute.hear(protocol.WelcomeBack)
+            assert "to say where it stands" in mute.hear(protocol.Failure).reason
+
+
+# ---- The end
+
+
+def test_a_client_whose_farewell_is_lost_with_its_connection_comes_back_for_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other client is busy still, so the server is there, and knows of the goodbye already."""
+    cut: list[int] = []
+    say = Roster.say
+
+    def lose_the_first(self: Roster, member: Any, message: protocol.Message) -> None:
+        if isinstance(message, protocol.Farewell) and not cut:
+            cut.append(member.seat)
+            self._transport.native.close_link(member.link, "cut by the test", 0.0)
+        else:
+            say(self, member, message)
+
+    monkeypatch.setattr(Roster, "say", lose_the_first)
+    with start_server() as running, RawClient(running.address) as busy:
+        quick = start(client, running.address, data=0)
+        busy.begin()
+        for index in range(6):
+            assert busy.upload(index, good_body(), announcement(index)).accepted
+            busy.hear(protocol.Update)
+        end = quick.expect("done")
+        assert cut
+        busy.say(protocol.Goodbye(digest="", reason="done", compute_s=0.0, exposed_s=0.0))
+        assert running.wait(WAIT_S).digest == end["digest"]
+    assert list(running.outcome.client_digests.values()) == [end["digest"]]
+
+
+def test_clients_of_a_durable_server_that_is_stopped_in_good_order_wait_for_the_one_that_goes_on(
+    start: Start, tmp_path: Path
+) -> None:
+    with start_server(durable=tmp_path / "state") as running:
+        clients = [start(client, running.address, data=data, stop_before=[3]) for data in (0, 1)]
+        for process in clients:
+            process.expect("stopped")
+        until(lambda: len(running.outcome.rounds) >= 2, "the first rounds")
+        running.close("the machine is restarted")
+    for process in clients:
+        process.let_go()
+    with start_server(resume=tmp_path / "state") as running:
+        ends = [process.expect("done") for process in clients]
+        outcome = running.wait(WAIT_S)
+    assert {end["digest"] for end in ends} == {outcome.digest}
+    assert [end["reconnects"] for end in ends] == [1, 1]
+    assert [closed.contributions for closed in outcome.rounds] == [2] * 6
+
+
+# ---- Memory
+
+
+def test_a_client_in_an_endless_snapshot_is_dismissed_when_the_aggregates_it_lacks_weigh_more_than_the_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Participants.__init__
+
+    def without_room(self: Participants, *args: Any, **named: Any) -> None:
+        original(self, *args, **named, update_budget=0)
+
+    monkeypatch.setattr(Participants, "__init__", without_room)
+    with start_server(quorum=1, rounds=40, deadline=300.0, join_timeout=1.0) as running:
+        with RawClient(running.address) as endless:
+            seated([endless], fingerprints=[1] * 4)
+            honest = start(client, running.address, data=0)
+            reason = endless.hear(protocol.Failure).reason
+            weight = running._coordinator._participants._downlink.snapshot_bytes
+            rounds = weight // len(good_body()) + 1 + 3  # beyond the newest three
+            assert rounds < 40
+            assert f"{rounds} rounds have closed while this client took its snapshot" in reason
+        assert honest.expect("done")["digest"] == running.wait(WAIT_S).digest
+
+
+def test_newcomers_who_lack_the_same_block_are_sent_one_copy_of_it() -> None:
+    with start_server(clients=6, width=WIDE) as running, contextlib.ExitStack() as stack:
+        newcomers = [stack.enter_context(RawClient(running.address)) for _ in range(5)]
+        seated(newcomers, width=WIDE)
+        for each in newcomers:
+            each.hear(protocol.Snapshot)
+        downlink = running._coordinator._participants._downlink
+        assert downlink.buffers.allocated_bytes == downlink.snapshot_bytes // 4
+
+
+def test_what_a_client_says_as_it_leaves_is_bounded_and_shown_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with start_server(clients=3) as running:
+        with RawClient(running.address) as verbose:
+            verbose.take_seat()
+            verbose.say(protocol.Goodbye(digest="", reason="x" * 501, compute_s=0.0, exposed_s=0.0))
+            assert "does not understand" in verbose.hear(protocol.Failure).reason
+        with RawClient(running.address) as sly:
+            sly.take_seat()
+            sly.say(protocol.Goodbye(digest="", reason="bye\n\x1b[2Jall is well", compute_s=0.0, exposed_s=0.0))
+            until(lambda: len(running.outcome.left) == 2, "both departures")
+    assert running.outcome.left[1].endswith("bye??[2Jall is well")
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_of_those_who_left_only_the_last_are_listed() -> None:
+    past = checkpoint.Past(
+        checkpoint.Begin(
+            format=1,
+            release="",
+            run=1,
+            config=RunConfig(rounds=1, clients=1),
+            plan_digest="",
+            frozen="",
+            fingerprints=[],
+        )
+    )
+    for number in range(150):
+        past.take(checkpoint.Seated(seat=0, secret=b""))
+        past.take(checkpoint.Vacated(seat=0, reason=f"time {number}"))
+    assert past.left == [f"client 0: time {number}" for number in range(50, 150)]
+
+
+# ---- Room
+
+
+def test_uploads_that_are_announced_and_never_sent_lose_their_room_to_those_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two clients hold all the room there is. Nobody need wait for the deadline, which is far away."""
+    monkeypatch.setattr("parablock_rt.server.participants._SILENT_S", 0.3)
+    room = 2 * len(good_body())
+    settings = {"clients": 4, "rounds": 1, "quorum": 2, "deadline": 300.0, "upload_budget": room}
+    with start_server(**settings) as running, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.address)) for _ in range(4)]
+        seated(clients)
+        for each in clients:
+            each.hear(protocol.Begin)
+            each.say(announcement(0))
+        for each in clients[2:]:
+            each.send_body(0, good_body())
+        for each in clients[:2]:
+            assert "nothing of it came" in each.hear(protocol.Verdict).reason
+        for each in clients[2:]:
+            assert each.hear(protocol.Verdict).accepted
+            assert each.hear(protocol.Update).contributions == 2
+
+
+# ---- Strangers
+
+
+def test_what_a_dismissed_stranger_had_sent_before_is_neither_read_nor_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def frame(payload: bytes) -> bytes:
+        header = struct.pack(
+            "<IBBBBQIIQII", 0x4B4C4250, _C.PROTOCOL_VERSION, 1, 0, 0, 0, 0, 0, 0, len(payload), _C.crc32c(payload)
+        )
+        return header + struct.pack("<I", _C.crc32c(header)) + payload
+
+    with start_server(token="t" * 32) as running:
+        host, port = running.address.split(":")
+        with socket.create_connection((host, int(port))) as stranger, contextlib.suppress(OSError):
+            stranger.sendall(frame(b"\x01") * 2000)
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(4096):
+                pass
+    about = [record.getMessage() for record in caplog.records if "does not understand" in record.getMessage()]
+    assert len(about) == 1
+
+
+# ---- What is written down
+
+
+def test_a_folder_whose_journal_was_never_begun_takes_a_new_run(tmp_path: Path) -> None:
+    """As a server leaves it that dies between making the file and its first record."""
+    (tmp_path / "journal").touch()
+    begin = checkpoint.Begin(
+        format=1, release="", run=1, config=RunConfig(rounds=1, clients=1), plan_digest="", frozen="", fingerprints=[]
+    )
+    Checkpoint.create(tmp_path, begin).close()
+    with pytest.raises(CheckpointError, match="holds the state of a run already"):
+        Checkpoint.create(tmp_path, begin)
+    state, past = Checkpoint.open(tmp_path)
+    state.close()
+    assert past.begin == begin

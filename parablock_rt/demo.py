@@ -115,18 +115,17 @@ class _One:
     def run(self, model: torch.nn.Module) -> None:
         self._console.rule(f"{self._name}: staleness {self._config.staleness}")
         token = secrets.token_hex(16)
-        fields = {name: getattr(self._config, name) for name in self._config.__struct_fields__}
         with (
             self._tls() as tls,
             serve(
                 model,
+                self._config,
                 plan=self._plan,
                 token=token,
                 tls=tls,
                 rate=self._demo.rate,
                 delay=self._demo.delay,
                 on_round=self._show,
-                **fields,
             ) as self._server,
             self._clients(self._server.address, token) as check,
             self._watch,

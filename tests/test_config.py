@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,35 @@ def test_a_server_looks_at_the_settings_before_it_touches_the_model(name: str) -
     bad = next(value for setting, value, _ in BAD_SETTINGS if setting == name)
     with pytest.raises(ConfigError):
         pb.serve(Untouchable(), **GOOD | {name: bad})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rounds": 1, "clients": 1, "round": 3},
+            "serve has no setting round; the settings of a run are chunk, clients, ",
+        ),
+        ({"rounds": 1}, "a run needs to know clients; give clients=..."),
+        ({}, "a run needs to know clients and rounds; give clients=..., rounds=..."),
+        (
+            {"config": RunConfig(**GOOD), "rounds": 3},
+            "give a config, or its fields as keywords; found both, with rounds",
+        ),
+    ],
+)
+def test_settings_that_are_misspelt_missing_or_given_twice_are_refused_by_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pb.serve(nn.Linear(2, 2), **settings)
+
+
+def test_a_server_takes_a_config_as_it_is() -> None:
+    config = RunConfig(rounds=3, clients=2, format="int4")
+    model = nn.Linear(64, 64)
+    with pb.serve(model, config, plan=pb.BlockPlan.from_model(model, blocks=1)) as server:
+        assert server.config is config
 
 
 def test_a_quorum_may_not_exceed_the_part_of_the_clients_that_trains() -> None:

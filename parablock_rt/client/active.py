@@ -6,7 +6,10 @@ The training thread alone uses it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,23 @@ from torch import Tensor, nn
 from parablock_rt.blocks.flat import FlatBlock
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class RoundOptimizerFactory(Protocol):
+    """An optimiser factory that wants to know the round, to choose a learning rate by it."""
+
+    def __call__(self, parameters: list[nn.Parameter], /, *, round: int) -> torch.optim.Optimizer: ...
+
+
+def at_round(factory: OptimizerFactory | RoundOptimizerFactory, round: int) -> OptimizerFactory:
+    """What makes a round's optimiser: the factory itself, or told the round if it has an argument of that name."""
+    try:
+        wants_round = "round" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable in C that does not say
+        wants_round = False
+    if wants_round:
+        return partial(cast(RoundOptimizerFactory, factory), round=round)
+    return cast(OptimizerFactory, factory)
 
 
 class ActiveBlock:

@@ -22,7 +22,7 @@ from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
-from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze
+from parablock_rt.client.active import ActiveBlock, OptimizerFactory, RoundOptimizerFactory, at_round, freeze
 from parablock_rt.client.entry import Entry
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
@@ -46,12 +46,14 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """One local step. `exposed_s`: seconds this call was blocked on communication, at a round's boundary as a rule."""
+    """One local step. `exposed_s`: seconds this call was blocked on communication, at a round's boundary as a rule.
+    `round_ended`: it was the round's last; `finished`: and the run's."""
 
     loss_on_device: Tensor | float
     round: int
     block: int
     exposed_s: float
+    round_ended: bool
     finished: bool
 
     @property
@@ -104,7 +106,7 @@ class Run:
         plan: BlockPlan,
         blocks: list[FlatBlock],
         welcome: protocol.Welcome,
-        optimizer: OptimizerFactory,
+        optimizer: OptimizerFactory | RoundOptimizerFactory,
         on_round: Callable[[RoundReport], None] | None,
         stager: Stager | DeviceStager,
         timeline: Timeline,
@@ -135,6 +137,16 @@ class Run:
     def finished(self) -> bool:
         """Whether the last round's aggregate is applied: the model is the run's result."""
         return self.digest is not None
+
+    @property
+    def round(self) -> int | None:
+        """The round that trains now; None when the run has finished."""
+        return None if self._round is None else self._round.index
+
+    @property
+    def block(self) -> int | None:
+        """The block that trains now, an index of `plan.blocks`; None when the run has finished."""
+        return None if self._round is None else self._round.block
 
     @property
     def exposed_s(self) -> float:
@@ -181,12 +193,15 @@ class Run:
         """Of the same transfers: the bytes that travelled after the break."""
         return self._link.resent_bytes
 
-    def stream(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The loader's batches, epoch after epoch, until the run has finished. Take one step with each.
+    def stream(self, loader: Iterable[Batch], *, accumulate: int = 1) -> Iterator[Batch]:
+        """The loader's batches, epoch after epoch, until the run has finished.
 
-        Raises ConfigError when the loader has none, ParaBlockError when a batch came back without a step.
+        Take one step with each; or, to accumulate gradients, with every `accumulate`-th one: `loss.backward()` for all,
+        `run.step()` after the last.
+
+        Raises ConfigError when the loader has none, ParaBlockError when so many batches came back without a step.
         """
-        seen = 0
+        seen, without_step = 0, 0
         while self._round is not None:
             before = seen
             for batch in loader:
@@ -196,9 +211,11 @@ class Run:
                 steps_after = self._steps_taken()
                 if steps_after is None:
                     return
-                if steps_after == steps_before:
+                without_step = without_step + 1 if steps_after == steps_before else 0
+                if without_step == accumulate:
                     raise ParaBlockError(
-                        "a batch of run.stream was used without run.train_step or run.step; call one for each"
+                        f"{accumulate} of run.stream's batches were used without run.train_step or run.step; take one "
+                        "step for each, or say run.stream(loader, accumulate=...)"
                     )
             if seen == before:
                 raise ConfigError(
@@ -224,8 +241,8 @@ class Run:
         """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
 
         `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
-        the boundary when it is on a GPU. Raises ConfigError for a weight that is not positive and finite, there at the
-        boundary.
+        the boundary when it is on a GPU. Raises ConfigError for a weight that no contribution can have, unless it is on
+        a GPU: then the server refuses the round's upload.
         """
         round = self._require_round()
         before = self.exposed_s
@@ -240,7 +257,8 @@ class Run:
         if round.steps == self.config.local_steps:
             self._end_round(round)
             self._begin_round(round.index + 1)
-        return StepReport(value, round.index, round.block, self.exposed_s - before, self.finished)
+        exposed_s, ended = self.exposed_s - before, self._round is not round
+        return StepReport(value, round.index, round.block, exposed_s, ended, self.finished)
 
     def block_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that train now, with their gradients after a backward pass (to clip them, say)."""
@@ -286,8 +304,8 @@ class Run:
 
     # ---- Rounds
 
-    def begin(self) -> None:
-        """For `join`: takes what the server's reference has in other bits than this model, and starts the first round.
+    def _begin(self) -> None:
+        """Takes what the server's reference has in other bits than this model, and starts the first round.
 
         Waits for the other clients.
         """
@@ -324,7 +342,7 @@ class Run:
         flat.check_homed()
         self._exchange.wait_encoded(block)
         ref = self._replica.begin(block)
-        active = ActiveBlock(flat, self._optimizer, self._take_master(flat))
+        active = ActiveBlock(flat, at_round(self._optimizer, index), self._take_master(flat))
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
     def _end_round(self, round: _Round) -> None:
@@ -398,7 +416,7 @@ class Run:
 def join(
     address: str,
     model: nn.Module,
-    optimizer: OptimizerFactory,
+    optimizer: OptimizerFactory | RoundOptimizerFactory,
     *,
     plan: BlockPlan | None = None,
     token: str | None = None,
@@ -421,6 +439,7 @@ def join(
     Args:
         model: the model that the server was started with; same architecture and dtype.
         optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser.
+            If it has an argument `round`, it is given the round's index by that name, for a learning rate that changes.
             On CUDA it is called with parameters on the meta device, too, to learn how much memory its state takes.
         plan: a plan of your own, to be checked against the server's; None takes the server's.
         token: the pre-shared token, if the server asks for one.
@@ -454,7 +473,9 @@ def join(
             plan.check_same(welcome.plan)
         theirs = BlockPlan.from_spec(model, welcome.plan)
         device = model.get_parameter(theirs.blocks[0].parameters[0]).device
-        memory.require_room(device, partial(memory.predict, model, theirs, welcome.config, optimizer, "cuda"))
+        memory.require_room(
+            device, partial(memory.predict, model, theirs, welcome.config, at_round(optimizer, 0), "cuda")
+        )
         blocks = theirs.materialise(model)
         timeline = Timeline(f"client {welcome.client}", "training", on=trace)
         timeline.run, timeline.seat = connection.run, welcome.client
@@ -468,7 +489,7 @@ def join(
                 fingerprints=[fingerprint(block) for block in blocks],
             )
             link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
-            run.begin()
+            run._begin()
         except BaseException as error:
             run.close(f"could not begin: {type(error).__name__}")
             raise

@@ -132,6 +132,7 @@ class Server:
 
 def serve(
     model: nn.Module,
+    config: RunConfig | None = None,
     *,
     address: str | None = None,
     plan: BlockPlan | None = None,
@@ -154,6 +155,7 @@ def serve(
     The model becomes the reference: its planned parameters are moved into flat buffers and change round by round.
 
     Args:
+        config: the run's settings; or give its fields as keywords.
         address: "host:port"; port 0 takes a free one, see `Server.address`. None: a free port of 127.0.0.1, or where
             the resumed run listened before.
         plan: the partition; None takes `BlockPlan.from_model(model)`.
@@ -180,7 +182,7 @@ def serve(
     """
     if durable is not None and resume is not None:
         raise ConfigError("give either durable, for a new run, or resume, which goes on to keep the run's state")
-    config = RunConfig(**settings) if settings or resume is None else None
+    config = _settings(config, settings, resumes=resume is not None)
     protected = _proves_clients(token, tls)
     context = None if tls is None else tls.for_server()
     plan = plan or BlockPlan.from_model(model)
@@ -229,6 +231,20 @@ def serve(
             state.close()
         raise
     return Server(coordinator, transport, taken, model, state)
+
+
+def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool) -> RunConfig | None:
+    """The run's settings from one source of them; None: those of the run that is resumed."""
+    if config is not None and fields:
+        raise ConfigError(f"give a config, or its fields as keywords; found both, with {', '.join(sorted(fields))}")
+    if config is not None or (resumes and not fields):
+        return config
+    if unknown := sorted(fields.keys() - set(RunConfig.__struct_fields__)):
+        known = ", ".join(sorted(RunConfig.__struct_fields__))
+        raise ConfigError(f"serve has no setting {', '.join(unknown)}; the settings of a run are {known}")
+    if missing := sorted({"rounds", "clients"} - fields.keys()):
+        raise ConfigError(f"a run needs to know {' and '.join(missing)}; give {'=..., '.join(missing)}=...")
+    return RunConfig(**fields)
 
 
 def _proves_clients(token: str | None, tls: Tls | None) -> bool:

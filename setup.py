@@ -18,7 +18,7 @@ ParallelCompile("PARABLOCK_BUILD_JOBS", default=2).install()
 COMPILE_FLAGS = [
     "-O3",
     "-fvisibility=hidden",
-    "-ffp-contract=off",  # codec.md: a fused multiply-add would change bytes
+    "-ffp-contract=off",  # a fused multiply-add would change the codec's bytes, which are a contract
     "-fno-math-errno",
     "-Wall",
     "-Wextra",

@@ -43,10 +43,18 @@ def test_the_custom_loop_has_fewer_than_twenty_lines() -> None:
     assert len(CLIENT_CODE.strip().splitlines()) < 20
 
 
-def test_the_custom_loop_trains_two_clients_to_the_server_s_bits() -> None:
+def test_the_custom_loop_trains_two_clients_to_the_server_s_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
     served: dict[str, Any] = {"make_model": Stack}
-    exec(SERVER_CODE, served)
+    serving = threading.Thread(target=exec, args=(SERVER_CODE, served), daemon=True)
+    serving.start()
+    deadline = time.monotonic() + WAIT_S
+    while "server" not in served:
+        assert time.monotonic() < deadline, "the README's server does not start"
+        serving.join(0.01)
     server: pb.Server = served["server"]
     clients: list[dict[str, Any]] = []
 
@@ -59,19 +67,20 @@ def test_the_custom_loop_trains_two_clients_to_the_server_s_bits() -> None:
         exec(CLIENT_CODE, namespace)
 
     threads = [threading.Thread(target=take_part, args=(index,), daemon=True) for index in range(2)]
-    with server:
-        for thread in threads:
-            thread.start()
-        outcome = server.wait(WAIT_S)
-        for thread in threads:
-            thread.join(WAIT_S)
+    for thread in threads:
+        thread.start()
+    outcome = server.wait(WAIT_S)
+    for thread in (serving, *threads):
+        thread.join(WAIT_S)
+    assert f"clients can join at {server.address}\n" in capsys.readouterr().out
     losses = [closed.loss for closed in outcome.rounds]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     assert set(outcome.client_digests.values()) == {outcome.digest}
     assert len(outcome.client_digests) == 2
+    result = torch.load("result.pt", weights_only=True)
     for namespace in clients:
-        for name, value in server.state_dict().items():
+        for name, value in result.items():
             assert torch.equal(namespace["model"].state_dict()[name], value)
 
 

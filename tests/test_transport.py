@@ -39,7 +39,7 @@ from transport_cases import (
 from parablock_rt import _C
 from parablock_rt._C import Buffer, Source
 from parablock_rt.errors import ConfigError, ConnectError, TransportError
-from parablock_rt.wire.transport import Shape, Transport, body_layout, raw_layout
+from parablock_rt.wire.transport import Transport, body_layout, raw_layout
 
 make = pytest.fixture(make_transports)
 listening = pytest.fixture(listen)
@@ -429,17 +429,6 @@ def test_layouts_cut_bodies_and_raw_blocks_as_agreed() -> None:
     assert raw_layout(256, 1).chunks == 1
     with pytest.raises(ValueError, match="128"):
         body_layout("int4", 100, 256)
-
-
-def test_waiting_events_are_drained_without_waiting() -> None:
-    with Transport(Shape(), idle_timeout=60.0) as server, Transport() as client:
-        assert list(server.waiting_events()) == []
-        assert server.next_event(0.0) is None
-        client.connect(server.listen("127.0.0.1:0", protected=False))
-        event = server.next_event(DEADLINE_S)
-        assert event is not None
-        assert event.type == T.CONNECTED
-        assert event.text.startswith("127.0.0.1:")
 
 
 def test_a_buffer_shares_its_memory_and_starts_as_zeros() -> None:

@@ -151,19 +151,13 @@ def _require(module: str, install: str) -> None:
         raise ParaBlockError(f"expected the Python package {module!r}, found none; run: pip install {install}")
 
 
-def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype under the keyword that the installed transformers knows (renamed in 4.56)."""
-    major, minor = importlib.metadata.version("transformers").split(".")[:2]
-    return {"dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype": dtype}
-
-
 def _tiny(dtype: torch.dtype) -> Any:
     _require("transformers", "'parablock-rt[finetune]'")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**_TINY_CONFIG, use_cache=False)
     with torch.random.fork_rng(devices=[]):  # transformers draws weights too; they are overwritten below
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **_dtype_option(dtype))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     generator = torch.Generator().manual_seed(_TINY_SEED)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -208,7 +202,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
     try:
         with _no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), attn_implementation="sdpa", output_loading_info=True, **_dtype_option(dtype), **local
+                str(folder), attn_implementation="sdpa", output_loading_info=True, dtype=dtype, **local
             )
     except Exception as error:  # whatever a damaged or foreign folder makes transformers raise
         raise ParaBlockError(

@@ -169,9 +169,9 @@ def serve(
             then writes about seven bytes a parameter of its block.
         resume: such a folder: the run goes on with the round that was open; its clients come back by themselves.
         on_round: called on the server's thread after each closed round.
-        upload_budget: bytes of unfinished uploads held at once, one upload apart; None: about half of what the sum
-            of the largest block takes, which is eight int8 uploads, or a 32nd of what the model takes if that is more,
-            at most 1 GiB. More lets more clients with slow links send at the same time.
+        upload_budget: bytes of uploads that are not folded yet, held at once, and one upload more; None: nine bytes
+            per parameter of the largest block, which is eight int8 uploads, or a 32nd of what the model takes if that
+            is more, at most 1 GiB. More lets more clients with slow links send at the same time.
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
             with `resume` none are needed, and others than the run's are an error.
@@ -279,11 +279,11 @@ def _beginning(identity: Identity, master: Master) -> checkpoint.Begin:
 
 
 def default_upload_budget(plan: BlockPlan) -> int:
-    """Bytes of unfinished uploads that a server holds at most, one upload apart.
+    """Bytes of uploads that are not folded yet which a server holds at most, and one upload more.
 
     A small part of what it holds for the model in any case (an fp32 master and the reference), so that its memory does
-    not grow with its clients; but about half as much as the sum that they go into (eight int8 uploads with their
-    scales), so that it is seldom moved for a few of them. Never more than 1 GiB.
+    not grow with its clients; but nine bytes per parameter of the largest block (eight int8 uploads with their scales,
+    rounded up), so that the sum is seldom moved for a few of them. Never more than 1 GiB.
     """
     model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
     largest = max(block.flat_numel for block in plan.blocks)

@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from parablock_rt.wire import protocol
 log = logging.getLogger("parablock")
 
 MAX_LANES: int = _C.MAX_LANES
-DEFAULT_LANES = 1  # connections a client opens; measured: `python -m bench.transport --only lanes`
+DEFAULT_LANES = 1  # connections a client opens; measured: `parablock bench links --only lanes`
 _LANE_TIMEOUT_S = 5.0
 
 _RAW_UNIT = 256  # bytes; every flat block is a multiple: 128 elements of at least 2 bytes
@@ -208,11 +208,6 @@ class Transport:
             event = self.native.next_event(max(0.0, min(left, _LONGEST_WAIT_S)))
             if event is not None or left <= _LONGEST_WAIT_S:
                 return event
-
-    def waiting_events(self) -> Iterator[_C.Event]:
-        """Every event that is there already; never waits."""
-        while (event := self.native.next_event(0.0)) is not None:
-            yield event
 
     def close(self, flush: float = 5.0) -> None:
         """Lets queued messages leave for at most `flush` seconds, closes every link and ends the thread."""

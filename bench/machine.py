@@ -62,14 +62,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+_CODE = (":/", ":!/bench/results", ":!/docs", ":!/*.md")  # results of the same code may be there already
+
+
 def _revision() -> str:
-    """The revision of the checkout that this file belongs to; of a copy without git what PARABLOCK_REVISION says, else
-    "unknown": also for a package that is installed below somebody else's checkout."""
+    """The revision of the checkout that this file belongs to, with "-dirty" where its code was changed since; of a copy
+    without git what PARABLOCK_REVISION says, else "unknown": also for a package that is installed below somebody else's
+    checkout."""
     file = Path(__file__)
-    found = None
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None:
-        found = _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40")
-    return found or os.environ.get("PARABLOCK_REVISION") or "unknown"
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return os.environ.get("PARABLOCK_REVISION") or "unknown"
+    found = _git(file.parent, "rev-parse", "HEAD") or "unknown"
+    return found if _git(file.parent, "diff-index", "--quiet", "HEAD", "--", *_CODE) is not None else f"{found}-dirty"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

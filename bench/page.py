@@ -77,7 +77,8 @@ def _about(machine: dict[str, Any]) -> str:
     versions = [f"{name} {machine[name]}" for name in ("torch", "python") if name in machine]
     device = [machine["gpu"]] if "gpu" in machine else []
     parts = [machine["date"][:10], *device, machine["cpu"], f"{machine['cores']} cores", *versions]
-    return f"{', '.join(parts)}; revision `{machine['revision'][:12]}`; `{machine['command']}`\n"
+    revision, dirty, _ = machine["revision"].partition("-dirty")
+    return f"{', '.join(parts)}; revision `{revision[:12]}{dirty}`; `{machine['command']}`\n"
 
 
 def _markdown(table: Table) -> str:

@@ -380,10 +380,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Every system with every size."""
+    from parablock_rt import _C
+
     rows = summarise(*measure([mib * MIB for mib in options.mib], options.repetitions))
     iperf3 = "measured" if shutil.which("iperf3") else "not installed, so not measured"
     settings = {"sizes": options.mib, "repetitions": options.repetitions, "format": FORMAT, "iperf3": iperf3}
-    return {"settings": settings | {"chunk_elements": CHUNK_ELEMENTS}, "rows": rows}
+    return {"settings": settings | {"chunk_elements": CHUNK_ELEMENTS, "tls": _C.tls_library()}, "rows": rows}
 
 
 def tables(result: Result) -> list[Table]:

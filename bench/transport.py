@@ -385,7 +385,7 @@ def run(options: argparse.Namespace) -> Result:
     rows = summarise(*measure([mib * MIB for mib in options.mib], options.repetitions))
     iperf3 = "measured" if shutil.which("iperf3") else "not installed, so not measured"
     settings = {"sizes": options.mib, "repetitions": options.repetitions, "format": FORMAT, "iperf3": iperf3}
-    return {"settings": settings | {"chunk_elements": CHUNK_ELEMENTS, "tls": _C.tls_library()}, "rows": rows}
+    return {"settings": settings | {"chunk_elements": CHUNK_ELEMENTS, "tls": _C.TLS_LIBRARY}, "rows": rows}
 
 
 def tables(result: Result) -> list[Table]:

@@ -39,6 +39,7 @@ class Intake:
         self._schedule = schedule
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
+        self._looked_at = 0.0  # at the links, for silent ones
         self.is_short = False  # whether somebody was left out for want of room when members were let in last
 
     def let_in(self, oldest: int) -> None:
@@ -113,7 +114,10 @@ class Intake:
 
     def silent(self, oldest: int, now: float, limit_s: float) -> list[Member]:
         """Who has announced an upload of the oldest open round and room for it, over whose link nothing has moved for
-        `limit_s` seconds, while others wait for room. Looks at the links, and only then."""
+        `limit_s` seconds, while others wait for room. Looks at the links now and then, and only in that case."""
+        if now - self._looked_at < limit_s / 8:
+            return []
+        self._looked_at = now
         announced = [member for member in self._roster.here if oldest in member.announced]
         if all(oldest in member.posted for member in announced):
             return []

@@ -1,9 +1,8 @@
 #include "device.h"
 
-#include <pthread.h>
-#include <signal.h>
-
 #include <algorithm>
+
+#include "thread.h"
 
 namespace parablock {
 
@@ -17,13 +16,7 @@ Device::Device(std::shared_ptr<const Driver> driver, size_t copy_bytes)
   for (int i = 0; i < kStreams; ++i) streams_[i] = driver_->create_stream(i != kPack);
   down_event_ = events_->take();
   up_event_ = events_->take();
-  // As the transport's thread: signals are for the program's own threads.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  worker_ = std::thread([this] { work(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  pthread_setname_np(worker_.native_handle(), "pb-device");
+  worker_ = start_thread("pb-device", [this] { work(); });
 }
 
 Device::~Device() { close(); }

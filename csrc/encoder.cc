@@ -1,12 +1,11 @@
 #include "encoder.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
 #include "socket.h"
+#include "thread.h"
 
 namespace parablock {
 
@@ -92,8 +91,7 @@ void EncodeJob::run(const Recorder& recorder) {
 }
 
 Encoder::Encoder(std::shared_ptr<Ring> ring) : ring_(std::move(ring)) {
-  thread_ = std::thread([this] { run(); });
-  pthread_setname_np(thread_.native_handle(), "pb-encode");
+  thread_ = start_thread("pb-encode", [this] { run(); });
 }
 
 Encoder::~Encoder() {

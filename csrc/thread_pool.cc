@@ -1,8 +1,6 @@
 // The pool behind parallel_for. One mutex guards the queue of jobs; the pieces of a job are dealt by an atomic counter.
 #include "thread_pool.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +9,8 @@
 #include <deque>
 #include <mutex>
 #include <system_error>
-#include <thread>
+
+#include "thread.h"
 
 namespace parablock::internal {
 namespace {
@@ -56,19 +55,13 @@ class Pool {
   }
 
  private:
-  // A worker inherits its signal mask, so that Python's handlers run on Python's threads only.
   void grow(int wanted) {
-    if (workers_ >= wanted) return;
-    sigset_t all;
-    sigset_t before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      for (; workers_ < std::min(wanted, kMaxWorkers); ++workers_) std::thread([this] { serve(); }).detach();
+      for (; workers_ < std::min(wanted, kMaxWorkers); ++workers_)
+        start_thread("pb-codec", [this] { serve(); }).detach();
     } catch (const std::system_error&) {
       // The system gives no more threads: the caller does the work of the missing ones.
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   void serve() {

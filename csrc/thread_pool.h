@@ -1,5 +1,5 @@
 // A small pool of native threads that splits one linear range. Its workers only ever run the codec's kernels: they
-// hold no Python state, never take the GIL and block all signals.
+// hold no Python state and never take the GIL.
 #pragma once
 
 #include <cstdint>

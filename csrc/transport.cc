@@ -1,8 +1,6 @@
 #include "transport.h"
 
-#include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -11,6 +9,8 @@
 #include <future>
 #include <stdexcept>
 #include <utility>
+
+#include "thread.h"
 
 namespace parablock {
 namespace {
@@ -43,18 +43,7 @@ void Transport::Waker::wake() {
 Transport::Transport(TransportOptions options)
     : options_(std::move(options)), waker_(std::make_shared<Waker>()), admission_(options_.admission) {
   waker_->loop = &loop_;
-  // The thread inherits the mask: signals are for the program's own threads, where Python's handlers belong.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  try {
-    thread_ = std::thread([this] { run(); });
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  pthread_setname_np(thread_.native_handle(), "pb-transport");
+  thread_ = start_thread("pb-transport", [this] { run(); });
 }
 
 Transport::~Transport() { close(0); }

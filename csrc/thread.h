@@ -1,0 +1,39 @@
+// How every thread of this library begins: with a name, and with all signals blocked, so that they go to the program's
+// own threads, where Python's handlers belong.
+#pragma once
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <thread>
+#include <utility>
+
+namespace parablock {
+
+// Blocks all signals in the calling thread for as long as it lives. A thread that is started meanwhile inherits that.
+class SignalBlock {
+ public:
+  SignalBlock() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalBlock() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalBlock(const SignalBlock&) = delete;
+  SignalBlock& operator=(const SignalBlock&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
+// `name`: at most 15 characters; the thread has it when this returns. Throws std::system_error when the system gives no
+// more threads.
+template <class Body>
+std::thread start_thread(const char* name, Body body) {
+  SignalBlock block;
+  std::thread thread(std::move(body));
+  pthread_setname_np(thread.native_handle(), name);
+  return thread;
+}
+
+}  // namespace parablock

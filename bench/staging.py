@@ -80,9 +80,9 @@ def copies(
     timer = Timer(torch.cuda.ExternalStream(native.down))
 
     def chunked() -> None:
-        download = native.download(source)
-        native.copy_units(download, start, start + split, 0, layout.units)
-        native.finish(download)
+        to_host = native.device_to_host(source)
+        native.copy_units(to_host, start, start + split, 0, layout.units)
+        native.finish(to_host)
 
     seconds = in_turns(
         {

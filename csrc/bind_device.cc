@@ -21,16 +21,16 @@ CudaStream stream_of(uintptr_t handle) { return reinterpret_cast<CudaStream>(han
 void bind_transfers(py::module_& m) {
   py::class_<Mark, std::shared_ptr<Mark>>(m, "Mark");
 
-  py::class_<Download, std::shared_ptr<Download>>(m, "Download")
-      .def("wait", [](Download& d, double seconds) { return d.wait(nanoseconds(seconds)); }, ReleaseGil())
-      .def_property_readonly("started_ns", &Download::started_ns)
-      .def_property_readonly("first_copied_ns", &Download::first_copied_ns)
-      .def_property_readonly("finished_ns", &Download::finished_ns);
+  py::class_<DeviceToHost, std::shared_ptr<DeviceToHost>>(m, "DeviceToHost")
+      .def("wait", [](DeviceToHost& t, double seconds) { return t.wait(nanoseconds(seconds)); }, ReleaseGil())
+      .def_property_readonly("started_ns", &DeviceToHost::started_ns)
+      .def_property_readonly("first_copied_ns", &DeviceToHost::first_copied_ns)
+      .def_property_readonly("finished_ns", &DeviceToHost::finished_ns);
 
-  py::class_<Upload, std::shared_ptr<Upload>>(m, "Upload")
-      .def_property_readonly("watermark", &Upload::watermark)
-      .def("wait", [](Upload& u, double seconds) { return u.wait(nanoseconds(seconds)); }, ReleaseGil())
-      .def("cancel", &Upload::cancel, ReleaseGil());
+  py::class_<HostToDevice, std::shared_ptr<HostToDevice>>(m, "HostToDevice")
+      .def_property_readonly("watermark", &HostToDevice::watermark)
+      .def("wait", [](HostToDevice& t, double seconds) { return t.wait(nanoseconds(seconds)); }, ReleaseGil())
+      .def("cancel", &HostToDevice::cancel, ReleaseGil());
 }
 
 }  // namespace
@@ -69,23 +69,23 @@ void bind_device(py::module_& m) {
              d.copy_to_host(reinterpret_cast<void*>(to), from, bytes, stream_of(stream));
            },
            py::arg("to"), py::arg("source"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
-      .def("download",
+      .def("device_to_host",
            [](Device&, std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, uint8_t kind, uint32_t round,
               uint32_t block) {
-             return std::make_shared<Download>(std::move(source), std::move(ring), TransferKey{kind, round, block});
+             return std::make_shared<DeviceToHost>(std::move(source), std::move(ring), TransferKey{kind, round, block});
            },
            py::arg("source").none(false), py::arg("ring") = nullptr, py::arg("kind") = 0, py::arg("round") = 0,
            py::arg("block") = 0)
-      .def("copy_units", &Device::copy_units, py::arg("download").none(false), py::arg("scales"), py::arg("codes"),
+      .def("copy_units", &Device::copy_units, py::arg("to_host").none(false), py::arg("scales"), py::arg("codes"),
            py::arg("first"), py::arg("units"), ReleaseGil())
-      .def("finish", &Device::finish, py::arg("download").none(false), ReleaseGil())
-      .def("upload",
+      .def("finish", &Device::finish, py::arg("to_host").none(false), ReleaseGil())
+      .def("host_to_device",
            [](Device& d, std::shared_ptr<Buffer> buffer, const Layout& layout, uintptr_t scales, uintptr_t codes,
               std::shared_ptr<Mark> after) {
-             auto upload = std::make_shared<Upload>(d.mailbox(), std::move(buffer), layout, scales, codes,
-                                                    std::move(after));
-             d.start(upload);
-             return upload;
+             auto to_device = std::make_shared<HostToDevice>(d.mailbox(), std::move(buffer), layout, scales, codes,
+                                                             std::move(after));
+             d.start(to_device);
+             return to_device;
            },
            py::arg("buffer").none(false), py::arg("layout"), py::arg("scales"), py::arg("codes"), py::arg("after"),
            ReleaseGil())

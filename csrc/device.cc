@@ -47,21 +47,21 @@ void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream
 // stream waits for it and runs the function, while the next copy goes on.
 void Device::tell(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
                   uint64_t value) {
-  Mailbox::Errand* errand = mailbox_->errand(std::move(keep), action, value);
+  Mailbox::Callback* callback = mailbox_->callback(std::move(keep), action, value);
   try {
     driver_->record(event, streams_[stream]);
     driver_->wait(streams_[signal], event);
-    driver_->launch(streams_[signal], &Mailbox::run, errand);
+    driver_->launch(streams_[signal], &Mailbox::run, callback);
   } catch (...) {
-    mailbox_->drop(errand);
+    mailbox_->drop(callback);
     throw;
   }
 }
 
-void Device::copy_units(const std::shared_ptr<Download>& download, DeviceAddress scales, DeviceAddress codes,
+void Device::copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddress scales, DeviceAddress codes,
                         uint64_t first, uint64_t units) {
   ContextScope scope(*driver_, context_);
-  Source& source = download->source();
+  Source& source = to_host->source();
   const Layout& layout = source.layout();
   uint8_t* host_scales = source.body();
   uint8_t* host_codes = host_scales + layout.units * layout.scale_bytes;
@@ -76,19 +76,19 @@ void Device::copy_units(const std::shared_ptr<Download>& download, DeviceAddress
     driver_->copy_to_host(host_codes + at * layout.code_bytes, codes + (at - first) * layout.code_bytes,
                           (next - at) * layout.code_bytes, down());
     uint64_t ready = next == layout.units ? layout.chunks() : next / layout.chunk_units;
-    tell(kDownSignal, kDown, down_event_, download,
-         [](void* object, uint64_t value) { static_cast<Download*>(object)->copied(value); }, ready);
+    tell(kDownSignal, kDown, down_event_, to_host,
+         [](void* object, uint64_t value) { static_cast<DeviceToHost*>(object)->copied(value); }, ready);
     at = next;
   }
 }
 
-void Device::finish(const std::shared_ptr<Download>& download) {
+void Device::finish(const std::shared_ptr<DeviceToHost>& to_host) {
   ContextScope scope(*driver_, context_);
-  tell(kDownSignal, kDown, down_event_, download,
-       [](void* object, uint64_t) { static_cast<Download*>(object)->finished(); }, 0);
+  tell(kDownSignal, kDown, down_event_, to_host,
+       [](void* object, uint64_t) { static_cast<DeviceToHost*>(object)->finished(); }, 0);
 }
 
-void Device::start(const std::shared_ptr<Upload>& upload) { mailbox_->add(upload); }
+void Device::start(const std::shared_ptr<HostToDevice>& arrival) { mailbox_->add(arrival); }
 
 void Device::check() {
   ContextScope scope(*driver_, context_);
@@ -119,47 +119,47 @@ void Device::close() {
 // ---- The worker
 
 void Device::work() {
-  std::vector<std::shared_ptr<Upload>> uploads;
+  std::vector<std::shared_ptr<HostToDevice>> arrivals;
   bool going_on = true;
   while (going_on) {
-    going_on = mailbox_->wait(uploads);
-    std::erase_if(uploads, [&](const std::shared_ptr<Upload>& upload) {
-      if (!going_on) upload->cancel();
+    going_on = mailbox_->wait(arrivals);
+    std::erase_if(arrivals, [&](const std::shared_ptr<HostToDevice>& arrival) {
+      if (!going_on) arrival->cancel();
       try {
         ContextScope scope(*driver_, context_);
-        return advance(upload);
+        return advance(arrival);
       } catch (const DeviceError& error) {
-        upload->failed(error.what());
+        arrival->failed(error.what());
         return true;
       }
     });
   }
 }
 
-bool Device::advance(const std::shared_ptr<Upload>& pointer) {
-  Upload& upload = *pointer;
-  const Layout& layout = upload.layout_;
-  uint64_t received = upload.cancelled_ ? 0 : upload.watermark_->received();
+bool Device::advance(const std::shared_ptr<HostToDevice>& pointer) {
+  HostToDevice& arrival = *pointer;
+  const Layout& layout = arrival.layout_;
+  uint64_t received = arrival.cancelled_ ? 0 : arrival.watermark_->received();
   uint64_t chunks = received == layout.bytes() ? layout.chunks() : received / layout.chunk_bytes(0);
   uint64_t ready = std::min(chunks * layout.chunk_units, layout.units);
-  if (ready > upload.units_done_) {
-    if (upload.after_ != nullptr) driver_->wait(up(), upload.after_->event());
-    upload.after_.reset();
-    uint64_t from = upload.units_done_;
-    const uint8_t* scales = upload.buffer_->data();
+  if (ready > arrival.units_done_) {
+    if (arrival.after_ != nullptr) driver_->wait(up(), arrival.after_->event());
+    arrival.after_.reset();
+    uint64_t from = arrival.units_done_;
+    const uint8_t* scales = arrival.buffer_->data();
     const uint8_t* codes = scales + layout.units * layout.scale_bytes;
-    upload.units_done_ = ready;
+    arrival.units_done_ = ready;
     if (layout.scale_bytes > 0)
-      driver_->copy_to_device(upload.scales_ + from * layout.scale_bytes, scales + from * layout.scale_bytes,
+      driver_->copy_to_device(arrival.scales_ + from * layout.scale_bytes, scales + from * layout.scale_bytes,
                               (ready - from) * layout.scale_bytes, up());
-    driver_->copy_to_device(upload.codes_ + from * layout.code_bytes, codes + from * layout.code_bytes,
+    driver_->copy_to_device(arrival.codes_ + from * layout.code_bytes, codes + from * layout.code_bytes,
                             (ready - from) * layout.code_bytes, up());
   }
-  bool complete = upload.units_done_ == layout.units;
-  if (!complete && !upload.cancelled_) return false;
+  bool complete = arrival.units_done_ == layout.units;
+  if (!complete && !arrival.cancelled_) return false;
   // The buffer must outlive the copies.
-  if (upload.units_done_ > 0) tell(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
-  if (complete) upload.finished(mark(up()));
+  if (arrival.units_done_ > 0) tell(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
+  if (complete) arrival.finished(mark(up()));
   return true;
 }
 

@@ -39,18 +39,18 @@ class Device {
 
   // Units [first, first + units) of a body, whose planes on the device begin at `scales` and `codes`, go to the
   // source's buffer behind what is on `down()`. The source is told of each chunk when it is there.
-  void copy_units(const std::shared_ptr<Download>& download, DeviceAddress scales, DeviceAddress codes, uint64_t first,
-                  uint64_t units);
-  // All of it is queued: the download is done when `down()` gets here.
-  void finish(const std::shared_ptr<Download>& download);
+  void copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddress scales, DeviceAddress codes,
+                  uint64_t first, uint64_t units);
+  // All of it is queued: `to_host` is done when `down()` gets here.
+  void finish(const std::shared_ptr<DeviceToHost>& to_host);
 
   // The worker copies what arrives until all is there or it is cancelled. It begins after the mark `after`.
-  void start(const std::shared_ptr<Upload>& upload);
+  void start(const std::shared_ptr<HostToDevice>& arrival);
   const std::shared_ptr<Mailbox>& mailbox() const { return mailbox_; }
 
   void check();        // throws when work on one of the streams has failed; never waits
   void synchronise();  // returns when every stream is idle
-  void close();        // likewise, and ends the worker; uploads that are not complete are given up. Idempotent
+  void close();        // likewise, and ends the worker; bodies that have not come in full are given up. Idempotent
 
  private:
   enum Stream { kPack, kDown, kDownSignal, kUp, kUpSignal, kStreams };
@@ -58,7 +58,7 @@ class Device {
   void tell(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
             uint64_t value);
   void work();
-  bool advance(const std::shared_ptr<Upload>& upload);  // true when it is over
+  bool advance(const std::shared_ptr<HostToDevice>& arrival);  // true when it is over
 
   std::shared_ptr<const Driver> driver_;
   CudaContext context_;

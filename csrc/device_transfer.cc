@@ -35,11 +35,11 @@ void EventPool::give_back(CudaEvent event) {
   idle_.push_back(event);
 }
 
-Download::Download(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key)
+DeviceToHost::DeviceToHost(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key)
     : source_(std::move(source)), ring_(std::move(ring)), key_(key), started_ns_(monotonic_ns()),
       last_copied_ns_(started_ns_) {}
 
-void Download::copied(uint64_t chunks) {
+void DeviceToHost::copied(uint64_t chunks) {
   int64_t now_ns = monotonic_ns();
   if (first_copied_ns_ == 0) first_copied_ns_ = now_ns;
   Recorder recorder{.ring = ring_.get()};
@@ -54,12 +54,12 @@ void Download::copied(uint64_t chunks) {
   source_->raise(chunks);
 }
 
-bool Download::wait(int64_t timeout_ns) {
+bool DeviceToHost::wait(int64_t timeout_ns) {
   std::unique_lock lock(mutex_);
   return changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return done_; });
 }
 
-void Download::finished() {
+void DeviceToHost::finished() {
   {
     std::lock_guard lock(mutex_);
     done_ = true;
@@ -68,8 +68,8 @@ void Download::finished() {
   changed_.notify_all();
 }
 
-Upload::Upload(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> buffer, const Layout& layout,
-               DeviceAddress scales, DeviceAddress codes, std::shared_ptr<Mark> after)
+HostToDevice::HostToDevice(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> buffer,
+                           const Layout& layout, DeviceAddress scales, DeviceAddress codes, std::shared_ptr<Mark> after)
     : mailbox_(mailbox),
       buffer_(std::move(buffer)),
       layout_(layout),
@@ -80,19 +80,19 @@ Upload::Upload(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> 
   layout_.check(buffer_->size());
 }
 
-std::shared_ptr<Mark> Upload::wait(int64_t timeout_ns) {
+std::shared_ptr<Mark> HostToDevice::wait(int64_t timeout_ns) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return mark_ != nullptr || !error_.empty(); });
   if (!error_.empty()) throw DeviceError(error_);
   return mark_;
 }
 
-void Upload::cancel() {
+void HostToDevice::cancel() {
   cancelled_ = true;
   mailbox_->poke();
 }
 
-void Upload::finished(std::shared_ptr<Mark> mark) {
+void HostToDevice::finished(std::shared_ptr<Mark> mark) {
   {
     std::lock_guard lock(mutex_);
     mark_ = std::move(mark);
@@ -100,7 +100,7 @@ void Upload::finished(std::shared_ptr<Mark> mark) {
   changed_.notify_all();
 }
 
-void Upload::failed(std::string why) {
+void HostToDevice::failed(std::string why) {
   {
     std::lock_guard lock(mutex_);
     error_ = std::move(why);

@@ -1,5 +1,5 @@
-// A body between a GPU and the host buffer that the network uses: a Download on its way out, an Upload on its way in.
-// Both keep the host side's memory until the last copy has been made; the device's memory is the caller's to keep.
+// A body between a GPU and the host buffer that the network uses: DeviceToHost on its way out, HostToDevice on its way
+// in. Both keep the host side's memory until the last copy has been made; the device's memory is the caller's to keep.
 #pragma once
 
 #include <atomic>
@@ -50,10 +50,10 @@ class Mark {
   CudaEvent event_;
 };
 
-class Download {
+class DeviceToHost {
  public:
   // `ring`: where each chunk that is on the host is noted, as of `key`; may be null.
-  Download(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key);
+  DeviceToHost(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key);
 
   Source& source() { return *source_; }
   bool wait(int64_t timeout_ns);  // true once everything queued before `Device::finish` is on the host
@@ -79,11 +79,11 @@ class Download {
   int64_t finished_ns_ = 0;
 };
 
-class Upload {
+class HostToDevice {
  public:
   // The planes on the device begin at `scales` and `codes`. `after` may be null: they are free already.
-  Upload(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> buffer, const Layout& layout,
-         DeviceAddress scales, DeviceAddress codes, std::shared_ptr<Mark> after);
+  HostToDevice(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> buffer, const Layout& layout,
+               DeviceAddress scales, DeviceAddress codes, std::shared_ptr<Mark> after);
 
   const std::shared_ptr<Watermark>& watermark() const { return watermark_; }
 

@@ -6,40 +6,40 @@
 
 namespace parablock {
 
-Mailbox::Errand* Mailbox::errand(std::shared_ptr<void> keep, HostAction action, uint64_t value) {
+Mailbox::Callback* Mailbox::callback(std::shared_ptr<void> keep, HostAction action, uint64_t value) {
   std::lock_guard lock(mutex_);
   if (idle_.empty()) {
-    all_.push_back(std::make_unique<Errand>());
+    all_.push_back(std::make_unique<Callback>());
     idle_.push_back(all_.back().get());
     kept_.reserve(kept_.size() + all_.size());
   }
-  Errand* errand = idle_.back();
+  Callback* callback = idle_.back();
   idle_.pop_back();
-  *errand = {shared_from_this(), std::move(keep), action, value};
-  return errand;
+  *callback = {shared_from_this(), std::move(keep), action, value};
+  return callback;
 }
 
 void Mailbox::run(void* argument) {
-  auto* errand = static_cast<Errand*>(argument);
-  errand->action(errand->keep.get(), errand->value);
-  errand->mailbox->drop(errand);
+  auto* callback = static_cast<Callback*>(argument);
+  callback->action(callback->keep.get(), callback->value);
+  callback->mailbox->drop(callback);
 }
 
-void Mailbox::drop(Errand* errand) {
-  std::shared_ptr<Mailbox> self = std::move(errand->mailbox);  // never the last: the Device waits for its callbacks
+void Mailbox::drop(Callback* callback) {
+  std::shared_ptr<Mailbox> self = std::move(callback->mailbox);  // never the last: the Device waits for its callbacks
   {
     std::lock_guard lock(mutex_);
-    kept_.push_back(std::move(errand->keep));
-    idle_.push_back(errand);
+    kept_.push_back(std::move(callback->keep));
+    idle_.push_back(callback);
     poked_ = true;
   }
   changed_.notify_one();
 }
 
-void Mailbox::add(std::shared_ptr<Upload> upload) {
+void Mailbox::add(std::shared_ptr<HostToDevice> arrival) {
   {
     std::lock_guard lock(mutex_);
-    added_.push_back(std::move(upload));
+    added_.push_back(std::move(arrival));
     poked_ = true;
   }
   changed_.notify_one();
@@ -61,12 +61,12 @@ void Mailbox::stop() {
   changed_.notify_one();
 }
 
-bool Mailbox::wait(std::vector<std::shared_ptr<Upload>>& uploads) {
+bool Mailbox::wait(std::vector<std::shared_ptr<HostToDevice>>& arrivals) {
   {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return poked_ || stopping_; });
     poked_ = false;
-    for (auto& upload : added_) uploads.push_back(std::move(upload));
+    for (auto& arrival : added_) arrivals.push_back(std::move(arrival));
     added_.clear();
     if (stopping_) return false;
   }

@@ -9,7 +9,7 @@
 
 namespace parablock {
 
-class Upload;
+class HostToDevice;
 
 using HostAction = void (*)(void* object, uint64_t value);
 
@@ -17,36 +17,36 @@ using HostAction = void (*)(void* object, uint64_t value);
 // worker, which lets go of it.
 class Mailbox : public std::enable_shared_from_this<Mailbox> {
  public:
-  // What a driver callback is given. It runs `action(keep.get(), value)` once.
-  struct Errand {
+  // What the driver is given and hands to `run`, which calls `action(keep.get(), value)` once.
+  struct Callback {
     std::shared_ptr<Mailbox> mailbox;
     std::shared_ptr<void> keep;
     HostAction action;
     uint64_t value;
   };
-  static void run(void* errand);  // the driver calls this
+  static void run(void* callback);  // the driver calls this
 
-  Errand* errand(std::shared_ptr<void> keep, HostAction action, uint64_t value);  // from a warm pool
-  void drop(Errand* errand);  // it will not run after all, or has run
+  Callback* callback(std::shared_ptr<void> keep, HostAction action, uint64_t value);  // from a warm pool
+  void drop(Callback* callback);  // it will not run after all, or has run
 
-  void add(std::shared_ptr<Upload> upload);
+  void add(std::shared_ptr<HostToDevice> arrival);
   void poke();  // there is something to look at; any thread, never blocks for long
   void stop();
 
-  // Blocks the worker until there is something. Moves new uploads to the end of `uploads`, lets go of what errands
+  // Blocks the worker until there is something. Moves what is new to the end of `arrivals`, lets go of what callbacks
   // kept, and returns false once it should stop.
-  bool wait(std::vector<std::shared_ptr<Upload>>& uploads);
-  void release();  // lets go of what errands kept; not from a callback
+  bool wait(std::vector<std::shared_ptr<HostToDevice>>& arrivals);
+  void release();  // lets go of what callbacks kept; not from a callback
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
   bool poked_ = false;
   bool stopping_ = false;
-  std::vector<std::shared_ptr<Upload>> added_;
+  std::vector<std::shared_ptr<HostToDevice>> added_;
   std::vector<std::shared_ptr<void>> kept_;
-  std::vector<std::unique_ptr<Errand>> all_;
-  std::vector<Errand*> idle_;
+  std::vector<std::unique_ptr<Callback>> all_;
+  std::vector<Callback*> idle_;
 };
 
 }  // namespace parablock

@@ -328,7 +328,7 @@ def test_a_body_goes_from_device_to_device_while_python_holds_its_lock() -> None
         source = client.native.make_source(outgoing, layout, False)
         client.native.send(link, 1, 0, 0, source)
         view = (ctypes.c_uint8 * layout.nbytes).from_address(target.data_ptr())
-        download = native.download(source)
+        to_host = native.device_to_host(source)
 
         def whole() -> bool:
             return view[layout.nbytes - 1] == 77
@@ -336,8 +336,8 @@ def test_a_body_goes_from_device_to_device_while_python_holds_its_lock() -> None
         assert not whole()
         split = codec.scale_bytes(NUMEL, "int8")
         sys.setswitchinterval(1000.0)
-        native.copy_units(download, body.data_ptr(), body.data_ptr() + split, 0, layout.units)
-        native.finish(download)
+        native.copy_units(to_host, body.data_ptr(), body.data_ptr() + split, 0, layout.units)
+        native.finish(to_host)
         assert _hold_the_interpreter(whole, DEADLINE_S)
         sys.setswitchinterval(0.005)
         assert torch.equal(landing.body(), body)
@@ -382,7 +382,7 @@ def test_a_link_that_goes_in_the_middle_of_a_body_leaves_a_landing_that_can_be_c
         closed = client.next_event(DEADLINE_S)
         assert closed is not None
         assert closed.type == _C.Event.Type.CLOSED
-        assert landing._upload.wait(0.0) is None
+        assert landing._to_device.wait(0.0) is None
 
 
 # ---- Failures

@@ -68,14 +68,14 @@ class DeviceEncoding(Encoding):
         self,
         device: Device,
         pieces: list[Piece],
-        download: _C.Download,
+        to_host: _C.DeviceToHost,
         source: _C.Source,
         buffer: _C.Buffer,
         nbytes: int,
     ) -> None:
-        super().__init__(download, source, buffer, nbytes)
+        super().__init__(to_host, source, buffer, nbytes)
         self._device = device
-        self._download = download
+        self._to_host = to_host
         self.weights = [tensor for piece in pieces for tensor in (piece.now, piece.ref)]  # kept until they are read
         self.residuals = [(piece.residual, piece.residual_out) for piece in pieces]  # until all is on the host
         self.bad: Tensor | None = None
@@ -84,7 +84,7 @@ class DeviceEncoding(Encoding):
     def wait(self) -> None:
         """Returns when the whole body and the residuals are on the host. Raises DeviceError if the GPU failed."""
         deadline = time.monotonic() + ENCODE_DEADLINE_S
-        while not self._download.wait(_CHECK_S):
+        while not self._to_host.wait(_CHECK_S):
             self._device.native.check()
             if time.monotonic() > deadline:
                 raise ParaBlockError(f"packing a block on the GPU took longer than {ENCODE_DEADLINE_S:g} s")
@@ -112,12 +112,12 @@ class DeviceEncoding(Encoding):
 
         What the device does in between is not measured: timing it would put more work on its streams.
         """
-        return self._download.started_ns, self._download.first_copied_ns
+        return self._to_host.started_ns, self._to_host.first_copied_ns
 
     @property
     def copy_span_ns(self) -> tuple[int, int]:
         """From the first chunk being on the host until all was, beside the packing of later ones; after `wait`."""
-        return self._download.first_copied_ns, self._download.finished_ns
+        return self._to_host.first_copied_ns, self._to_host.finished_ns
 
 
 class DeviceLanding(Landing):
@@ -131,8 +131,10 @@ class DeviceLanding(Landing):
         self.memory = memory
         self._body = aligned(memory, layout.nbytes, scales)
         address = self._body.data_ptr()
-        self._upload: _C.Upload | None = device.native.upload(buffer, layout, address, address + scales, free)
-        self.watermark = self._upload.watermark
+        self._to_device: _C.HostToDevice | None = device.native.host_to_device(
+            buffer, layout, address, address + scales, free
+        )
+        self.watermark = self._to_device.watermark
 
     def body(self) -> Tensor:
         """The packed body on the device, behind its last copy on the training stream.
@@ -141,8 +143,8 @@ class DeviceLanding(Landing):
         DeviceError if a copy failed.
         """
         deadline = time.monotonic() + ENCODE_DEADLINE_S
-        assert self._upload is not None
-        while (copied := self._upload.wait(_CHECK_S)) is None:
+        assert self._to_device is not None
+        while (copied := self._to_device.wait(_CHECK_S)) is None:
             if time.monotonic() > deadline:
                 raise ParaBlockError("an aggregate that has arrived was not copied to the GPU; was the run closed?")
         self._device.native.wait(self._device.training_stream(), copied)
@@ -150,13 +152,13 @@ class DeviceLanding(Landing):
 
     def cancel(self) -> None:
         """Nothing that still arrives is copied."""
-        if self._upload is not None:
-            self._upload.cancel()
+        if self._to_device is not None:
+            self._to_device.cancel()
 
     def let_go(self) -> None:
         """The buffer is somebody else's once the last copy from it has been made."""
         self.cancel()
-        self._upload = None
+        self._to_device = None
 
 
 @dataclass
@@ -225,8 +227,8 @@ class DeviceStager:
         buffer = self.buffers.take(buffer_bytes(nbytes))
         layout = body_layout(format, numel, chunk)
         source = transport.native.make_source(buffer, layout, False)
-        download = native.download(source, self._ring, kind, round, block)
-        encoding = DeviceEncoding(self._device, pieces, download, source, buffer, nbytes)
+        to_host = native.device_to_host(source, self._ring, kind, round, block)
+        encoding = DeviceEncoding(self._device, pieces, to_host, source, buffer, nbytes)
         self._running.append(encoding)  # before the GPU may read: whatever is raised from here on, the tensors live
         native.wait(native.pack, native.mark(self._device.training_stream()))
         for part in _cut(pieces, self._slot_elements, chunk):
@@ -234,7 +236,7 @@ class DeviceStager:
         encoding.read = native.mark(native.pack)
         assert encoding.bad is not None
         native.copy_to_host(encoding.count_address, encoding.bad.data_ptr(), 8, native.down)
-        native.finish(encoding._download)
+        native.finish(encoding._to_host)
         return encoding
 
     def _pack(self, encoding: DeviceEncoding, part: _Slice, format: str, unit: int) -> None:
@@ -262,7 +264,7 @@ class DeviceStager:
         )
         native.wait(native.down, native.mark(native.pack))
         start = body.data_ptr()
-        native.copy_units(encoding._download, start, start + scales, part.start // unit, numel // unit)
+        native.copy_units(encoding._to_host, start, start + scales, part.start // unit, numel // unit)
         if piece.residual_out is not None:
             assert here is not None
             native.copy_to_host(_address(piece.residual_out, at), here.data_ptr(), 4 * numel, native.down)

@@ -46,7 +46,7 @@ class Encoding:
     The pieces' tensors must stay unchanged until `wait` has returned; the stager keeps them alive.
     """
 
-    def __init__(self, job: _C.EncodeJob | _C.Download, source: _C.Source, buffer: _C.Buffer, nbytes: int) -> None:
+    def __init__(self, job: _C.EncodeJob | _C.DeviceToHost, source: _C.Source, buffer: _C.Buffer, nbytes: int) -> None:
         self.nbytes = nbytes
         self.buffer = buffer
         self._source: _C.Source | None = source

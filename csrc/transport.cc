@@ -1,11 +1,9 @@
 #include "transport.h"
 
-#include <sched.h>
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <future>
 #include <stdexcept>
 #include <utility>
@@ -24,14 +22,11 @@ constexpr int kAcceptsPerTurn = 64;
 // A message is often answered at once, and messages are few, so that after one the thread stays awake as long.
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kAlertNs = 50'000;
-constexpr size_t kQueueBytes = 1 << 20;   // of control frames to one trusted peer, at least
-constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
+constexpr size_t kQueueBytes = 1 << 20;  // of control frames to one trusted peer, at least
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
 
 uint64_t token_of(uint64_t link, size_t lane) { return link * kMaxLanes + lane; }
-
-size_t cost(const Event& event) { return sizeof event + event.text.size(); }
 
 }  // namespace
 
@@ -51,7 +46,7 @@ Transport::~Transport() { close(0); }
 void Transport::close(int64_t flush_ns) {
   std::lock_guard closing(close_mutex_);
   if (!thread_.joinable()) return;
-  push([this, flush_ns] {
+  commands_.push([this, flush_ns] {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
     listeners_.clear();
     for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
@@ -62,16 +57,14 @@ void Transport::close(int64_t flush_ns) {
     std::lock_guard lock(waker_->mutex);
     waker_->loop = nullptr;
   }
-  std::lock_guard lock(command_mutex_);
-  closed_ = true;
-  commands_.clear();  // lets go of the buffers of transfers that came too late
+  commands_.close();
 }
 
 uint16_t Transport::listen(const std::string& host, uint16_t port) {
   Fd fd = listen_tcp(host, port);
   uint16_t taken = local_port(fd);
   loop_.add(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()));
-  if (!push([this, fd = std::make_shared<Fd>(std::move(fd))] { listeners_.push_back(std::move(*fd)); }))
+  if (!commands_.push([this, fd = std::make_shared<Fd>(std::move(fd))] { listeners_.push_back(std::move(*fd)); }))
     throw std::runtime_error(kClosed);
   return taken;
 }
@@ -79,24 +72,14 @@ uint16_t Transport::listen(const std::string& host, uint16_t port) {
 uint64_t Transport::connect(const std::string& host, uint16_t port, int64_t timeout_ns) {
   auto fd = std::make_shared<Fd>(connect_tcp(host, port, timeout_ns));
   uint64_t id = next_link_++;
-  if (!push([this, fd, id, host] { add_link(id, std::move(*fd), host); })) throw std::runtime_error(kClosed);
+  if (!commands_.push([this, fd, id, host] { add_link(id, std::move(*fd), host); })) throw std::runtime_error(kClosed);
   return id;
 }
 
 // ---- Commands: queued by any thread, carried out by the loop's
 
-bool Transport::push(Command command) {
-  {
-    std::lock_guard lock(command_mutex_);
-    if (closed_) return false;
-    commands_.push_back(std::move(command));
-  }
-  loop_.wake();
-  return true;
-}
-
 void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
-  push([this, id, action = std::move(action)] {
+  commands_.push([this, id, action = std::move(action)] {
     auto found = links_.find(id);
     if (found == links_.end()) return;  // its kClosed event has said so
     try {
@@ -107,17 +90,8 @@ void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
   });
 }
 
-void Transport::carry_out_commands() {
-  std::vector<Command> commands;
-  {
-    std::lock_guard lock(command_mutex_);
-    commands.swap(commands_);
-  }
-  for (Command& command : commands) command();
-}
-
 void Transport::send_control(uint64_t link, std::string message) {
-  alert_until_ns_.store(monotonic_ns() + kAlertNs, std::memory_order_relaxed);
+  events_.stay_alert(monotonic_ns() + kAlertNs);
   push_on_link(link, [this, message = std::move(message)](Link& l) {
     conversing_ = true;
     l.session().send_control(message);
@@ -206,7 +180,7 @@ std::shared_ptr<Source> Transport::make_source(std::shared_ptr<Buffer> buffer, L
 }
 
 void Transport::record(std::shared_ptr<Ring> ring) {
-  push([this, ring = std::move(ring)] {
+  commands_.push([this, ring = std::move(ring)] {
     for (auto& [id, link] : links_) link->record(ring.get());
     ring_ = ring;
   });
@@ -214,33 +188,11 @@ void Transport::record(std::shared_ptr<Ring> ring) {
 
 // ---- Events
 
-// Right after a message one who waits for its answer looks for it before falling asleep.
-std::optional<Event> Transport::next_event(int64_t timeout_ns) {
-  const int64_t alert_until_ns = timeout_ns > 0 ? alert_until_ns_.load(std::memory_order_relaxed) : 0;
-  while (!any_event_.load(std::memory_order_relaxed) && monotonic_ns() < alert_until_ns) sched_yield();
-  std::unique_lock lock(event_mutex_);
-  event_ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return !events_.empty(); });
-  if (events_.empty()) return std::nullopt;
-  Event event = std::move(events_.front());
-  events_.pop_front();
-  any_event_.store(!events_.empty(), std::memory_order_relaxed);
-  auto unread = unread_.find(event.link);
-  bool was_paused = unread->second > kUnreadBytes;
-  unread->second -= cost(event);
-  if (was_paused && unread->second <= kUnreadBytes) loop_.wake();
-  if (unread->second == 0) unread_.erase(unread);
-  return event;
-}
+std::optional<Event> Transport::next_event(int64_t timeout_ns) { return events_.next(timeout_ns); }
 
 void Transport::publish(Event event) {
-  {
-    std::lock_guard lock(event_mutex_);
-    unread_[event.link] += cost(event);
-    conversing_ = conversing_ || event.type == Event::Type::kControl;
-    events_.push_back(std::move(event));
-    any_event_.store(true, std::memory_order_relaxed);
-  }
-  event_ready_.notify_one();
+  conversing_ = conversing_ || event.type == Event::Type::kControl;
+  events_.push(std::move(event));
 }
 
 void Transport::publish(Link& link) {
@@ -249,9 +201,7 @@ void Transport::publish(Link& link) {
     if (event.at_ns == 0) event.at_ns = monotonic_ns();
     publish(std::move(event));
   }
-  std::lock_guard lock(event_mutex_);
-  auto unread = unread_.find(link.id());
-  link.pause_reads(unread != unread_.end() && unread->second > kUnreadBytes);
+  link.pause_reads(events_.full(link.id()));
 }
 
 LinkStats Transport::stats(uint64_t id) const {
@@ -437,7 +387,7 @@ void Transport::run() {
     const bool busy = std::exchange(moved_, 0) >= kBusyBytes;
     const bool conversing = std::exchange(conversing_, false);
     loop_.wait(wake_at, busy || conversing ? kAlertNs : 0, ready);
-    carry_out_commands();
+    commands_.carry_out();
     try {
       service(monotonic_ns(), ready);
     } catch (const std::exception& error) {  // beyond one link: this process or the kernel is out of memory

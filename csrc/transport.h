@@ -6,8 +6,6 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -20,6 +18,8 @@
 
 #include "admission.h"
 #include "attach.h"
+#include "command_queue.h"
+#include "event_queue.h"
 #include "link.h"
 #include "loop.h"
 #include "session.h"
@@ -75,8 +75,6 @@ class Transport {
   void close(int64_t flush_ns);
 
  private:
-  using Command = std::function<void()>;
-
   // Shared with Sources, which may outlive the transport: after the end `wake` is a no-op.
   struct Waker {
     std::mutex mutex;
@@ -85,9 +83,7 @@ class Transport {
   };
 
   void run();
-  bool push(Command command);  // false once the transport is closed
   void push_on_link(uint64_t link, std::function<void(Link&)> action);
-  void carry_out_commands();
   Fd duplicate_of(uint64_t link);
   void accept_some(int listener, int64_t now_ns);
   void accept_again(bool on);
@@ -106,17 +102,8 @@ class Transport {
   TransportOptions options_;
   Loop loop_;
   std::shared_ptr<Waker> waker_;
-
-  std::mutex command_mutex_;
-  std::vector<Command> commands_;
-  bool closed_ = false;
-
-  std::mutex event_mutex_;
-  std::condition_variable event_ready_;
-  std::deque<Event> events_;
-  std::atomic<bool> any_event_{false};  // the same without the lock, for one who looks again and again
-  std::atomic<int64_t> alert_until_ns_{0};  // an answer to what was said may come any moment
-  std::map<uint64_t, size_t> unread_;  // bytes of a link's events that nobody took yet
+  CommandQueue commands_{loop_};
+  EventQueue events_{loop_};
 
   mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
   std::map<uint64_t, std::unique_ptr<Link>> links_;

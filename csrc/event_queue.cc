@@ -1,0 +1,51 @@
+#include "event_queue.h"
+
+#include <sched.h>
+
+#include <chrono>
+#include <utility>
+
+namespace parablock {
+namespace {
+
+constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
+
+size_t cost(const Event& event) { return sizeof event + event.text.size(); }
+
+}  // namespace
+
+void EventQueue::push(Event event) {
+  {
+    std::lock_guard lock(mutex_);
+    unread_[event.link] += cost(event);
+    events_.push_back(std::move(event));
+    any_.store(true, std::memory_order_relaxed);
+  }
+  ready_.notify_one();
+}
+
+// Whoever takes an event right after the answer wakes the loop, which then asks again.
+bool EventQueue::full(uint64_t link) const {
+  std::lock_guard lock(mutex_);
+  auto unread = unread_.find(link);
+  return unread != unread_.end() && unread->second > kUnreadBytes;
+}
+
+std::optional<Event> EventQueue::next(int64_t timeout_ns) {
+  const int64_t alert_until_ns = timeout_ns > 0 ? alert_until_ns_.load(std::memory_order_relaxed) : 0;
+  while (!any_.load(std::memory_order_relaxed) && monotonic_ns() < alert_until_ns) sched_yield();
+  std::unique_lock lock(mutex_);
+  ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return !events_.empty(); });
+  if (events_.empty()) return std::nullopt;
+  Event event = std::move(events_.front());
+  events_.pop_front();
+  any_.store(!events_.empty(), std::memory_order_relaxed);
+  auto unread = unread_.find(event.link);
+  const bool was_full = unread->second > kUnreadBytes;
+  unread->second -= cost(event);
+  if (was_full && unread->second <= kUnreadBytes) loop_.wake();
+  if (unread->second == 0) unread_.erase(unread);
+  return event;
+}
+
+}  // namespace parablock

@@ -5,6 +5,7 @@ namespace parablock {
 void bind_codec(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_ring(pybind11::module_& m);
+void bind_testing(pybind11::module_& m);
 void bind_transport(pybind11::module_& m);
 }  // namespace parablock
 
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
   parablock::bind_ring(m);
   parablock::bind_transport(m);
   parablock::bind_device(m);
+  parablock::bind_testing(m);
 }

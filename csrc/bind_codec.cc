@@ -8,9 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "bind.h"
 #include "codec.h"
-
-namespace py = pybind11;
 
 namespace parablock {
 namespace {
@@ -41,10 +40,39 @@ int64_t length(int64_t numel) {
 
 ConstPlanes planes(uintptr_t scales, uintptr_t codes) { return {pointer<uint8_t>(scales), pointer<uint8_t>(codes)}; }
 
+void bind_sum(py::module_& m) {
+  m.def(
+      "accumulate",
+      [](uintptr_t hi, uintptr_t lo, const std::vector<std::tuple<uintptr_t, uintptr_t, int, double>>& contributions,
+         int64_t numel, bool empty, int threads) {
+        std::vector<Contribution> in;
+        for (const auto& [scales, codes, format, weight] : contributions) {
+          in.push_back({planes(scales, codes), format_of(format), weight});
+        }
+        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), in, length(numel), empty, threads);
+      },
+      py::arg("hi"), py::arg("lo"), py::arg("contributions"), py::arg("numel"), py::arg("empty"), py::arg("threads"),
+      ReleaseGil());
+  m.def(
+      "accumulated_mean",
+      [](uintptr_t hi, uintptr_t lo, double total_weight, int64_t numel, uintptr_t out, int threads) {
+        accumulated_mean(pointer<int64_t>(hi), pointer<int64_t>(lo), total_weight, length(numel), pointer<float>(out),
+                         threads);
+      },
+      py::arg("hi"), py::arg("lo"), py::arg("total_weight"), py::arg("numel"), py::arg("out"), py::arg("threads"),
+      ReleaseGil());
+  m.def(
+      "inspect",
+      [](uintptr_t scales, uintptr_t codes, int64_t numel, int format, int threads) {
+        const Inspection found = inspect(planes(scales, codes), length(numel), format_of(format), threads);
+        return std::make_tuple(found.largest, found.bad_groups, found.invalid);
+      },
+      py::arg("scales"), py::arg("codes"), py::arg("numel"), py::arg("format"), py::arg("threads"), ReleaseGil());
+}
+
 }  // namespace
 
 void bind_codec(py::module_& m) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("instruction_set", &instruction_set);
   m.def("force_instruction_set", &force_instruction_set, py::arg("name"));
   m.def(
@@ -57,55 +85,29 @@ void bind_codec(py::module_& m) {
       },
       py::arg("now"), py::arg("now_dtype"), py::arg("ref"), py::arg("ref_dtype"), py::arg("residual_in"),
       py::arg("residual_out"), py::arg("numel"), py::arg("format"), py::arg("scales"), py::arg("codes"),
-      py::arg("threads"), Unlocked());
+      py::arg("threads"), ReleaseGil());
   m.def(
       "decode",
       [](uintptr_t scales, uintptr_t codes, int64_t numel, int format, uintptr_t out, int threads) {
         decode(planes(scales, codes), length(numel), format_of(format), pointer<float>(out), threads);
       },
       py::arg("scales"), py::arg("codes"), py::arg("numel"), py::arg("format"), py::arg("out"), py::arg("threads"),
-      Unlocked());
+      ReleaseGil());
   m.def(
       "apply",
       [](uintptr_t target, int dtype, uintptr_t scales, uintptr_t codes, int64_t numel, int format, int threads) {
         apply(pointer<void>(target), dtype_of(dtype), planes(scales, codes), length(numel), format_of(format), threads);
       },
       py::arg("target"), py::arg("dtype"), py::arg("scales"), py::arg("codes"), py::arg("numel"), py::arg("format"),
-      py::arg("threads"), Unlocked());
-  m.def(
-      "accumulate",
-      [](uintptr_t hi, uintptr_t lo, const std::vector<std::tuple<uintptr_t, uintptr_t, int, double>>& contributions,
-         int64_t numel, bool empty, int threads) {
-        std::vector<Contribution> in;
-        for (const auto& [scales, codes, format, weight] : contributions) {
-          in.push_back({planes(scales, codes), format_of(format), weight});
-        }
-        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), in, length(numel), empty, threads);
-      },
-      py::arg("hi"), py::arg("lo"), py::arg("contributions"), py::arg("numel"), py::arg("empty"), py::arg("threads"),
-      Unlocked());
-  m.def(
-      "accumulated_mean",
-      [](uintptr_t hi, uintptr_t lo, double total_weight, int64_t numel, uintptr_t out, int threads) {
-        accumulated_mean(pointer<int64_t>(hi), pointer<int64_t>(lo), total_weight, length(numel), pointer<float>(out),
-                         threads);
-      },
-      py::arg("hi"), py::arg("lo"), py::arg("total_weight"), py::arg("numel"), py::arg("out"), py::arg("threads"),
-      Unlocked());
-  m.def(
-      "inspect",
-      [](uintptr_t scales, uintptr_t codes, int64_t numel, int format, int threads) {
-        const Inspection found = inspect(planes(scales, codes), length(numel), format_of(format), threads);
-        return std::make_tuple(found.largest, found.bad_groups, found.invalid);
-      },
-      py::arg("scales"), py::arg("codes"), py::arg("numel"), py::arg("format"), py::arg("threads"), Unlocked());
+      py::arg("threads"), ReleaseGil());
   m.def(
       "fingerprint",
       [](uintptr_t data, size_t bytes, int threads) {
         require(bytes % 4 == 0, "a multiple of 4 bytes", static_cast<int64_t>(bytes));
         return fingerprint(pointer<void>(data), bytes, threads);
       },
-      py::arg("data"), py::arg("bytes"), py::arg("threads"), Unlocked());
+      py::arg("data"), py::arg("bytes"), py::arg("threads"), ReleaseGil());
+  bind_sum(m);
 }
 
 }  // namespace parablock

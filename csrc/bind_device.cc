@@ -2,19 +2,13 @@
 // may block, and a callback of somebody else's may need it.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-
+#include "bind.h"
 #include "device.h"
 #include "slab.h"
-
-namespace py = pybind11;
 
 namespace parablock {
 namespace {
 
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
 uintptr_t handle(CudaStream stream) { return reinterpret_cast<uintptr_t>(stream); }
 CudaStream stream_of(uintptr_t handle) { return reinterpret_cast<CudaStream>(handle); }
 

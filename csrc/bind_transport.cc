@@ -3,35 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 #include <system_error>
 
+#include "bind.h"
 #include "crc32c.h"
 #include "encoder.h"
 #include "transport.h"
 
-namespace py = pybind11;
-
 namespace parablock {
 namespace {
-
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-// At most thirty years, so that adding it to a time cannot overflow.
-int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
-
-TransferKey key_of(uint8_t kind, uint32_t round, uint32_t block) { return {kind, round, block}; }
-
-// (kind, round, block, bytes that are there)
-using ResumePoint = std::tuple<uint8_t, uint32_t, uint32_t, uint64_t>;
-
-std::vector<ResumePoint> resume_points(const std::vector<std::pair<TransferKey, uint64_t>>& unfinished) {
-  std::vector<ResumePoint> points;
-  for (const auto& [key, received] : unfinished) points.emplace_back(key.kind, key.round, key.block, received);
-  return points;
-}
 
 // std::system_error becomes OSError with its errno, so that Python sees ConnectionRefusedError and its kin.
 void translate(std::exception_ptr pending) {
@@ -42,96 +25,6 @@ void translate(std::exception_ptr pending) {
     PyErr_SetObject(PyExc_OSError, arguments);
     Py_XDECREF(arguments);
   }
-}
-
-void check_lane(size_t lane) {
-  if (lane >= kMaxLanes) throw std::invalid_argument("a link has at most " + std::to_string(kMaxLanes) + " lanes");
-}
-
-// Calls `function(address, bytes)` on a Python buffer.
-template <typename Function>
-auto over(const py::buffer& data, Function function) {
-  Py_buffer view;
-  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  auto result = function(view.buf, static_cast<size_t>(view.len));
-  PyBuffer_Release(&view);
-  return result;
-}
-
-void bind_session(py::module_& m) {
-  // The protocol without a socket, for tests and fuzzers: bytes in, bytes out.
-  py::class_<Incoming, std::shared_ptr<Incoming>>(m, "Incoming").def(py::init<>()).def_property_readonly("count",
-                                                                                                         &Incoming::count);
-  py::class_<Session>(m, "Session")
-      .def(py::init([](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes,
-                       std::shared_ptr<Incoming> incoming) {
-             SessionLimits limits{
-                 .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes};
-             return std::make_unique<Session>(limits, std::move(incoming));
-           }),
-           py::arg("control_bytes") = 4096, py::arg("window_bytes") = 256 << 20, py::arg("queue_bytes") = 64 << 10,
-           py::arg("incoming") = nullptr)
-      .def("set_run", &Session::set_run)
-      .def("send_control", [](Session& s, const py::bytes& message) { s.send_control(message); })
-      .def("send", [](Session& s, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { s.send(key_of(kind, round, block), std::move(source)); },
-           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
-      .def("receive", [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-                         const Layout& layout,
-                         uint64_t start) { s.receive(key_of(kind, round, block), std::move(buffer), layout, start); },
-           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"),
-           py::arg("start") = 0)
-      .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
-                                uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
-      .def("cancel_send", [](Session& s, uint8_t kind, uint32_t round,
-                             uint32_t block) { s.cancel_send(key_of(kind, round, block)); })
-      .def("ping", &Session::ping)
-      .def("report_stalled", &Session::report_stalled)
-      .def("feed",
-           [](Session& s, const py::bytes& bytes, int64_t now_ns, size_t lane) {
-             check_lane(lane);
-             std::string_view left = bytes;
-             while (!left.empty()) {
-               size_t taken = 0;
-               for (const Segment& region : s.want(lane)) {
-                 size_t count = std::min(region.bytes, left.size() - taken);
-                 std::copy_n(left.data() + taken, count, region.data);
-                 taken += count;
-               }
-               s.arrived(taken, now_ns, lane);
-               left.remove_prefix(taken);
-             }
-           },
-           py::arg("bytes"), py::arg("now_ns") = 0, py::arg("lane") = 0)
-      .def("next_frame",
-           [](Session& s, int64_t now_ns, size_t lane) -> std::optional<py::bytes> {
-             check_lane(lane);
-             std::optional<OutFrame> frame = s.next_frame(now_ns, lane);
-             if (!frame) return std::nullopt;
-             std::string bytes(frame->header.begin(), frame->header.end());
-             bytes += frame->inline_payload;
-             for (const Segment& part : frame->payload)
-               bytes.append(reinterpret_cast<const char*>(part.data), part.bytes);
-             return py::bytes(bytes);
-           },
-           py::arg("now_ns") = 0, py::arg("lane") = 0)
-      .def("wanted_bytes",
-           [](Session& s, size_t lane) {
-             check_lane(lane);
-             size_t bytes = 0;
-             for (const Segment& region : s.want(lane)) bytes += region.bytes;
-             return bytes;
-           },
-           py::arg("lane") = 0)
-      .def("take_events", &Session::take_events)
-      .def("take_attach_key",
-           [](Session& s) -> std::optional<py::bytes> {
-             std::optional<std::string> key = s.take_attach_key();
-             return key ? std::optional<py::bytes>(*key) : std::nullopt;
-           })
-      .def_property_readonly("corrupt_chunks", &Session::corrupt_chunks)
-      .def("unfinished", [](const Session& s) { return resume_points(s.unfinished()); })
-      .def_property_readonly("round_trip_ns", &Session::round_trip_ns);
 }
 
 void bind_data(py::module_& m) {
@@ -172,7 +65,9 @@ void bind_data(py::module_& m) {
       }))
       .def("raise_watermark", &Source::raise)
       .def_property_readonly("ready_chunks", &Source::ready_chunks);
+}
 
+void bind_event(py::module_& m) {
   py::class_<Event> event(m, "Event");
   py::enum_<Event::Type>(event, "Type")
       .value("CONNECTED", Event::Type::kConnected)
@@ -249,18 +144,7 @@ void bind_tls(py::module_& m) {
       .def_readonly("not_after", &TlsInfo::not_after);
 }
 
-void bind_links(py::module_& m) {
-  py::class_<Shaper>(m, "Shaper")  // for tests: links have their own
-      .def(py::init([](double bytes_per_second, int64_t delay_ns) {
-             Shaper shaper;
-             shaper.configure(bytes_per_second, delay_ns);
-             return shaper;
-           }),
-           py::arg("bytes_per_second"), py::arg("delay_ns"))
-      .def_property_readonly("active", &Shaper::active)
-      .def_property_readonly("free_at", &Shaper::free_at)
-      .def("transmit", &Shaper::transmit, py::arg("bytes"), py::arg("now_ns"), py::arg("waited"));
-
+void bind_stats(py::module_& m) {
   py::class_<LaneStats>(m, "LaneStats")
       .def_readonly("rtt_us", &LaneStats::rtt_us)
       .def_readonly("rttvar_us", &LaneStats::rttvar_us)
@@ -278,45 +162,30 @@ void bind_links(py::module_& m) {
       .def_readonly("moved_bytes", &LinkStats::moved_bytes)
       .def_readonly("corrupt_chunks", &LinkStats::corrupt_chunks)
       .def_readonly("lanes", &LinkStats::lanes);
+}
 
-  py::class_<Transport>(m, "Transport")
-      .def(py::init([](double bytes_per_second, double delay, double idle_timeout, double opening_timeout,
-                       size_t max_links, size_t max_strangers, size_t max_strangers_per_network, uint64_t window,
-                       std::shared_ptr<TlsContext> tls) {
-             AdmissionLimits admission{.links = max_links,
-                                       .strangers = max_strangers,
-                                       .strangers_per_network = max_strangers_per_network};
-             return std::make_unique<Transport>(TransportOptions{.bytes_per_second = bytes_per_second,
-                                                                 .delay_ns = nanoseconds(delay),
-                                                                 .idle_timeout_ns = nanoseconds(idle_timeout),
-                                                                 .opening_timeout_ns = nanoseconds(opening_timeout),
-                                                                 .admission = admission,
-                                                                 .window_bytes = window,
-                                                                 .tls = std::move(tls)});
-           }),
-           py::arg("bytes_per_second") = 0.0, py::arg("delay") = 0.0, py::arg("idle_timeout") = 60.0,
-           py::arg("opening_timeout") = 10.0, py::arg("max_links") = AdmissionLimits{}.links,
-           py::arg("max_strangers") = AdmissionLimits{}.strangers,
-           py::arg("max_strangers_per_network") = AdmissionLimits{}.strangers_per_network,
-           py::arg("window_bytes") = uint64_t{256} << 20, py::arg("tls") = nullptr)
+std::unique_ptr<Transport> make_transport(double bytes_per_second, double delay, double idle_timeout,
+                                          double opening_timeout, size_t max_links, size_t max_strangers,
+                                          size_t max_strangers_per_network, uint64_t window,
+                                          std::shared_ptr<TlsContext> tls) {
+  return std::make_unique<Transport>(
+      TransportOptions{.bytes_per_second = bytes_per_second,
+                       .delay_ns = nanoseconds(delay),
+                       .idle_timeout_ns = nanoseconds(idle_timeout),
+                       .opening_timeout_ns = nanoseconds(opening_timeout),
+                       .admission = {.links = max_links,
+                                     .strangers = max_strangers,
+                                     .strangers_per_network = max_strangers_per_network},
+                       .window_bytes = window,
+                       .tls = std::move(tls)});
+}
+
+void bind_links(py::class_<Transport>& transport) {
+  transport
       .def("listen", &Transport::listen, ReleaseGil())
       .def("connect", [](Transport& t, const std::string& host, uint16_t port,
                          double timeout) { return t.connect(host, port, nanoseconds(timeout)); }, ReleaseGil())
       .def("send_control", [](Transport& t, uint64_t link, const py::bytes& message) { t.send_control(link, message); })
-      .def("send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
-           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
-      .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                         std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
-                         std::shared_ptr<Watermark> watermark) {
-             t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
-           },
-           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
-           py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
-      .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
-                                uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
-      .def("cancel_send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
-                             uint32_t block) { t.cancel_send(link, key_of(kind, round, block)); })
       .def("trust", &Transport::trust)
       .def("offer_lanes",
            [](Transport& t, uint64_t link, size_t count, double within) {
@@ -333,14 +202,32 @@ void bind_links(py::module_& m) {
              t.close_link(link, std::move(reason), nanoseconds(flush));
            },
            py::arg("link"), py::arg("reason"), py::arg("flush") = 5.0)
-      .def("make_source", &Transport::make_source,
-           py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
       .def("stats", &Transport::stats)
       .def("record", &Transport::record)
       .def("tls_info", [](const Transport& t,
                           uint64_t link) { return std::const_pointer_cast<TlsInfo>(t.tls_info(link)); })
       .def("close", [](Transport& t, double flush) { t.close(nanoseconds(flush)); }, ReleaseGil());
+}
+
+void bind_transfers(py::class_<Transport>& transport) {
+  transport
+      .def("send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
+                      std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
+           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
+      .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
+                         std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
+                         std::shared_ptr<Watermark> watermark) {
+             t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
+           },
+           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
+           py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
+      .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
+                                uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
+      .def("cancel_send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
+                             uint32_t block) { t.cancel_send(link, key_of(kind, round, block)); })
+      .def("make_source", &Transport::make_source,
+           py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"));
 }
 
 }  // namespace
@@ -353,13 +240,21 @@ void bind_transport(py::module_& m) {
   m.def("crc32c", [](const py::buffer& data) {
     return over(data, [](const void* at, size_t bytes) { return crc32c(at, bytes); });
   });
-  m.def("crc32c_every_way", [](const py::buffer& data) { return over(data, &crc32c_every_way); });
   m.def("monotonic_ns", &monotonic_ns);
   bind_data(m);
-  bind_session(m);
+  bind_event(m);
   bind_encoder(m);
   bind_tls(m);
-  bind_links(m);
+  bind_stats(m);
+  py::class_<Transport> transport(m, "Transport");
+  transport.def(py::init(&make_transport),
+                py::arg("bytes_per_second") = 0.0, py::arg("delay") = 0.0, py::arg("idle_timeout") = 60.0,
+                py::arg("opening_timeout") = 10.0, py::arg("max_links") = AdmissionLimits{}.links,
+                py::arg("max_strangers") = AdmissionLimits{}.strangers,
+                py::arg("max_strangers_per_network") = AdmissionLimits{}.strangers_per_network,
+                py::arg("window_bytes") = uint64_t{256} << 20, py::arg("tls") = nullptr);
+  bind_links(transport);
+  bind_transfers(transport);
 }
 
 }  // namespace parablock

@@ -41,7 +41,8 @@ struct ConstPlanes {
   const uint8_t* codes;
 };
 
-// The instruction set in use: the best of the machine unless `force` chose another. "avx512", "avx2" or "portable".
+// The instruction set in use, "avx512-vnni", "avx512", "avx2" or "portable": the best of the machine unless
+// `force_instruction_set` chose another.
 const char* instruction_set();
 void force_instruction_set(const char* name);  // throws std::invalid_argument when the machine lacks it
 

@@ -177,7 +177,7 @@ constexpr AddBlock<kFormat> kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &a
                                                       &add_block<kFormat, 3>, &add_block<kFormat, 4>,
                                                       &add_block<kFormat, 5>, &add_block<kFormat, 6>};
 
-PARABLOCK_INLINE int bits_of(Magnitude units) {
+PARABLOCK_INLINE int bit_length(Magnitude units) {
   const uint64_t high = static_cast<uint64_t>(units >> 64);
   return high != 0 ? 128 - __builtin_clzll(high) : 64 - __builtin_clzll(static_cast<uint64_t>(units) | 1);
 }
@@ -194,7 +194,7 @@ void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t co
   for (int base = 0; left != 0; left = base < 128 ? factors.any >> base : 0) {
     const int zeros = lowest_bit(left);
     base += zeros;
-    const int wanted = (bits_of(left >> zeros) + 7) / 8;
+    const int wanted = (bit_length(left >> zeros) + 7) / 8;
     const int count_of_digits = wanted < kMostDigits ? wanted : kMostDigits;
     Digits digits;
     cut(factors, count, base, digits);

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -106,84 +107,100 @@ void connect(Peer& client, Peer& server) {
 }
 
 // What a block's upload and the broadcast of its change are, with every buffer used once.
-void transfers(int rounds) {
-  constexpr int64_t kNumel = 64 * 128;
-  constexpr int64_t kChunk = 128;
-  const Layout layout = body_layout(Format::kInt8, kNumel, kChunk);
-  const std::vector<float> now = random_floats(kNumel, 3);
-  const std::vector<float> ref = random_floats(kNumel, 4);
-  // So small that writers overtake the reader all the time.
-  auto encoded = std::make_shared<Ring>(64);
-  auto moved = std::make_shared<Ring>(64);
-  Encoder encoder(encoded);
-  Peer client;
-  Peer server;
-  client.transport.record(moved);
-  connect(client, server);
-  const std::string lane_key = server.transport.offer_lanes(server.link, kLanes - 1, kDeadlineNs);
-  client.transport.attach_lanes(client.link, lane_key, kLanes - 1, kDeadlineNs);
-  std::atomic<bool> over{false};
-  std::thread spectator([&] {
-    for (int sent = 0; !over.load();) {
-      client.transport.stats(client.link);
-      for (const auto& ring : {encoded, moved}) {
+class Transfers {
+ public:
+  Transfers() {
+    client_.transport.record(moved_);
+    connect(client_, server_);
+    const std::string lane_key = server_.transport.offer_lanes(server_.link, kLanes - 1, kDeadlineNs);
+    client_.transport.attach_lanes(client_.link, lane_key, kLanes - 1, kDeadlineNs);
+    encode(now_.data(), Dtype::kFp32, ref_.data(), Dtype::kFp32, nullptr, nullptr, kNumel, Format::kInt8,
+           {expected_.data(), expected_.data() + scale_bytes(Format::kInt8, kNumel)}, 1);
+  }
+
+  void run(int rounds) {
+    std::thread spectator([this] { look_on(); });
+    std::thread uploads([this, rounds] {
+      for (int round = 0; round < rounds; ++round) upload(key_of(round));
+    });
+    for (int round = 0; round < rounds; ++round) receive(key_of(round), round % 4 == 3);
+    uploads.join();
+    over_ = true;
+    spectator.join();
+  }
+
+ private:
+  static constexpr int64_t kNumel = 64 * 128;
+  static constexpr int64_t kChunk = 128;
+
+  static TransferKey key_of(int round) { return {kUp, static_cast<uint32_t>(round), 0}; }
+
+  void look_on() {
+    for (int sent = 0; !over_.load();) {
+      client_.transport.stats(client_.link);
+      for (const auto& ring : {encoded_, moved_}) {
         for (const Record& record : ring->drain())
           check(record.start_ns > 0 && record.end_ns >= record.start_ns, "a record is whole or not there");
       }
-      server.transport.cancel_receive(server.link, {kNeverSent, 0, 0});
+      server_.transport.cancel_receive(server_.link, {kNeverSent, 0, 0});
       // A link ends when too much of what it says is left unread.
-      if (sent - client.messages.load() < kMostUnread) {
-        server.transport.send_control(server.link, "from another thread");
+      if (sent - client_.messages.load() < kMostUnread) {
+        server_.transport.send_control(server_.link, "from another thread");
         ++sent;
       }
       std::this_thread::yield();
     }
-  });
-  std::thread uploads([&] {
-    for (int round = 0; round < rounds; ++round) {
-      const TransferKey key{kUp, static_cast<uint32_t>(round), 0};
-      auto source = client.transport.make_source(std::make_shared<Buffer>(layout.bytes()), layout, false);
-      auto job = std::make_shared<EncodeJob>(
-          std::vector<EncodePiece>{{now.data(), Dtype::kFp32, ref.data(), Dtype::kFp32, nullptr, nullptr, kNumel}},
-          Format::kInt8, source, key);
-      encoder.submit(job);
-      client.transport.send(client.link, key, source);
-      client.expect([&](const Event& event) {
-        return event.key == key && (event.type == Event::Type::kSent || event.type == Event::Type::kRefused);
-      });
-      check(job->wait(kDeadlineNs), "the encode thread gets to every job");
-    }
-  });
-  std::vector<uint8_t> expected(layout.bytes());
-  encode(now.data(), Dtype::kFp32, ref.data(), Dtype::kFp32, nullptr, nullptr, kNumel, Format::kInt8,
-         {expected.data(), expected.data() + scale_bytes(Format::kInt8, kNumel)}, 1);
-  for (int round = 0; round < rounds; ++round) {
-    const TransferKey key{kUp, static_cast<uint32_t>(round), 0};
-    auto buffer = std::make_shared<Buffer>(layout.bytes());
+  }
+
+  void upload(TransferKey key) {
+    auto source = client_.transport.make_source(std::make_shared<Buffer>(layout_.bytes()), layout_, false);
+    auto job = std::make_shared<EncodeJob>(
+        std::vector<EncodePiece>{{now_.data(), Dtype::kFp32, ref_.data(), Dtype::kFp32, nullptr, nullptr, kNumel}},
+        Format::kInt8, source, key);
+    encoder_.submit(job);
+    client_.transport.send(client_.link, key, source);
+    client_.expect([&](const Event& event) {
+      return event.key == key && (event.type == Event::Type::kSent || event.type == Event::Type::kRefused);
+    });
+    check(job->wait(kDeadlineNs), "the encode thread gets to every job");
+  }
+
+  // `cancelled`: at any moment, before, in the middle of, or after its bytes.
+  void receive(TransferKey key, bool cancelled) {
+    auto buffer = std::make_shared<Buffer>(layout_.bytes());
     auto watermark = std::make_shared<Watermark>([] {});
-    server.transport.receive(server.link, key, buffer, layout, 0, watermark);
-    if (round % 4 == 3) {  // cancelled at any moment: before, in the middle of, or after its bytes
-      server.transport.cancel_receive(server.link, key);
-      continue;
+    server_.transport.receive(server_.link, key, buffer, layout_, 0, watermark);
+    if (cancelled) {
+      server_.transport.cancel_receive(server_.link, key);
+      return;
     }
     // What is below the watermark is read while the rest still arrives.
-    for (uint64_t chunk = 0; chunk < layout.chunks();) {
-      if (watermark->received() < layout.offset_of_end(chunk + 1)) {
+    for (uint64_t chunk = 0; chunk < layout_.chunks();) {
+      if (watermark->received() < layout_.offset_of_end(chunk + 1)) {
         std::this_thread::yield();
         continue;
       }
-      for (const Segment& part : layout.segments(buffer->data(), chunk))
-        check(std::equal(part.data, part.data + part.bytes, expected.begin() + (part.data - buffer->data())),
+      for (const Segment& part : layout_.segments(buffer->data(), chunk))
+        check(std::equal(part.data, part.data + part.bytes, expected_.begin() + (part.data - buffer->data())),
               "what is below a watermark is final");
       ++chunk;
     }
-    server.expect([&](const Event& event) { return event.key == key && event.type == Event::Type::kReceived; });
-    check(std::equal(expected.begin(), expected.end(), buffer->data()), "the bytes that were encoded arrive");
+    server_.expect([&](const Event& event) { return event.key == key && event.type == Event::Type::kReceived; });
+    check(std::equal(expected_.begin(), expected_.end(), buffer->data()), "the bytes that were encoded arrive");
   }
-  uploads.join();
-  over = true;
-  spectator.join();
-}
+
+  const Layout layout_ = body_layout(Format::kInt8, kNumel, kChunk);
+  const std::vector<float> now_ = random_floats(kNumel, 3);
+  const std::vector<float> ref_ = random_floats(kNumel, 4);
+  std::vector<uint8_t> expected_ = std::vector<uint8_t>(layout_.bytes());
+  // So small that writers overtake the reader all the time.
+  std::shared_ptr<Ring> encoded_ = std::make_shared<Ring>(64);
+  std::shared_ptr<Ring> moved_ = std::make_shared<Ring>(64);
+  Encoder encoder_{encoded_};
+  Peer client_;
+  Peer server_;
+  std::atomic<bool> over_{false};
+};
 
 // ---- Coming and going: links opened and closed from several threads while one source is broadcast to all of them.
 
@@ -229,7 +246,7 @@ void links(int rounds) {
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 50;
   parablock::pool(rounds);
-  parablock::transfers(rounds);
+  parablock::Transfers().run(rounds);
   parablock::links(rounds);
   std::printf("stress: %d rounds of 3 scenarios\n", rounds);
 }

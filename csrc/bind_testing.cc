@@ -80,6 +80,8 @@ void bind_session(py::module_& m) {
            py::arg("start") = 0)
       .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
+      .def("refuse_receive", [](Session& s, uint8_t kind, uint32_t round,
+                                uint32_t block) { s.refuse_receive(key_of(kind, round, block)); })
       .def("cancel_send", [](Session& s, uint8_t kind, uint32_t round,
                              uint32_t block) { s.cancel_send(key_of(kind, round, block)); })
       .def("ping", &Session::ping)

@@ -224,6 +224,8 @@ void bind_transfers(py::class_<Transport>& transport) {
            py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
+      .def("refuse_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
+                                uint32_t block) { t.refuse_receive(link, key_of(kind, round, block)); })
       .def("cancel_send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                              uint32_t block) { t.cancel_send(link, key_of(kind, round, block)); })
       .def("make_source", &Transport::make_source,

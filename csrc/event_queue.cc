@@ -31,6 +31,11 @@ bool EventQueue::full(uint64_t link) const {
   return unread != unread_.end() && unread->second > kUnreadBytes;
 }
 
+size_t EventQueue::size() const {
+  std::lock_guard lock(mutex_);
+  return events_.size();
+}
+
 std::optional<Event> EventQueue::next(int64_t timeout_ns) {
   const int64_t alert_until_ns = timeout_ns > 0 ? alert_until_ns_.load(std::memory_order_relaxed) : 0;
   while (!any_.load(std::memory_order_relaxed) && monotonic_ns() < alert_until_ns) sched_yield();

@@ -19,8 +19,9 @@ class EventQueue {
  public:
   explicit EventQueue(Loop& loop) : loop_(loop) {}  // woken when a link is full no longer
 
-  void push(Event event);           // loop thread only, as the next
+  void push(Event event);           // loop thread only, as the next two
   bool full(uint64_t link) const;
+  size_t size() const;  // of all links
 
   // The oldest event, or nothing after `timeout_ns`. Any other thread, as the next.
   std::optional<Event> next(int64_t timeout_ns);

@@ -51,11 +51,12 @@ struct OutFrame {
   size_t bytes() const { return header.size() + inline_payload.size() + payload[0].bytes + payload[1].bytes; }
 };
 
+// Of a peer that has not proved who it is; what a trusted one may have besides, the transport knows.
 struct SessionLimits {
-  size_t control_bytes = 4096;       // one incoming control message; raised once the peer has proved who it is
-  size_t queue_bytes = 64 << 10;     // control frames that the peer has not read yet, bookkeeping included
+  size_t control_bytes = 4096;        // one incoming control message
+  size_t queue_bytes = 64 << 10;      // control frames that the peer has not read yet, bookkeeping included
   uint64_t window_bytes = 256 << 20;  // the most that a sender may have under way of one transfer
-  size_t remembered_keys = 4096;     // credits for transfers not begun yet, and keys that were given up
+  size_t remembered_keys = 64;        // credits for transfers not begun yet, and keys that were given up
 };
 
 class Outbox {

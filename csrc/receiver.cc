@@ -47,6 +47,12 @@ bool Receiver::cancel(const TransferKey& key) {
   return true;
 }
 
+void Receiver::refuse(const TransferKey& key) {
+  if (sinks_.contains(key) || given_up_.contains(key)) return;
+  outbox_.remember(given_up_, key);
+  outbox_.control({.type = FrameType::kCancel, .key = key}, {});
+}
+
 bool Receiver::withdrawn(const TransferKey& key, int64_t now_ns) {
   if (sinks_.erase(key) == 0) {
     if (!given_up_.contains(key)) outbox_.remember(withdrawn_, key);

@@ -24,6 +24,8 @@ class Receiver {
   void post(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
             std::shared_ptr<Watermark> watermark);
   bool cancel(const TransferKey& key);  // false when it is complete or was never posted
+  // Of what was never posted: it will not be, and the sender need not wait for credit. No-op while it is posted.
+  void refuse(const TransferKey& key);
 
   // A data frame begins: where its payload goes, or nullopt when it is to be dropped. Throws ProtocolError for data
   // that nobody asked for.

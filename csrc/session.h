@@ -50,6 +50,7 @@ class Session {
   // No-ops when it is over or was never posted. The buffer is not touched any more, but for frames already handed out.
   void cancel_send(const TransferKey& key);
   void cancel_receive(const TransferKey& key);
+  void refuse_receive(const TransferKey& key) { receiver_.refuse(key); }
   void ping(int64_t now_ns);
   void report_stalled(int64_t now_ns);
 

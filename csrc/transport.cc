@@ -23,6 +23,8 @@ constexpr int kAcceptsPerTurn = 64;
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kAlertNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;  // of control frames to one trusted peer, at least
+constexpr size_t kRememberedKeys = 4096;  // of one trusted peer
+constexpr size_t kMostEvents = 4096;      // that nobody has taken, before newcomers wait in the kernel's backlog
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
 
@@ -115,6 +117,10 @@ void Transport::cancel_send(uint64_t link, TransferKey key) {
   push_on_link(link, [key](Link& l) { l.session().cancel_send(key); });
 }
 
+void Transport::refuse_receive(uint64_t link, TransferKey key) {
+  push_on_link(link, [key](Link& l) { l.session().refuse_receive(key); });
+}
+
 void Transport::cancel_receive(uint64_t link, TransferKey key) {
   push_on_link(link, [key](Link& l) { l.session().cancel_receive(key); });
 }
@@ -123,7 +129,8 @@ void Transport::trust(uint64_t link, uint64_t run, size_t control_bytes) {
   push_on_link(link, [this, run, control_bytes](Link& l) {
     l.session().set_limits({.control_bytes = control_bytes,
                             .queue_bytes = std::max(kQueueBytes, 2 * control_bytes),
-                            .window_bytes = options_.window_bytes});
+                            .window_bytes = options_.window_bytes,
+                            .remembered_keys = kRememberedKeys});
     l.session().set_run(run);
     admission_.prove(l.id());
   });
@@ -221,6 +228,12 @@ std::shared_ptr<const TlsInfo> Transport::tls_info(uint64_t id) const {
 
 void Transport::accept_some(int listener, int64_t now_ns) {
   for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
+    // Each connection is an event when it comes and when it ends, however little the program takes of them.
+    if (events_.size() >= kMostEvents) {
+      accept_again(false);
+      accept_again_ns_ = now_ns + kHousekeepingNs;
+      return;
+    }
     Fd fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (fd.get() < 0) {
       // The connection stays in the backlog and would wake the loop for ever.

@@ -52,6 +52,7 @@ class Transport {
                std::shared_ptr<Watermark> watermark);
   void cancel_send(uint64_t link, TransferKey key);
   void cancel_receive(uint64_t link, TransferKey key);
+  void refuse_receive(uint64_t link, TransferKey key);  // of what was never posted: the peer need not wait for room
   // The peer has proved who it is: larger control messages are read, and `run` must stand in every frame.
   void trust(uint64_t link, uint64_t run, size_t control_bytes);
   // Lets the peer add up to `count` lanes to the link, for `within_ns`, and returns the key that it must show.
@@ -109,7 +110,7 @@ class Transport {
   std::map<uint64_t, std::unique_ptr<Link>> links_;
   std::vector<Fd> listeners_;
   LaneKeys lane_keys_;
-  int64_t accept_again_ns_ = 0;  // out of descriptors: when to try again; 0: not so
+  int64_t accept_again_ns_ = 0;  // out of descriptors or behind with events: when to try again; 0: not so
   Admission admission_;  // loop thread only
   std::atomic<uint64_t> next_link_{1};
 

@@ -257,6 +257,23 @@ def test_uploads_that_are_announced_and_never_sent_lose_their_room_to_those_that
             assert each.hear(protocol.Update).contributions == 2
 
 
+def test_a_round_that_closes_without_those_who_wait_for_room_takes_no_memory_for_them() -> None:
+    """Two of twelve have room; the others are told that their round is closed, and need none for that."""
+    room = 2 * len(good_body())
+    settings = {"clients": 12, "rounds": 4, "quorum": 1, "deadline": 300.0, "upload_budget": room, "staleness": 0}
+    with start_server(**settings) as running, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.address)) for _ in range(12)]
+        seated(clients)
+        for each in clients:
+            each.hear(protocol.Begin)
+        do_not_wait_for(running, lambda index: range(1, 12))
+        pool = running._coordinator._participants._downlink.buffers
+        for index in range(4):
+            assert clients[0].upload(index, good_body(), announcement(index)).accepted
+            assert clients[0].hear(protocol.Update).contributions == 1
+        assert pool.allocated_bytes <= 8 * len(good_body()), f"{pool.allocated_bytes / len(good_body()):.1f} uploads"
+
+
 # ---- Strangers
 
 

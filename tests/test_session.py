@@ -31,6 +31,7 @@ from parablock_rt._C import (
     Buffer,
     Event,
     Layout,
+    ProtocolError,
     Session,
     Source,
 )
@@ -340,6 +341,44 @@ def test_cancel_of_a_complete_or_unknown_transfer_does_nothing() -> None:
     b.cancel_receive(1, 0, 1)
     assert b.next_frame() is None
     assert [event.type for event in a.take_events()] == [Event.Type.SENT]
+
+
+@pytest.mark.parametrize("sender_knows_it", [False, True])
+def test_a_transfer_that_was_never_posted_can_be_refused_without_room_for_it(sender_knows_it: bool) -> None:
+    a, b = Session(), Session()
+    source, _ = make_source(small_layout(), 0)
+    if sender_knows_it:
+        a.send(1, 0, 0, source)
+    b.refuse_receive(1, 0, 0)
+    settle(a, b)
+    if not sender_knows_it:
+        a.send(1, 0, 0, source)
+    assert [event.type for event in a.take_events()] == [Event.Type.REFUSED]
+    assert a.next_frame() is None
+    with pytest.raises(ValueError, match="was cancelled on this link and cannot be posted again"):
+        b.receive(1, 0, 0, Buffer(90), small_layout())
+
+
+def test_refusing_a_transfer_that_is_posted_changes_nothing() -> None:
+    a, b = Session(), Session()
+    source, content = make_source(small_layout(), 0)
+    buffer = Buffer(90)
+    b.receive(1, 0, 0, buffer, small_layout())
+    b.refuse_receive(1, 0, 0)
+    a.send(1, 0, 0, source)
+    settle(a, b)
+    assert [event.type for event in a.take_events()] == [Event.Type.SENT]
+    assert bytes(memoryview(buffer))[: len(content)] == content
+
+
+def test_a_peer_that_has_not_proved_itself_cannot_have_this_side_remember_many_keys() -> None:
+    a, b = Session(), Session()
+    for index in range(64):
+        b.receive(1, index, 0, Buffer(90), small_layout())
+    settle(a, b)
+    b.receive(1, 64, 0, Buffer(90), small_layout())
+    with pytest.raises(ProtocolError, match="the peer asks for too many transfers at once"):
+        settle(a, b)
 
 
 def test_a_cancelled_key_cannot_be_posted_again_while_old_chunks_may_be_under_way() -> None:

@@ -14,8 +14,8 @@ from leftovers import threads
 from test_staging import random_piece
 
 from parablock_rt import codec
-from parablock_rt.staging import Stager
-from parablock_rt.transport import Transport
+from parablock_rt.staging.stager import Stager
+from parablock_rt.wire.transport import Transport
 
 SPLIT = 1 << 17  # elements, of which several threads take a part each
 BLOCKABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}

@@ -94,8 +94,12 @@ class Intake:
 
     def refuse(self, member: Member, round: int) -> bool:
         """A round closes without the member's upload, if one may still come. Returns whether that was so."""
-        if member.here and member.begun and member.next_post <= round:
-            self._post(member, round)  # never let in for want of room; only what is posted can be cancelled
+        if member.here and member.begun and member.next_post <= round:  # never let in, for want of room
+            assert member.link is not None
+            member.next_post = round + 1
+            member.announced.pop(round, None)
+            self._transport.native.refuse_receive(member.link, Kind.UPLOAD, round, self._schedule.block(round))
+            return True
         posted = member.posted.pop(round, None)
         if posted is None:
             return False

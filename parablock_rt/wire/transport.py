@@ -73,7 +73,7 @@ class BufferPool:
         """A buffer of at least `nbytes` bytes; its contents are arbitrary."""
         fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes and buffer.owners == 1]
         if fitting:
-            smallest = min(fitting, key=lambda buffer: buffer.nbytes)
+            smallest = min(reversed(fitting), key=lambda buffer: buffer.nbytes)  # the last that came back: it is warm
             self._free.remove(smallest)
             return smallest
         buffer = self._allocate(max(nbytes, self._least))

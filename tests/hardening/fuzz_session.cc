@@ -146,9 +146,9 @@ class Harness {
     auto watermark = std::make_shared<Watermark>([] {});
     try {
       session_.receive(key, buffer, layout, layout.offset(start), watermark);
-      expect(known == incoming_.end(), "a transfer is posted once");
+      expect(known == incoming_.end() && !refused_here_.contains(key), "a transfer is posted once, if at all");
     } catch (const std::invalid_argument&) {
-      expect(known != incoming_.end(), "only what is known already is refused");
+      expect(known != incoming_.end() || refused_here_.contains(key), "only what is known already is refused");
       return;
     }
     Incoming& in = incoming_[key];
@@ -186,7 +186,12 @@ class Harness {
   }
 
   void cancel() {
-    TransferKey key = this->key();
+    auto byte = input_.take<uint8_t>();
+    TransferKey key{.kind = 1, .round = byte % 4u, .block = 0};
+    if (byte >= 128) {  // of what is posted, was complete or was given up, it changes nothing
+      if (!incoming_.contains(key)) refused_here_.insert(key);
+      return session_.refuse_receive(key);
+    }
     auto in = incoming_.find(key);
     if (in != incoming_.end() && in->second.waiting) give_up(key, in->second);
     session_.cancel_receive(key);
@@ -466,6 +471,7 @@ class Harness {
   std::map<TransferKey, Outgoing> outgoing_;
   std::map<TransferKey, std::pair<uint64_t, uint64_t>> early_credit_;  // received, limit
   std::set<TransferKey> given_up_;           // receives, by either side
+  std::set<TransferKey> refused_here_;       // receives, before they were posted
   std::set<TransferKey> refused_;            // sends, by the peer
   std::set<TransferKey> withdrawn_by_peer_;  // and not told to the owner yet
   std::deque<std::string> messages_;

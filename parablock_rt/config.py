@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from parablock_rt import _C
 from parablock_rt.codec import MAX_CONTRIBUTIONS, check_format
 from parablock_rt.errors import ConfigError
 
@@ -128,15 +127,6 @@ def parse_delay(text: str) -> float:
     if not (0 <= seconds <= 5):
         raise ConfigError(f"a delay looks like 40ms or 0.5s and is at most 5s; found {text!r}")
     return seconds
-
-
-def parse_lanes(text: str) -> int | None:
-    """The number of "3", None for "auto": what was measured to be best. Raises ConfigError for what is neither."""
-    if text == "auto":
-        return None
-    if not (text.isdecimal() and 1 <= int(text) <= _C.MAX_LANES):
-        raise ConfigError(f"lanes are a number from 1 to {_C.MAX_LANES}, or auto; found {text!r}")
-    return int(text)
 
 
 def parse_bytes(text: str) -> int:

@@ -254,17 +254,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
     assert str(file) in str(failure.value)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("auto", None), ("1", 1), ("4", 4)])
-def test_lanes_are_a_number_or_left_to_the_measurement(text: str, expected: int | None) -> None:
-    assert config.parse_lanes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["0", "5", "-1", "", "two", "1.0", "²"])
-def test_other_numbers_of_lanes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="from 1 to 4, or auto"):
-        config.parse_lanes(text)
-
-
 @pytest.mark.parametrize(
     ("text", "nbytes"), [("8gib", 8 << 30), ("1.5MiB", 3 << 19), ("64 kib", 64 << 10), ("4096", 4096), ("0", 0)]
 )

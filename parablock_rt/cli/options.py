@@ -16,6 +16,7 @@ from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.errors import ConfigError
 from parablock_rt.wire import handshake
 from parablock_rt.wire.tls import SYSTEM, Tls
+from parablock_rt.wire.transport import MAX_LANES
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -63,7 +64,8 @@ RowLimit = Annotated[
 Rate = Annotated[str, typer.Option(help="Slow every link down to this: 50mbit, 1gbit; none: as it is.")]
 Delay = Annotated[str, typer.Option(help="Artificial one-way delay: 40ms.")]
 Lanes = Annotated[
-    str, typer.Option(help="Connections a link may be spread over: 1 to 4, or auto. Helps on long or lossy paths.")
+    int,
+    typer.Option(min=1, max=MAX_LANES, help="Connections that a link is spread over. Helps on long or lossy paths."),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option(help=f"File with the shared token; else the variable {handshake.TOKEN_VARIABLE}.")

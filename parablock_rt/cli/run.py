@@ -66,7 +66,7 @@ from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.server.server import serve as start_server
 from parablock_rt.summary import summarise, summarise_client
 from parablock_rt.wire import handshake
-from parablock_rt.wire.transport import Shape
+from parablock_rt.wire.transport import DEFAULT_LANES, MAX_LANES, Shape
 
 commands = typer.Typer()
 _SETTINGS = "settings.json"  # of a durable run, in its folder
@@ -131,6 +131,7 @@ def run_demo(
 
 @commands.command(epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --token-file token --clients 2[/b]")
 def serve(
+    context: typer.Context,
     config_file: ConfigFile = None,
     address: Annotated[str, typer.Option(help="host:port to listen on; port 0 takes a free one.")] = "127.0.0.1:7070",
     model: Model = "smollm2",
@@ -161,7 +162,7 @@ def serve(
     ] = None,
     rate: Rate = "none",
     delay: Delay = "0ms",
-    lanes: Lanes = "auto",
+    lanes: Lanes = MAX_LANES,
     token_file: TokenFile = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -190,17 +191,14 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the server of a federated fine-tuning; clients come with `parablock join`."""
+    given = context.params
     flags = {
         name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in locals().items()
+        for name, value in given.items()
         if value is not None and name not in ("config_file", "resume", "run_dir", "summary", "as_json")
     }
-    settings = {
-        name: value
-        for name, value in locals().items()
-        if name in config.RunConfig.__struct_fields__  # the flags that are named like a setting are that setting
-    }
-    run_config = config.RunConfig(**settings)
+    # A flag that is named like a setting is that setting.
+    run_config = config.RunConfig(**{name: given[name] for name in config.RunConfig.__struct_fields__ if name in given})
     workload = Workload.for_model(
         model,
         task=task,
@@ -213,7 +211,6 @@ def serve(
     token = handshake.read_token(token_file)
     tls = server_tls(tls_cert, tls_key, tls_client_ca, tls_clients)
     shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
-    lane_count = config.parse_lanes(lanes)
     config.parse_address(address)
     past = [] if resume is None else Checkpoint.closed_rounds(resume / _STATE)
     folder = _run_folder(run_dir, "serve")
@@ -233,6 +230,7 @@ def serve(
     after = None
     server = start_server(
         net,
+        run_config,
         address=address,
         plan=plan,
         token=token,
@@ -240,13 +238,12 @@ def serve(
         insecure=insecure,
         rate=shape.rate,
         delay=shape.delay,
-        lanes=lane_count,
+        lanes=lanes,
         durable=folder.path / _STATE if durable and resume is None else None,
         resume=None if resume is None else folder.path / _STATE,
         on_round=show,
         trace=trace,
         upload_budget=None if upload_budget is None else upload_budget * 2**20,
-        **settings,
     )
     try:
         with record.telemetry, server:
@@ -283,7 +280,7 @@ def join(
     row_limit: RowLimit = None,
     rate: Rate = "none",
     delay: Delay = "0ms",
-    lanes: Lanes = "auto",
+    lanes: Lanes = DEFAULT_LANES,
     device: Device = "cpu",
     pinned_memory: PinnedMemory = None,
     token_file: TokenFile = None,
@@ -314,7 +311,6 @@ def join(
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
-    lane_count = config.parse_lanes(lanes)
     config.parse_address(address)
     folder = _run_folder(run_dir, "join")
     record = Record(folder, telemetry, prometheus, report_to)
@@ -342,7 +338,7 @@ def join(
                 tls=tls,
                 rate=shape.rate,
                 delay=shape.delay,
-                lanes=lane_count,
+                lanes=lanes,
                 reconnect=reconnect,
                 on_round=show,
                 on_join=begin,

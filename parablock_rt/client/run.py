@@ -423,7 +423,7 @@ def join(
     tls: Tls | None = None,
     rate: float = 0.0,
     delay: float = 0.0,
-    lanes: int | None = None,
+    lanes: int = DEFAULT_LANES,
     on_round: Callable[[RoundReport], None] | None = None,
     patience: float = 3600.0,
     reconnect: float = 600.0,
@@ -445,8 +445,8 @@ def join(
         token: the pre-shared token, if the server asks for one.
         tls: speak TLS, with a server that is told from others as this says; None: in the clear.
         rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
-        lanes: connections to spread the link over, 1 to 4, as far as the server allows; None: what was measured to
-            be best. More than one helps where a single TCP connection does not fill a long or lossy path.
+        lanes: connections to spread the link over, 1 to 4, as far as the server allows. More than one helps where a
+            single TCP connection does not fill a long or lossy path.
         on_round: called on the training thread after each hand-over.
         patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
         reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
@@ -500,7 +500,7 @@ def join(
             Shape(rate, delay),
             tls=None if tls is None else tls.for_client(),
             idle_timeout=idle_timeout,
-            lanes=DEFAULT_LANES if lanes is None else lanes,
+            lanes=lanes,
         ),
         begin,
     )

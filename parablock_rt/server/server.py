@@ -20,7 +20,7 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.server import checkpoint, recovery
-from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.checkpoint import Checkpoint, Past
 from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
 from parablock_rt.server.master import Master, ServerOptimizer
@@ -141,7 +141,7 @@ def serve(
     insecure: bool = False,
     rate: float = 0.0,
     delay: float = 0.0,
-    lanes: int | None = None,
+    lanes: int = MAX_LANES,
     idle_timeout: float = 60.0,
     durable: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -163,7 +163,7 @@ def serve(
         tls: every link is in TLS; with a CA in it, clients show certificates.
         insecure: allows an address that is not loopback without both TLS and a proof of who the clients are.
         rate, delay: slow each link down artificially: bytes a second (0: unlimited) and seconds, one way.
-        lanes: the most connections that a client may spread its link over, 1 to 4; None: 4.
+        lanes: the most connections that a client may spread its link over, 1 to 4.
         idle_timeout: seconds of silence after which a connection counts as broken.
         durable: a new folder to keep the run's state in, so that it can be resumed if this process is killed. A round
             then writes about seven bytes a parameter of its block.
@@ -198,22 +198,8 @@ def serve(
         master = Master(blocks, config.format, ServerOptimizer(config.server_optimizer, config.server_lr))
         if past is not None and state is not None:
             recovery.restore_master(past, state, master)
-        identity = Identity(
-            run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
-            token=token,
-            config=config,
-            plan=plan.spec(),
-            plan_digest=plan.digest,
-            frozen=plan.frozen_fingerprint(model),
-            certificate_suffices=tls is not None and tls.clients == "optional",
-            epoch=0 if past is None else past.starts,
-        )
-        transport = Transport(
-            Shape(rate, delay),
-            tls=context,
-            idle_timeout=idle_timeout,
-            lanes=MAX_LANES if lanes is None else lanes,
-        )
+        identity = _identity(model, plan, config, token, tls, past)
+        transport = Transport(Shape(rate, delay), tls=context, idle_timeout=idle_timeout, lanes=lanes)
         at = address or (past.address if past is not None else "127.0.0.1:0")
         taken = transport.listen(at, protected=protected, insecure=insecure)
         if durable is not None:
@@ -256,6 +242,22 @@ def _proves_clients(token: str | None, tls: Tls | None) -> bool:
             "both, or require certificates"
         )
     return token is not None or certificates_asked
+
+
+def _identity(
+    model: nn.Module, plan: BlockPlan, config: RunConfig, token: str | None, tls: Tls | None, past: Past | None
+) -> Identity:
+    """Of a new run, or of the one that goes on."""
+    return Identity(
+        run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
+        token=token,
+        config=config,
+        plan=plan.spec(),
+        plan_digest=plan.digest,
+        frozen=plan.frozen_fingerprint(model),
+        certificate_suffices=tls is not None and tls.clients == "optional",
+        epoch=0 if past is None else past.starts,
+    )
 
 
 def _check_on_host(blocks: list[FlatBlock]) -> None:

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from parablock_rt.server import checkpoint
+from parablock_rt.server import checkpoint, journal
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.closing import Closing
 from parablock_rt.server.members import Member
@@ -94,10 +94,10 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
         transports.append(self._roster._transport)
         close(self, *args, **named)
 
-    def append_half(self: Checkpoint, *records: checkpoint.Record) -> None:
+    def append_half(self: Checkpoint, *records: journal.Record) -> None:
         before = os.fstat(self._journal).st_size
         append(self, *records)
-        if any(isinstance(record, checkpoint.Closed) and record.closed.round == round for record in records):
+        if any(isinstance(record, journal.Closed) and record.closed.round == round for record in records):
             after = os.fstat(self._journal).st_size
             os.ftruncate(self._journal, (before + after) // 2)
             transports[-1].close(flush=1.0)
@@ -111,9 +111,9 @@ def _after_the_record(round: int, die: Callable[[], NoReturn]) -> None:
     """The round is closed for good, and nobody has been told."""
     append = Checkpoint.append
 
-    def append_and_die(self: Checkpoint, *records: checkpoint.Record) -> None:
+    def append_and_die(self: Checkpoint, *records: journal.Record) -> None:
         append(self, *records)
-        if any(isinstance(record, checkpoint.Closed) and record.closed.round == round for record in records):
+        if any(isinstance(record, journal.Closed) and record.closed.round == round for record in records):
             die()
 
     Checkpoint.append = append_and_die  # type: ignore[method-assign]

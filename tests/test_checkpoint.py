@@ -16,9 +16,10 @@ from processes import WAIT_S, client, make_model, start_server, starter
 
 import parablock_rt as pb
 from parablock_rt.errors import CheckpointError, ConfigError
-from parablock_rt.server import checkpoint
+from parablock_rt.server import journal
 from parablock_rt.server.backlog import Backlog, Kept
-from parablock_rt.server.checkpoint import Begin, Checkpoint, Listening, Seated, Started, Vacated
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.journal import Begin, Listening, Seated, Started, Vacated
 from parablock_rt.wire import protocol
 
 CONFIG = pb.RunConfig(rounds=3, clients=2)
@@ -26,7 +27,7 @@ CONFIG = pb.RunConfig(rounds=3, clients=2)
 
 def begin(**changes: Any) -> Begin:
     fields: dict[str, Any] = {
-        "format": checkpoint.FORMAT,
+        "format": journal.FORMAT,
         "release": "0",
         "run": 7,
         "config": CONFIG,

@@ -23,7 +23,7 @@ import parablock_rt as pb
 from parablock_rt import _C
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
-from parablock_rt.server import checkpoint
+from parablock_rt.server import journal
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.participants import Participants
 from parablock_rt.server.progress import Progress
@@ -215,8 +215,8 @@ def test_what_a_client_says_as_it_leaves_is_bounded_and_shown_in_one_line(caplog
 
 
 def test_of_those_who_left_only_the_last_are_listed() -> None:
-    past = checkpoint.Past(
-        checkpoint.Begin(
+    past = journal.Past(
+        journal.Begin(
             format=1,
             release="",
             run=1,
@@ -227,8 +227,8 @@ def test_of_those_who_left_only_the_last_are_listed() -> None:
         )
     )
     for number in range(150):
-        past.take(checkpoint.Seated(seat=0, secret=b""))
-        past.take(checkpoint.Vacated(seat=0, reason=f"time {number}"))
+        past.take(journal.Seated(seat=0, secret=b""))
+        past.take(journal.Vacated(seat=0, reason=f"time {number}"))
     assert past.left == [f"client 0: time {number}" for number in range(50, 150)]
 
 
@@ -301,7 +301,7 @@ def test_what_a_dismissed_stranger_had_sent_before_is_neither_read_nor_logged(ca
 def test_a_folder_whose_journal_was_never_begun_takes_a_new_run(tmp_path: Path) -> None:
     """As a server leaves it that dies between making the file and its first record."""
     (tmp_path / "journal").touch()
-    begin = checkpoint.Begin(
+    begin = journal.Begin(
         format=1, release="", run=1, config=RunConfig(rounds=1, clients=1), plan_digest="", frozen="", fingerprints=[]
     )
     Checkpoint.create(tmp_path, begin).close()

@@ -19,9 +19,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 import safetensors
@@ -30,129 +28,18 @@ import torch
 from torch import Tensor
 
 from parablock_rt import _C
-from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
+from parablock_rt.server.journal import FORMAT, Begin, Past, Record
 from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.version import __version__
-from parablock_rt.wire import protocol
 
-FORMAT = 1
 _JOURNAL = "journal"
 _FRAME = struct.Struct("<II")  # length and CRC-32C of a record
 _MAX_RECORD = 64 * 2**20
-LEFT_KEPT = 100  # of those who left, the last
 
-
-class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    pass
-
-
-class Begin(_Record, frozen=True, kw_only=True, tag=True):
-    """The first record: what run this is. `fingerprints`: of every block as the run began."""
-
-    format: int
-    release: str
-    run: int
-    config: RunConfig
-    plan_digest: str
-    frozen: str
-    fingerprints: list[int]
-
-
-class Listening(_Record, frozen=True, kw_only=True, tag=True):
-    """A server has started, or started again, at this address."""
-
-    address: str
-
-
-class Seated(_Record, frozen=True, kw_only=True, tag=True):
-    """A client got a seat."""
-
-    seat: int
-    secret: bytes
-
-
-class Started(_Record, frozen=True, kw_only=True, tag=True):
-    """The client in the seat takes part from this round on."""
-
-    seat: int
-    first_round: int
-
-
-class Vacated(_Record, frozen=True, kw_only=True, tag=True):
-    """The seat is free again: its holder left, was dismissed or replaced."""
-
-    seat: int
-    reason: str
-
-
-class Finished(_Record, frozen=True, kw_only=True, tag=True):
-    """The client in the seat has applied the last round and said goodbye."""
-
-    seat: int
-    goodbye: protocol.Goodbye
-
-
-class Closed(_Record, frozen=True, kw_only=True, tag=True):
-    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it was folded; by seat."""
-
-    closed: ClosedRound
-    update: protocol.Update
-    verdicts: dict[int, str]
-
-
-Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
-
-
-@dataclass
-class SeatState:
-    """A seat as the journal has it."""
-
-    secret: bytes
-    first_round: int | None = None  # None: it never began
-    finished: protocol.Goodbye | None = None
-
-
-@dataclass
-class Past:
-    """What a journal says of a run so far."""
-
-    begin: Begin
-    starts: int = 0  # of servers
-    address: str = ""
-    seats: dict[int, SeatState] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-    closed: list[Closed] = field(default_factory=list)
-
-    def take(self, record: Record) -> None:
-        """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
-        match record:
-            case Listening():
-                self.starts += 1
-                self.address = record.address
-            case Seated():
-                self.seats[record.seat] = SeatState(record.secret)
-            case Started() if record.seat in self.seats:
-                self.seats[record.seat].first_round = record.first_round
-            case Vacated() if record.seat in self.seats:
-                del self.seats[record.seat]
-                self.left = [*self.left, f"client {record.seat}: {record.reason}"][-LEFT_KEPT:]
-            case Finished() if record.seat in self.seats:
-                self.seats[record.seat].finished = record.goodbye
-            case Closed() if record.closed.round == len(self.closed):
-                self.closed.append(record)
-            case _:
-                raise CheckpointError(
-                    f"the journal has a record ({type(record).__name__}) that cannot stand where it does: it was "
-                    "changed by something else than this program"
-                )
-
-    def last_round_of(self, block: int) -> int | None:
-        """The last round that changed a block."""
-        return next((c.closed.round for c in reversed(self.closed) if c.closed.block == block), None)
 
 
 class Checkpoint:

@@ -15,7 +15,7 @@ from parablock_rt.errors import RoundError
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.server import comeback
 from parablock_rt.server.downlink import Downlink
-from parablock_rt.server.journal import Journal
+from parablock_rt.server.durability import Durability
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.server.participants import Participants
 from parablock_rt.server.progress import Progress
@@ -34,7 +34,7 @@ class Closing:
         rounds: OpenRounds,
         participants: Participants,
         downlink: Downlink,
-        journal: Journal,
+        durability: Durability,
         timeline: Timeline,
         outcome: Outcome,
         on_round: Callable[[ClosedRound], None] | None,
@@ -47,7 +47,7 @@ class Closing:
         self._roster = participants.roster
         self._attendance = participants.attendance
         self._downlink = downlink
-        self._journal = journal
+        self._durability = durability
         self._timeline = timeline
         self._outcome = outcome
         self._on_round = on_round
@@ -99,7 +99,7 @@ class Closing:
             bad_groups=round.accumulator.bad_groups,
         )
         closed = self._record_of(round, encoding, value)
-        self._journal.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
+        self._durability.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
         self._say_verdicts(round)
         for member in receivers:
             wait_s = round.waited_s(member.seat, start_ns)
@@ -127,7 +127,7 @@ class Closing:
 
     def _say_verdicts(self, round: Round) -> None:
         """Tells those whose uploads are in the sum, if they were to wait for the disk; and those who are too late."""
-        for seat in round.uploads if self._journal.is_kept else ():
+        for seat in round.uploads if self._durability.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
                 self._participants.say_verdict(holder, round.index, "", round.fold_s(seat))
         for member in self._roster.members:

@@ -17,11 +17,12 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.schedule import Schedule
-from parablock_rt.server.checkpoint import Checkpoint, Past
+from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.closing import Closing
 from parablock_rt.server.downlink import Downlink
+from parablock_rt.server.durability import Durability
 from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
-from parablock_rt.server.journal import Journal
+from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.members import Candidate, Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -73,7 +74,7 @@ class Coordinator:
         self._rounds = OpenRounds(schedule)
         stager = Stager(self.timeline.transfer_ring("pb-encode", plan, config, links=1))
         downlink = Downlink(transport, master, config.chunk, stager, self.timeline)
-        self._journal = journal = Journal(state, master, self.timeline)
+        self._durability = durability = Durability(state, master, self.timeline)
         self._watch = Watch(config)
         self._participants = Participants(
             transport,
@@ -82,7 +83,7 @@ class Coordinator:
             self._progress,
             self._rounds,
             downlink,
-            journal,
+            durability,
             self._watch,
             self.timeline,
             self.outcome,
@@ -96,7 +97,7 @@ class Coordinator:
             self._rounds,
             self._participants,
             downlink,
-            journal,
+            durability,
             self.timeline,
             self.outcome,
             on_round,
@@ -161,7 +162,7 @@ class Coordinator:
 
     def _tell_all(self, error: ParaBlockError) -> None:
         """Why the run ends here; with a durable state it may be taken up by another process."""
-        resumable = self._journal.is_kept
+        resumable = self._durability.is_kept
         failure = protocol.Failure(error=type(error).__name__, reason=str(error), resumable=resumable)
         for member in self._roster.members:
             if member.link is not None:

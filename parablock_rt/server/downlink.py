@@ -15,7 +15,8 @@ from parablock_rt import _C
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.server import recovery
 from parablock_rt.server.backlog import Backlog, Kept
-from parablock_rt.server.checkpoint import Checkpoint, Past
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.rounds import Round
 from parablock_rt.staging.stager import Encoding, Stager

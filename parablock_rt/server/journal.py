@@ -1,54 +1,128 @@
-"""What of a run outlives the server's process, if anything: each step is on the disk before clients are told of it.
+"""What a durable run's journal says: its records, as they came about, and what they come to together.
 
-Says in which order; how it is written is the checkpoint's business. The server's thread alone uses it.
+Plain data. How records are written so that none is lost or torn is the checkpoint's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from torch import Tensor
+import msgspec
 
-from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.server import checkpoint
-from parablock_rt.server.checkpoint import Checkpoint
-from parablock_rt.server.master import Master
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import CheckpointError
 from parablock_rt.server.outcome import ClosedRound
-from parablock_rt.server.rounds import Round
 from parablock_rt.wire import protocol
 
+FORMAT = 1
+LEFT_KEPT = 100  # of those who left, the last
 
-class Journal:
-    """The durable state of one run. Without a checkpoint nothing is kept, and every call returns at once."""
 
-    def __init__(self, state: Checkpoint | None, master: Master, timeline: Timeline) -> None:
-        self._state = state
-        self._master = master
-        self._timeline = timeline
-        self._latest: dict[int, int] = {}  # the last closed round of each block
+class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether anything outlives this process: a client then keeps its upload until its round is closed."""
-        return self._state is not None
 
-    def restore(self, closed: Iterable[ClosedRound]) -> None:
-        """Takes over the rounds that an earlier process has closed."""
-        self._latest = {each.block: each.round for each in closed}
+class Begin(_Record, frozen=True, kw_only=True, tag=True):
+    """The first record: what run this is. `fingerprints`: of every block as the run began."""
 
-    def note(self, *records: checkpoint.Record) -> None:
-        """Makes something outlive this process. Raises CheckpointError."""
-        if self._state is not None:
-            self._state.append(*records)
+    format: int
+    release: str
+    run: int
+    config: RunConfig
+    plan_digest: str
+    frozen: str
+    fingerprints: list[int]
 
-    def close(self, round: Round, closed: ClosedRound, update: protocol.Update, body: Tensor, wanted: set[int]) -> None:
-        """Puts a round on the disk: what it changed, then that it is closed. `body`: the packed aggregate. `wanted`:
-        earlier rounds whose aggregates somebody still lacks; those of others are removed. Raises CheckpointError."""
-        if self._state is None:
-            return
-        with self._timeline.span(Stage.CHECKPOINT, round=round.index, block=round.block):
-            self._state.write_round(round.index, self._master.state(round.block) | {"update": body})
-            verdicts = round.refused | dict.fromkeys(round.uploads, "")  # a seat may have had two holders
-            self._state.append(checkpoint.Closed(closed=closed, update=update, verdicts=verdicts))
-            self._latest[round.block] = round.index
-            self._state.keep_rounds(wanted | set(self._latest.values()))
+
+class Listening(_Record, frozen=True, kw_only=True, tag=True):
+    """A server has started, or started again, at this address."""
+
+    address: str
+
+
+class Seated(_Record, frozen=True, kw_only=True, tag=True):
+    """A client got a seat."""
+
+    seat: int
+    secret: bytes
+
+
+class Started(_Record, frozen=True, kw_only=True, tag=True):
+    """The client in the seat takes part from this round on."""
+
+    seat: int
+    first_round: int
+
+
+class Vacated(_Record, frozen=True, kw_only=True, tag=True):
+    """The seat is free again: its holder left, was dismissed or replaced."""
+
+    seat: int
+    reason: str
+
+
+class Finished(_Record, frozen=True, kw_only=True, tag=True):
+    """The client in the seat has applied the last round and said goodbye."""
+
+    seat: int
+    goodbye: protocol.Goodbye
+
+
+class Closed(_Record, frozen=True, kw_only=True, tag=True):
+    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it was folded; by seat."""
+
+    closed: ClosedRound
+    update: protocol.Update
+    verdicts: dict[int, str]
+
+
+Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed
+
+
+@dataclass
+class SeatState:
+    """A seat as the journal has it."""
+
+    secret: bytes
+    first_round: int | None = None  # None: it never began
+    finished: protocol.Goodbye | None = None
+
+
+@dataclass
+class Past:
+    """What a journal says of a run so far."""
+
+    begin: Begin
+    starts: int = 0  # of servers
+    address: str = ""
+    seats: dict[int, SeatState] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    closed: list[Closed] = field(default_factory=list)
+
+    def take(self, record: Record) -> None:
+        """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
+        match record:
+            case Listening():
+                self.starts += 1
+                self.address = record.address
+            case Seated():
+                self.seats[record.seat] = SeatState(record.secret)
+            case Started() if record.seat in self.seats:
+                self.seats[record.seat].first_round = record.first_round
+            case Vacated() if record.seat in self.seats:
+                del self.seats[record.seat]
+                self.left = [*self.left, f"client {record.seat}: {record.reason}"][-LEFT_KEPT:]
+            case Finished() if record.seat in self.seats:
+                self.seats[record.seat].finished = record.goodbye
+            case Closed() if record.closed.round == len(self.closed):
+                self.closed.append(record)
+            case _:
+                raise CheckpointError(
+                    f"the journal has a record ({type(record).__name__}) that cannot stand where it does: it was "
+                    "changed by something else than this program"
+                )
+
+    def last_round_of(self, block: int) -> int | None:
+        """The last round that changed a block."""
+        return next((c.closed.round for c in reversed(self.closed) if c.closed.block == block), None)

@@ -13,12 +13,13 @@ from parablock_rt import _C
 from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.schedule import Schedule
-from parablock_rt.server import checkpoint, comeback, recovery, roster
+from parablock_rt.server import comeback, journal, recovery, roster
 from parablock_rt.server.attendance import Attendance
-from parablock_rt.server.checkpoint import Checkpoint, Past
+from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.downlink import Downlink
+from parablock_rt.server.durability import Durability
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.journal import Journal
+from parablock_rt.server.journal import Past
 from parablock_rt.server.members import Identity, Member
 from parablock_rt.server.outcome import Outcome
 from parablock_rt.server.progress import Progress
@@ -51,7 +52,7 @@ class Participants:
         progress: Progress,
         rounds: OpenRounds,
         downlink: Downlink,
-        journal: Journal,
+        durability: Durability,
         watch: Watch,
         timeline: Timeline,
         outcome: Outcome,
@@ -71,7 +72,7 @@ class Participants:
         self._progress = progress
         self._rounds = rounds
         self._downlink = downlink
-        self._journal = journal
+        self._durability = durability
         self._watch = watch
         self._outcome = outcome
         self._digest = digest
@@ -127,7 +128,7 @@ class Participants:
             printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
             self.roster.vacate(member, printable)
             return
-        self._journal.note(checkpoint.Finished(seat=member.seat, goodbye=message))
+        self._durability.note(journal.Finished(seat=member.seat, goodbye=message))
         member.goodbye = message
         self._outcome.client_digests[member.seat] = message.digest
         self.roster.say(member, protocol.Farewell())
@@ -147,7 +148,7 @@ class Participants:
         To be called before anybody is told where the run stands.
         """
         for folded in self.uplink.fold(is_due):
-            if folded.reason or not self._journal.is_kept:
+            if folded.reason or not self._durability.is_kept:
                 self.say_verdict(folded.member, folded.round, folded.reason, folded.fold_s)
 
     def refuse_silent(self, now: float) -> None:
@@ -209,7 +210,7 @@ class Participants:
             )
         self.attendance.begin_with(synced)
         self._progress.start()
-        self._journal.note(*[checkpoint.Started(seat=member.seat, first_round=0) for member in synced])
+        self._durability.note(*[journal.Started(seat=member.seat, first_round=0) for member in synced])
         for member in synced:
             self._let_begin(member, first_round=0)
 
@@ -218,7 +219,7 @@ class Participants:
         first_round = self._progress.oldest + (0 if member.anew or self._is_needed(member) else 1)
         while member.seat in self._rounds.uploads_of(first_round):  # of the seat's former holder
             first_round += 1
-        self._journal.note(checkpoint.Started(seat=member.seat, first_round=first_round))
+        self._durability.note(journal.Started(seat=member.seat, first_round=first_round))
         self._let_begin(member, first_round=first_round)
 
     def _let_begin(self, member: Member, *, first_round: int) -> None:
@@ -333,14 +334,14 @@ class Participants:
 
     def seated(self, member: Member) -> None:
         """For the roster: a newcomer got a seat."""
-        self._journal.note(checkpoint.Seated(seat=member.seat, secret=member.secret))
+        self._durability.note(journal.Seated(seat=member.seat, secret=member.secret))
         log.info("client %d joined from %s", member.seat, member.address)
 
     def vacated(self, member: Member, reason: str) -> None:
         """For the roster: a seat is free, and with it what was kept of its holder."""
         self.intake.forget(member)
-        self._journal.note(checkpoint.Vacated(seat=member.seat, reason=reason))
-        self._outcome.left = [*self._outcome.left, f"client {member.seat}: {reason}"][-checkpoint.LEFT_KEPT :]
+        self._durability.note(journal.Vacated(seat=member.seat, reason=reason))
+        self._outcome.left = [*self._outcome.left, f"client {member.seat}: {reason}"][-journal.LEFT_KEPT :]
         log.warning("client %d is gone: %s", member.seat, reason)
 
     # ---- After a restart of the server
@@ -349,7 +350,7 @@ class Participants:
         """Takes up the run where an earlier server left it. Raises CheckpointError when an aggregate is damaged."""
         self._outcome.rounds = [record.closed for record in past.closed]
         self._outcome.left = list(past.left)
-        self._journal.restore(self._outcome.rounds)
+        self._durability.restore(self._outcome.rounds)
         for member in recovery.members(past):
             self.roster.restore(member)
             if member.goodbye is not None:

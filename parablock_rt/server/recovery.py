@@ -13,7 +13,8 @@ from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
 from parablock_rt.server.backlog import Kept
-from parablock_rt.server.checkpoint import Checkpoint, Closed, Past
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.journal import Closed, Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.members import Member
 from parablock_rt.wire import protocol

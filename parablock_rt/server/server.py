@@ -19,10 +19,11 @@ from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.observe.timeline import Timeline
-from parablock_rt.server import checkpoint, recovery
-from parablock_rt.server.checkpoint import Checkpoint, Past
+from parablock_rt.server import journal, recovery
+from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
+from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master, ServerOptimizer
 from parablock_rt.server.members import Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -205,7 +206,7 @@ def serve(
         if durable is not None:
             state = Checkpoint.create(Path(durable), _beginning(identity, master))
         if state is not None:
-            state.append(checkpoint.Listening(address=taken))
+            state.append(journal.Listening(address=taken))
         budget = default_upload_budget(plan) if upload_budget is None else upload_budget
         coordinator = Coordinator(
             transport, identity, plan, master, on_round, budget, state=state, past=past, trace=trace
@@ -268,9 +269,9 @@ def _check_on_host(blocks: list[FlatBlock]) -> None:
         )
 
 
-def _beginning(identity: Identity, master: Master) -> checkpoint.Begin:
-    return checkpoint.Begin(
-        format=checkpoint.FORMAT,
+def _beginning(identity: Identity, master: Master) -> journal.Begin:
+    return journal.Begin(
+        format=journal.FORMAT,
         release=__version__,
         run=identity.run,
         config=identity.config,

@@ -41,12 +41,12 @@ from parablock_rt.server.participants import Participants
 def test_a_rejected_upload_changes_neither_model_nor_residual(
     staleness: int, blocks: list[list[str]], format: str
 ) -> None:
-    """Client 1's uploads of rounds 2, 3 and 9 say that they weigh absurdly much. The rejected change itself is gone
+    """Client 1's steps of rounds 2, 3 and 9 weigh too much together. The rejected change itself is gone
     with the next overwrite; what the residual held before goes up with the next upload that counts."""
     rejected = {(2, 1), (3, 1), (9, 1)}
 
     def weight(seat: int, step: int) -> float:
-        return 1e30 if (step // 2, seat) in rejected else uneven(seat, step)
+        return 2.0**64 if (step // 2, seat) in rejected else uneven(seat, step)
 
     case = Case(blocks, settings={"staleness": staleness, "format": format})
     result = case.run(weight=weight)

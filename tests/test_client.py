@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -288,3 +290,23 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(device: 
 def test_the_loss_of_a_step_is_read_when_it_is_asked_for() -> None:
     report = pb.StepReport(torch.tensor(2.5, dtype=torch.float64), 0, 0, 0.0, False, False)
     assert report.loss == 2.5
+
+
+@pytest.mark.parametrize(("last_line", "code"), [("", 0), ("raise RuntimeError('a bug in the loop')", 1)])
+def test_a_program_that_ends_without_closing_anything_ends_as_it_would_without_us(last_line: str, code: int) -> None:
+    """Threads that come back from native code to an interpreter that is gone would abort the process."""
+    program = f"""
+import torch
+import parablock_rt as pb
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+
+model = net()
+server = pb.serve(model, plan=pb.BlockPlan.from_model(model, blocks=2), rounds=9, clients=1)
+run = pb.join(server.address, net(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+{last_line}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert "terminate called" not in done.stderr

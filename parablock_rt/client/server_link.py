@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
-from parablock_rt import _C
+from parablock_rt import _C, exits
 from parablock_rt.client.transit import Arrival, Transit, Upload
 from parablock_rt.errors import (
     HandshakeError,
@@ -85,6 +85,7 @@ class ServerLink:
             target=_attend, args=(weakref.ref(self), self.transport), name="pb-link", daemon=True
         )
         self._thread.start()
+        exits.register(self)
 
     # ---- Opening and closing
 
@@ -121,6 +122,10 @@ class ServerLink:
             self._changed.notify_all()
         self.transport.close()
         self._thread.join(LONGEST_PAUSE_S + 1)
+
+    def close_at_exit(self) -> None:
+        """For a program that ends without closing it."""
+        self.close(None)
 
     # ---- Hand-overs
 

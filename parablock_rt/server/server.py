@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parablock_rt import _C
+from parablock_rt import _C, exits
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
@@ -32,6 +32,7 @@ from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport
 
 _BUDGET_PART, _ELEMENT_BYTES = 32, 9
+_EXIT_S = 5.0
 
 
 class Server:
@@ -56,6 +57,7 @@ class Server:
         self._ended = threading.Event()  # not Thread.join: before Python 3.13 a Ctrl-C in it makes the thread seem over
         self._thread = threading.Thread(target=self._run, name="pb-server", daemon=True)
         self._thread.start()
+        exits.register(self)
 
     @property
     def config(self) -> RunConfig:
@@ -110,6 +112,12 @@ class Server:
         self._coordinator.stop(reason)
         if threading.current_thread() is not self._thread:
             self._ended.wait()
+
+    def close_at_exit(self) -> None:
+        """For a program that ends without closing it."""
+        self._coordinator.stop("its program ended")
+        self._ended.wait(_EXIT_S)
+        self._thread.join(_EXIT_S)
 
     def __enter__(self) -> Server:
         return self

@@ -20,7 +20,7 @@ from torch import nn
 
 from parablock_rt import serve
 from parablock_rt.blocks.plan import BlockPlan
-from parablock_rt.client.run import join
+from parablock_rt.client.joining import join
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.finetune import data

@@ -13,7 +13,7 @@ from fake_device import FakeDevice, control
 from federations import ONE, TWO, Case, assert_equal, mlp, regression, sgd, squared_error
 from harness import run_federation
 
-from parablock_rt.client import run as client
+from parablock_rt.client import joining
 from parablock_rt.client.replica import Replica
 from parablock_rt.errors import DigestError
 from parablock_rt.staging import pinned
@@ -45,7 +45,7 @@ def on_a_late_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeDevice]]
         init(self, *arguments)
         self.on_gpu = True
 
-    monkeypatch.setattr(client, "stager_for", stager_for)
+    monkeypatch.setattr(joining, "stager_for", stager_for)
     monkeypatch.setattr(Replica, "__init__", on_gpu)
     yield devices
     assert control().fake_violations() == 0

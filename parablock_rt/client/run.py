@@ -11,19 +11,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from parablock_rt import _C
-from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
 from parablock_rt.client.active import ActiveBlock, OptimizerFactory, RoundOptimizerFactory, at_round, freeze
-from parablock_rt.client.entry import Entry
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
@@ -32,13 +29,10 @@ from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.observe import profiling
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.stages import StageSeconds
-from parablock_rt.staging.device_stager import DeviceStager, stager_for
+from parablock_rt.staging.device_stager import DeviceStager
 from parablock_rt.staging.stager import Stager
 from parablock_rt.wire import protocol
-from parablock_rt.wire.connection import Connection
 from parablock_rt.wire.protocol import Kind
-from parablock_rt.wire.tls import Tls
-from parablock_rt.wire.transport import DEFAULT_LANES, Shape, Transport
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -411,96 +405,3 @@ class Run:
             resent_bytes=self.resent_bytes,
             stages=self.stages,
         )
-
-
-def join(
-    address: str,
-    model: nn.Module,
-    optimizer: OptimizerFactory | RoundOptimizerFactory,
-    *,
-    plan: BlockPlan | None = None,
-    token: str | None = None,
-    tls: Tls | None = None,
-    rate: float = 0.0,
-    delay: float = 0.0,
-    lanes: int = DEFAULT_LANES,
-    on_round: Callable[[RoundReport], None] | None = None,
-    patience: float = 3600.0,
-    reconnect: float = 600.0,
-    idle_timeout: float = 60.0,
-    pinned_memory: int | None = None,
-    trace: bool = True,
-) -> Run:
-    """Joins the run of the server at `address` ("host:port") and returns when its first round can be trained.
-
-    The parameters that the server's plan names become views of flat buffers; all others are frozen until the run is
-    closed. If the model's weights differ from the server's reference, they are replaced by it.
-
-    Args:
-        model: the model that the server was started with; same architecture and dtype.
-        optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser.
-            If it has an argument `round`, it is given the round's index by that name, for a learning rate that changes.
-            On CUDA it is called with parameters on the meta device, too, to learn how much memory its state takes.
-        plan: a plan of your own, to be checked against the server's; None takes the server's.
-        token: the pre-shared token, if the server asks for one.
-        tls: speak TLS, with a server that is told from others as this says; None: in the clear.
-        rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
-        lanes: connections to spread the link over, 1 to 4, as far as the server allows. More than one helps where a
-            single TCP connection does not fill a long or lossy path.
-        on_round: called on the training thread after each hand-over.
-        patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
-        reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
-            it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
-        idle_timeout: seconds of silence after which a connection counts as broken.
-        pinned_memory: for a model on a GPU, the bytes of host memory that may be pinned; None: what the run uses, at
-            most half of this machine's memory.
-        trace: record what happens to every chunk, for `RunFolder.write_trace`.
-
-    Raises:
-        ConfigError: an optimiser instead of a function that makes one; TLS settings that cannot be used.
-        ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
-        DeviceMemoryError: the model's device has less free memory than the run will take.
-    """
-    if not callable(optimizer):
-        raise ConfigError(
-            "expected optimizer to be a function, such as lambda params: torch.optim.AdamW(params, lr=1e-5), since "
-            f"each round trains other parameters; found a {type(optimizer).__name__}"
-        )
-
-    def begin(connection: Connection, welcome: protocol.Welcome) -> Run:
-        link = ServerLink(connection, token, welcome, patience=patience, reconnect=reconnect)
-        if plan is not None:
-            plan.check_same(welcome.plan)
-        theirs = BlockPlan.from_spec(model, welcome.plan)
-        device = model.get_parameter(theirs.blocks[0].parameters[0]).device
-        memory.require_room(
-            device, partial(memory.predict, model, theirs, welcome.config, at_round(optimizer, 0), "cuda")
-        )
-        blocks = theirs.materialise(model)
-        timeline = Timeline(f"client {welcome.client}", "training", on=trace)
-        timeline.run, timeline.seat = connection.run, welcome.client
-        ring = partial(timeline.transfer_ring, plan=theirs, config=welcome.config, links=1)
-        stager = stager_for(blocks, welcome.config, pinned_memory, ring)
-        run = Run(link, model, theirs, blocks, welcome, optimizer, on_round, stager, timeline)
-        try:
-            ready = protocol.Ready(
-                plan_digest=theirs.digest,
-                frozen=theirs.frozen_fingerprint(model),
-                fingerprints=[fingerprint(block) for block in blocks],
-            )
-            link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
-            run._begin()
-        except BaseException as error:
-            run.close(f"could not begin: {type(error).__name__}")
-            raise
-        return run
-
-    return Entry(address, token, reconnect).until_begun(
-        lambda: Transport(
-            Shape(rate, delay),
-            tls=None if tls is None else tls.for_client(),
-            idle_timeout=idle_timeout,
-            lanes=lanes,
-        ),
-        begin,
-    )

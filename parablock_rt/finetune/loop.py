@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from parablock_rt.blocks.rows import split_rows
+from parablock_rt.client.joining import join
 from parablock_rt.client.losses import weight_of
-from parablock_rt.client.run import Run, join
+from parablock_rt.client.run import Run
 from parablock_rt.errors import ConfigError
 from parablock_rt.finetune import data, models
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.report.folder import Recorded, number
 
-from . import gloo, lora
+from . import gloo, lora, namespaces
 from .federation import Link, federation
 from .result import columns, shown
 
@@ -44,7 +44,7 @@ def run(workload: Workload, link: Link, settings: dict[str, Any]) -> dict[str, A
             rows.append(_row(name, clients.run(Path(scratch, name), link, 1, staleness=0, **settings)))
     result: dict[str, Any] = {"rate_mbit": link.rate * 8 / 1e6, "delay_s": link.delay, "rows": rows, "left_out": {}}
     name = "gloo all-reduce, fp32"
-    if (reason := gloo.unavailable()) is not None:
+    if (reason := namespaces.why_not()) is not None:
         result["left_out"][name] = reason
     else:
         measured = gloo.run(workload.model, link, settings["rounds"], settings["local_steps"])
@@ -71,8 +71,7 @@ def table(result: dict[str, Any]) -> Table:
     table = columns(title, "method", "format", "MB up a client", "compute, s", "exposed, s", "round, s")
     for row in sorted(result["rows"], key=lambda row: row["round_s"]):
         seconds = (shown(row[name]) for name in ("compute_s", "exposed_s", "round_s"))
-        note = " (no delay: the kernel has no netem)" if row.get("delayed") is False and result["delay_s"] else ""
-        table.add_row(row["method"] + note, row["format"], f"{row['bytes_up'] / 1e6:.2f}", *seconds)
+        table.add_row(row["method"], row["format"], f"{row['bytes_up'] / 1e6:.2f}", *seconds)
     for name, reason in result["left_out"].items():
         table.add_row(f"{name}: not measured, {reason}", *["–"] * 5)
     return table

@@ -17,7 +17,7 @@ from codec_cases import DTYPES, changes, to_body, to_bytes, to_numpy, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import cli, eager, gloo, links, lora, machine, overlap, page, scale
+from bench import cli, eager, links, lora, machine, namespaces, overlap, page, scale
 from bench.result import Comparison, compare, read
 from parablock_rt import codec
 from parablock_rt.errors import ConfigError
@@ -216,9 +216,10 @@ def test_a_fresh_adapter_changes_nothing_and_alone_is_trained() -> None:
     assert model[0].up.grad.abs().sum() > 0
 
 
-def test_gloo_says_why_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gloo.shutil, "which", lambda name: None)
-    assert gloo.unavailable() == "needs ip and tc (Debian's iproute2)"
+def test_a_shaped_link_says_why_it_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespaces.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(namespaces.shutil, "which", lambda name: None)
+    assert namespaces.why_not() == "ip (Debian: iproute2) is not installed"
 
 
 def test_every_page_with_figures_is_up_to_date() -> None:

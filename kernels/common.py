@@ -167,14 +167,15 @@ def zero_counter(device: torch.device) -> torch.Tensor:
     """An int64 [1] that holds 0 and is nobody else's, usually without a launch of its own.
 
     Slots are cut from a pool that is zeroed once, in order of the stream that will use them, hence a pool a stream.
+    Each begins at a multiple of 16 bytes: triton compiles a kernel once more for a pointer that does not.
     Not for capture in a CUDA graph: a replay would count on in the slot of the capture.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     with _pools_lock:
         pool = _pools.setdefault((device, stream), [])
         if not pool:
-            zeros = torch.zeros(_POOL_SLOTS, dtype=torch.int64, device=device)
-            pool.extend(zeros[slot : slot + 1] for slot in range(_POOL_SLOTS))
+            zeros = torch.zeros(_POOL_SLOTS, 2, dtype=torch.int64, device=device)
+            pool.extend(slot[:1] for slot in zeros)
         return pool.pop()
 
 

@@ -61,16 +61,18 @@ class CudaDevice:
     def warm_up(self, kinds: set[tuple[torch.dtype, torch.dtype]], format: str) -> None:
         """Compiles what a round needs, for blocks of these dtypes (trained, reference), so that no round waits for it.
 
-        Bodies of both alignments of the scales: those of a whole slice and those of a block's last one.
+        Bodies of both alignments of the scales: those of a whole slice and those of a block's last one. With and
+        without a residual that earlier packings have left; fp32 leaves none.
         """
         with _compiling, torch.cuda.device(self.device):
             for now_dtype, ref_dtype in sorted(kinds, key=str):
                 for numel in (codec.ALIGNMENT, 8 * codec.ALIGNMENT):
                     now = torch.zeros(numel, dtype=now_dtype, device=self.device)
                     ref = torch.zeros(numel, dtype=ref_dtype, device=self.device)
-                    rest = torch.zeros(numel, device=self.device)
+                    rest = None if format == "fp32" else torch.zeros(numel, device=self.device)
                     packed = codec.encode(now, ref, None, format=format, residual_out=rest)
-                    codec.encode(now, ref, rest, format=format)
+                    if rest is not None:
+                        codec.encode(now, ref, rest, format=format)
                     codec.apply_(ref, packed.body, format=format)
                     codec.fingerprint(ref)
 

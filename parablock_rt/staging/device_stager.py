@@ -377,12 +377,7 @@ def stager_for(
         raise ConfigError(f"expected all blocks in host memory or on one CUDA device; found {found}; move the model")
     cuda = CudaDevice(device)
     try:
-        kinds = {
-            (torch.float32 if block.block.needs_master else flat.dtype, flat.dtype)
-            for block in blocks
-            for flat in block.flats
-        }
-        cuda.warm_up(kinds, config.format)
+        cuda.warm_up(kinds_of(blocks), config.format)
         with torch.cuda.device(device):
             plan = [block.block for block in blocks]
             memory = PinnedMemory(cuda.driver, bytes_needed(plan, config.format, config.staleness), pinned_memory)
@@ -392,6 +387,15 @@ def stager_for(
     except BaseException:
         cuda.close()
         raise
+
+
+def kinds_of(blocks: list[FlatBlock]) -> set[tuple[torch.dtype, torch.dtype]]:
+    """What is trained and what it is encoded against, of all segments: see `CudaDevice.warm_up`."""
+    return {
+        (torch.float32 if block.block.needs_master else flat.dtype, flat.dtype)
+        for block in blocks
+        for flat in block.flats
+    }
 
 
 def _cut(pieces: Sequence[Piece], elements: int, chunk: int) -> list[_Slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,7 +30,11 @@ if torch.cuda.is_available():
     from parablock_rt.staging.device_stager import DeviceStager
 
 NUMEL, CHUNK = 128 * 8192, 1 << 15
-LONG_SLEEP = 20_000_000  # cycles: some ten milliseconds, in which the host and the other streams run ahead
+LATE_S = 0.1  # for which a stream is behind the others and the host, who need a hundredth of it
+VERY_LATE_S = 2.0  # longer than the host is held up by anything but the device
+MEASURED_CYCLES = 100_000_000
+
+Sleep = Callable[[float], torch.cuda.Event]
 
 
 @pytest.fixture
@@ -45,6 +49,26 @@ def stager() -> Iterator[Any]:
 def transport() -> Iterator[Transport]:
     with Transport() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def sleep() -> Sleep:
+    """Keeps the current stream busy for so many seconds; the event is behind that."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(2):  # the first is to find the GPU at the clock that it will keep
+        marks[0].record()
+        torch.cuda._sleep(MEASURED_CYCLES)
+        marks[1].record()
+        torch.cuda.synchronize()
+    cycles_per_s = MEASURED_CYCLES / (marks[0].elapsed_time(marks[1]) / 1e3)
+
+    def queue(seconds: float) -> torch.cuda.Event:
+        torch.cuda._sleep(int(seconds * cycles_per_s))
+        slept = torch.cuda.Event()
+        slept.record()
+        return slept
+
+    return queue
 
 
 def there(piece: Piece, stager: Any) -> Piece:
@@ -95,36 +119,42 @@ def test_pinned_memory_is_pinned(stager: Any) -> None:
 
 @pytest.mark.parametrize("side_stream", [False, True], ids=["default stream", "stream of its own"])
 def test_a_block_that_trains_again_at_once_is_sent_as_it_was_handed_over(
-    side_stream: bool, stager: Any, transport: Transport
+    side_stream: bool, stager: Any, transport: Transport, sleep: Sleep
 ) -> None:
     versions = [random_piece(NUMEL, torch.float32, torch.float32, seed).now for seed in range(5)]
     on_gpu = [version.cuda() for version in versions]
     weights, ref = torch.zeros(NUMEL, device="cuda"), torch.zeros(NUMEL, device="cuda")
+
+    def hand_over(version: Tensor, late_s: float) -> Any:
+        slept = sleep(late_s)  # whoever does not wait for the training reads what was before
+        weights.copy_(version)
+        encoding = stager.encode([Piece(weights, ref)], "int8", CHUNK, transport)
+        assert not encoding.done or slept.query()
+        assert not encoding.before_writing()
+        weights.fill_(float("nan"))  # the training goes on; whoever is not waited for reads this
+        return encoding
+
     torch.cuda.synchronize()
-    encodings = []
     with torch.cuda.stream(torch.cuda.Stream() if side_stream else torch.cuda.current_stream()):
-        for version in on_gpu:
-            torch.cuda._sleep(LONG_SLEEP)  # whoever does not wait for the training reads what was before
-            weights.copy_(version)
-            encoding = stager.encode([Piece(weights, ref)], "int8", CHUNK, transport)
-            assert not encoding.done
-            assert not encoding.before_writing()
-            weights.fill_(float("nan"))  # the training goes on; whoever is not waited for reads this
-            encodings.append(encoding)
+        hand_over(on_gpu[0], 0.0).wait()  # compiles, and loads what torch needs
+        torch.cuda.synchronize()
+        encodings = [hand_over(version, LATE_S) for version in on_gpu]
         for version, encoding in zip(versions, encodings, strict=True):
             encoding.wait()
             assert torch.equal(encoding.body, codec.encode(version, torch.zeros(NUMEL)).body)
             assert encoding.bad_groups == 0
 
 
-def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrives(stager: Any) -> None:
+def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrives(stager: Any, sleep: Sleep) -> None:
     with Transport() as server, Transport() as client:
         link = client.connect(server.listen("127.0.0.1:0", protected=False))
         connected = server.next_event(DEADLINE_S)
         assert connected is not None
         layout = body_layout("int8", NUMEL, CHUNK)
-        copies, bodies, addresses = [], [], set()
-        for round in range(5):
+        # Allocated before: the device would be waited for. Nothing is to be compiled.
+        copies = [torch.empty(layout.nbytes, dtype=torch.uint8, device="cuda") for _ in range(5)]
+        bodies, addresses = [], set()
+        for round, copy in enumerate(copies):
             landing = stager.landing(NUMEL, "int8", CHUNK)
             client.native.receive(link, 1, round, 0, landing.buffer, layout, watermark=landing.watermark)
             outgoing = _C.Buffer(layout.nbytes)
@@ -135,8 +165,8 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
             assert arrived.type == _C.Event.Type.RECEIVED
             device_body = landing.body()
             addresses.add(device_body.data_ptr())
-            torch.cuda._sleep(LONG_SLEEP)
-            copies.append(device_body.clone())
+            sleep(LATE_S)
+            copy.copy_(device_body)
             stager.leave(landing)
             bodies.append(body)
         assert len(addresses) == 1
@@ -144,21 +174,27 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
             assert torch.equal(copy.cpu(), body)
 
 
-def test_a_hand_over_and_a_landing_never_wait_for_the_device(stager: Any, transport: Transport) -> None:
+def test_a_hand_over_and_a_landing_never_wait_for_the_device(stager: Any, transport: Transport, sleep: Sleep) -> None:
     piece = there(random_piece(NUMEL, torch.float32, torch.bfloat16, 0), stager)
-    stager.encode([piece], "int8", CHUNK, transport).wait()  # compiles
-    stager.leave(stager.landing(NUMEL, "int8", CHUNK))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(10 * LONG_SLEEP)
+
+    def hand_over() -> Any:
         encoding = stager.encode([piece], "int8", CHUNK, transport)
         encoding.before_writing()
         landing = stager.landing(NUMEL, "int8", CHUNK)
         landing.cancel()
         stager.leave(landing)
-        assert not torch.cuda.current_stream().query()  # the training is still asleep: all of this came before its end
-        assert not encoding.done
+        return encoding
+
+    for _ in range(2):  # compiles, and allocates what is used again
+        hand_over().wait()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        slept = sleep(VERY_LATE_S)
+        encoding = hand_over()
+        done = encoding.done
+        assert not slept.query()  # the training is still asleep: all of this came before its end
+        assert not done
     finally:
         torch.cuda.set_sync_debug_mode("default")
     encoding.wait()

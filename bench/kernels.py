@@ -1,6 +1,6 @@
 """Speed of the GPU kernels next to a device copy and to torch, eager and compiled, doing the same arithmetic.
 
-Times are medians between CUDA events, with the queue kept full, so that launch overhead on the host does not count.
+Times are medians between CUDA events, all queued before the first is passed, so that launches by the host do not count.
 Each repetition takes another set of buffers, as many as it takes to outgrow the L2 cache. GB/s counts every byte that a
 case must read and write once (`bytes_per_param`). `--tiles` measures each kernel in other tiles and numbers of warps,
 too, which is what its own were chosen by. Checks speed only: that the bytes are right is the business of the tests.
@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 
 from . import roofline
+from .ahead import Ahead
 from .result import Result, columns, shown
 
 if TYPE_CHECKING:
@@ -31,29 +32,31 @@ SIZES = tuple(-(-size // 1024) * 1024 for size in (15_000_000, 100_000_000, 218_
 TINY = 128 * 40
 COMPARED = (SIZES[1], TINY)  # where torch, eager and compiled, is measured, too: every compilation takes seconds
 GPU = torch.cuda.is_available()
-SPIN_CYCLES = 10_000_000  # about 5 ms in which the host gets ahead of the device
 FIGURES = ("seconds_median", "seconds_min", "seconds_max", "gb_per_s", "ratio_to_copy")
 TILES = tuple(product((1024, 2048, 4096, 8192), (4, 8)))
 
 
-def measure(case: Case, repetitions: int) -> list[float]:
-    """Seconds of every repetition on the device, after warm passes over all buffers."""
+def measure(case: Case, repetitions: int) -> tuple[list[float], str]:
+    """Seconds of every repetition on the device, after warm passes over all buffers; and what is to be said of them."""
     for i in range(max(3, case.sets)):
         case.run(i % case.sets)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+
+    def passes() -> None:
+        for i, (start, end) in enumerate(events):
+            start.record()
+            case.run(i % case.sets)
+            end.record()
+
+    in_time = Ahead(torch.cuda.current_stream()).queue(passes, events[0][0])
     torch.cuda.synchronize()
-    torch.cuda._sleep(SPIN_CYCLES)
-    for i, (start, end) in enumerate(events):
-        start.record()
-        case.run(i % case.sets)
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+    note = "" if in_time else "more launches than the device takes ahead of time: some may count"
+    return [start.elapsed_time(end) / 1e3 for start, end in events], note
 
 
-def row(case: Case, params: int, seconds: list[float] | None) -> dict[str, Any]:
+def row(case: Case, params: int, seconds: list[float] | None, note: str = "") -> dict[str, Any]:
     """What is printed and written of one case; null figures without seconds."""
-    result: dict[str, Any] = {"params": params, "case": case.name, "by": case.by, "sets": case.sets, "note": ""}
+    result: dict[str, Any] = {"params": params, "case": case.name, "by": case.by, "sets": case.sets, "note": note}
     result |= {"bytes_per_param": case.bytes_per_param, **dict.fromkeys(FIGURES)}
     if seconds is None:
         return result | {"note": "interpreted, not timed"}
@@ -70,7 +73,7 @@ def run_group(group: Callable[[], Iterator[Case]], params: int, repetitions: int
         for case in cases:
             name = f"{case.name} {case.by}"
             if GPU:
-                yield row(case, params, measure(case, repetitions))
+                yield row(case, params, *measure(case, repetitions))
             else:
                 case.run(0)
                 yield row(case, params, None)

@@ -3,8 +3,10 @@
 For each size of body, on a GPU:
 
 chunked / whole: the time of one large pinned copy over the time of the same bytes in the runtime's copies, each of
-which raises a watermark on the host. Both are taken between CUDA events on the copy stream, in turns. At one size also
-in pieces of other lengths, which is what the runtime's was chosen by.
+which raises a watermark on the host. Both are taken between CUDA events on the copy stream, in turns. On the device
+codes begin at a multiple of 16 bytes; on the host they follow the scales, and where they begin depends on the block's
+length: once at such a multiple, too, and once 4 bytes beyond, as with a block of 14,768 squared elements. At one size
+also in pieces of other lengths, which is what the runtime's was chosen by.
 pageable / pinned: what the fallback costs, likewise.
 hand-over: a block encoded and copied as the runtime does it, residuals in pinned memory, against its encoding alone and
 the copies of its body and residual alone; `queued_s` is how long the calling thread was busy with it.
@@ -18,19 +20,23 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from parablock_rt import _C, codec
+from parablock_rt.staging.device_stager import aligned
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
+from .ahead import Ahead
 from .result import Result, columns, shown
 
 GPU = torch.cuda.is_available()
 BODIES = (16 << 20, 64 << 20, 256 << 20)  # bytes, about
+HOST_CODES = (0, 4)  # where the codes begin in host memory, in bytes beyond a multiple of 16
 PIECES = tuple(mib << 20 for mib in (1, 2, 4, 8, 16))  # bytes of one copy
 BLOCKS = (15_000_064, 218_000_000 // 128 * 128)  # elements
 TINY = 128 * 40
@@ -43,14 +49,25 @@ class Timer:
     """Seconds of what is queued on one stream, between two events on it."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+        self._ahead = Ahead(stream)
         self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def __call__(self, work: Callable[[], object]) -> float:
+        self._ahead.queue(lambda: self._between_marks(work), self._marks[0])
+        return self._elapsed()
+
+    def waited_for(self, work: Callable[[], object]) -> float:
+        """Of work that the host waits for, as it does for a copy to pageable memory."""
         torch.cuda.synchronize()
-        self._marks[0].record(self._stream)
+        self._between_marks(work)
+        return self._elapsed()
+
+    def _between_marks(self, work: Callable[[], object]) -> None:
+        self._marks[0].record(self._ahead.stream)
         work()
-        self._marks[1].record(self._stream)
+        self._marks[1].record(self._ahead.stream)
+
+    def _elapsed(self) -> float:
         self._marks[1].synchronize()
         return self._marks[0].elapsed_time(self._marks[1]) / 1e3
 
@@ -66,35 +83,46 @@ def in_turns(cases: dict[str, Callable[[], float]], repetitions: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def body_of(nbytes: int, host_codes: int) -> int:
+    """Elements of an int8 body of about `nbytes` whose codes begin `host_codes` bytes beyond a multiple of 16."""
+    groups = nbytes // 130 // 8 * 8 + host_codes // 2  # a group has 2 bytes of scale, which come first
+    return 128 * groups
+
+
 def copies(
-    stager: Any, native: _C.Device, piece: int, nbytes: int, repetitions: int, transport: Transport
+    stager: Any, native: _C.Device, piece: int, nbytes: int, host_codes: int, repetitions: int, transport: Transport
 ) -> dict[str, Any]:
     """One large copy, the runtime's copies in pieces of about `piece` bytes and one copy to pageable memory, of the
     same body."""
-    numel = nbytes // 130 * 128
+    numel = body_of(nbytes, host_codes)
     layout = body_layout("int8", numel, CHUNK)
-    there = torch.randint(0, 255, (layout.nbytes,), dtype=torch.uint8, device="cuda")
+    split = codec.scale_bytes(numel, "int8")
+    there = torch.randint(0, 255, (layout.nbytes + 16,), dtype=torch.uint8, device="cuda")
+    body = aligned(there, layout.nbytes, split).data_ptr()
     pinned, pageable = stager.memory.take(layout.nbytes), _C.Buffer(layout.nbytes)
     source = transport.native.make_source(pinned, layout, False)
-    start, split = there.data_ptr(), codec.scale_bytes(numel, "int8")
     timer = Timer(torch.cuda.ExternalStream(native.down))
 
     def chunked() -> None:
         to_host = native.device_to_host(source)
-        native.copy_units(to_host, start, start + split, 0, layout.units)
+        native.copy_units(to_host, body, body + split, 0, layout.units)
         native.finish(to_host)
+
+    def whole(target: _C.Buffer) -> None:
+        native.copy_to_host(target.address, there.data_ptr(), layout.nbytes, native.down)
 
     seconds = in_turns(
         {
-            "whole": lambda: timer(lambda: native.copy_to_host(pinned.address, start, layout.nbytes, native.down)),
+            "whole": lambda: timer(lambda: whole(pinned)),
             "chunked": lambda: timer(chunked),
-            "pageable": lambda: timer(lambda: native.copy_to_host(pageable.address, start, layout.nbytes, native.down)),
+            "pageable": lambda: timer.waited_for(lambda: whole(pageable)),
         },
         repetitions,
     )
     return {
         "case": "device to host",
         "body_bytes": layout.nbytes,
+        "host_codes_beyond_16": split % 16,
         "piece_bytes": piece,
         "whole_gb_per_s": layout.nbytes / seconds["whole"] / 1e9,
         "chunked_gb_per_s": layout.nbytes / seconds["chunked"] / 1e9,
@@ -164,12 +192,12 @@ def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[s
     stager = DeviceStager(device, PinnedMemory(device.driver, needed, needed))
     with Transport() as transport:
         try:
-            for nbytes in sizes:
-                rows.append(copies(stager, device.native, COPY_BYTES, nbytes, repetitions, transport))
+            for nbytes, host_codes in product(sizes, HOST_CODES):
+                rows.append(copies(stager, device.native, COPY_BYTES, nbytes, host_codes, repetitions, transport))
             for piece in PIECES:
                 if piece != COPY_BYTES:
                     native = _C.Device(device.driver, piece)
-                    rows.append(copies(stager, native, piece, max(sizes), repetitions, transport))
+                    rows.append(copies(stager, native, piece, max(sizes), HOST_CODES[-1], repetitions, transport))
                     native.close()
             for numel in blocks:
                 rows.append(hand_over(stager, device, numel, repetitions, transport))
@@ -208,16 +236,16 @@ def run(options: argparse.Namespace) -> Result:
 
 def tables(result: Result) -> list[Table]:
     """The copies, and the hand-overs."""
-    copied = columns(
-        "device to host", "body, MiB", "pieces of, MiB", "one copy, GB/s", "in pieces, GB/s", "/ one copy", "pageable"
-    )
+    names = ("body, MiB", "codes beyond 16 B", "pieces of, MiB", "one copy, GB/s", "in pieces, GB/s", "/ one copy")
+    copied = columns("device to host", *names, "pageable")
     handed = columns("hand-over of a block", "million parameters", *(f"{name[:-2]}, ms" for name in HAND_OVER[:-1]))
     handed.add_column("/ longest part", justify="right")
     for row in result["rows"]:
         if row.get("chunked_over_whole") is not None:
             speeds = (shown(row[name], ".1f") for name in FIGURES[:2])
             ratios = (shown(row[name], ".3f") for name in FIGURES[2:])
-            copied.add_row(f"{row['body_bytes'] / 2**20:.0f}", f"{row['piece_bytes'] >> 20}", *speeds, *ratios)
+            sizes = f"{row['body_bytes'] / 2**20:.0f}", f"{row['host_codes_beyond_16']}", f"{row['piece_bytes'] >> 20}"
+            copied.add_row(*sizes, *speeds, *ratios)
         elif row.get("total_s") is not None:
             times = (shown(row[name] * 1e3, ".2f") for name in HAND_OVER[:-1])
             handed.add_row(f"{row['params'] / 1e6:.1f}", *times, shown(row["total_over_longest"], ".2f"))

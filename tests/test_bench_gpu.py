@@ -3,17 +3,21 @@ and what they measured elsewhere is shown as it was measured."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.table import Table
 
 from bench import cli, gpu_overlap, kernels, page, staging
+from parablock_rt import codec
 
 GPU_FIGURES = {
     "kernels": kernels.FIGURES,
@@ -45,6 +49,83 @@ def test_without_a_gpu_it_runs_to_its_end_and_states_no_figure(name: str, tmp_pa
     assert benchmark.metrics(result) == {}
 
 
+class SimulatedGpu:
+    """One host and one stream of a GPU in the place of `torch.cuda`, each with a time of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host_s = self.stream_s = 0.0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimulatedEvent(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 2e9))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def launch(self, seconds: float) -> None:
+        """Queues work that takes the stream so long, which takes the host 20 microseconds."""
+        self.host_s += 20e-6
+        self.stream_s = max(self.stream_s, self.host_s) + seconds
+
+    def synchronize(self) -> None:
+        self.host_s = max(self.host_s, self.stream_s)
+
+
+class SimulatedEvent:
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self._gpu = gpu
+        self._at_s = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._gpu.launch(0.0)
+        self._at_s = self._gpu.stream_s
+
+    def query(self) -> bool:
+        return self._at_s <= self._gpu.host_s
+
+    def synchronize(self) -> None:
+        self._gpu.host_s = max(self._gpu.host_s, self._at_s)
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        return (end._at_s - self._at_s) * 1e3
+
+
+@pytest.mark.parametrize("pieces", [1, 10, 400])
+def test_a_copy_is_timed_without_the_launches_of_its_pieces(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu(monkeypatch)
+    timer = staging.Timer(torch.cuda.current_stream())
+    for _ in range(3):
+        assert timer(lambda: [gpu.launch(5e-6) for _ in range(pieces)]) == pytest.approx(pieces * 5e-6)
+
+
+@pytest.mark.parametrize("launches", [1, 30])
+def test_a_kernel_is_timed_without_its_launch(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu(monkeypatch)
+    case = SimpleNamespace(sets=1, run=lambda i: [gpu.launch(5e-6) for _ in range(launches)])
+    seconds, note = kernels.measure(case, 50)
+    assert seconds == pytest.approx([launches * 5e-6] * 50)
+    assert note == ""
+
+
+def test_work_that_the_host_waits_for_is_timed_all_the_same_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu(monkeypatch)
+
+    def waited_for(_: int = 0) -> None:
+        gpu.launch(1e-3)
+        gpu.synchronize()
+
+    assert staging.Timer(torch.cuda.current_stream()).waited_for(waited_for) == pytest.approx(1e-3, abs=1e-4)
+    seconds, note = kernels.measure(SimpleNamespace(sets=1, run=waited_for), 5)
+    assert seconds == pytest.approx([1e-3] * 5, abs=1e-4)
+    assert "some may count" in note
+
+
+@pytest.mark.parametrize("host_codes", staging.HOST_CODES)
+@pytest.mark.parametrize("nbytes", staging.BODIES)
+def test_bodies_have_the_size_and_the_alignment_that_is_asked_for(nbytes: int, host_codes: int) -> None:
+    numel = staging.body_of(nbytes, host_codes)
+    assert codec.body_bytes(numel, "int8") == pytest.approx(nbytes, rel=1e-3)
+    assert codec.scale_bytes(numel, "int8") % 16 == host_codes
+
+
 def kernel_row(case: str, by: str, seconds: float, share: float) -> dict[str, Any]:
     common = {"params": 100_000_000, "bytes_per_param": 8, "sets": 1, "note": ""}
     times = {"seconds_median": seconds, "seconds_min": seconds, "seconds_max": seconds}
@@ -65,12 +146,13 @@ def test_kernels_are_shown_beside_the_copy_beside_torch_and_by_tile() -> None:
 
 
 def test_copies_and_hand_overs_are_shown_with_their_ratios() -> None:
-    copied = {"case": "device to host", "body_bytes": 16 << 20, "piece_bytes": 4 << 20, "whole_gb_per_s": 50.0}
-    copied |= {"chunked_gb_per_s": 49.0, "chunked_over_whole": 0.98, "pageable_over_pinned": 0.2}
+    copied = {"case": "device to host", "body_bytes": 16 << 20, "host_codes_beyond_16": 4, "piece_bytes": 4 << 20}
+    copied |= {"whole_gb_per_s": 50.0, "chunked_gb_per_s": 49.0}
+    copied |= {"chunked_over_whole": 0.98, "pageable_over_pinned": 0.2}
     handed = {"case": "hand-over", "params": 15_000_064, **dict.fromkeys(staging.HAND_OVER, 0.002)}
     result = {"rows": [copied, handed], "machine": {"gpu": "a GPU"}}
     copies, hand_overs = staging.tables(result)
-    assert cells(copies) == [["16", "4", "50.0", "49.0", "0.980", "0.200"]]
+    assert cells(copies) == [["16", "4", "4", "50.0", "49.0", "0.980", "0.200"]]
     assert cells(hand_overs) == [["15.0", *["2.00"] * 5, "0.00"]]
     assert staging.metrics(result)[f"chunked {16 << 20} {4 << 20}"] == 0.98
 

@@ -3,9 +3,9 @@
 Boundary: a client trains a model of three equal blocks on the GPU, one block behind a server in a process of its own on
 the same machine, over loopback. All times are taken between CUDA events on the training stream, from the beginning of
 one step to the beginning of the next. `boundary_s` is by how much the last step of a round and the first of the next
-take longer than two steps in between: everything that the training stream lost at a boundary, communication and the
-change of blocks alike. `waited_s` is for how long the training thread was blocked on communication. Medians; the first
-two rounds do not count.
+take longer than steps of the same two blocks in between (what a step takes depends on how far back its gradients go):
+everything that the training stream lost at a boundary, communication and the change of blocks alike. `waited_s` is for
+how long the training thread was blocked on communication. Medians; the first two rounds do not count.
 
 Beside transfers: the time of a training step while another thread hands a block over again and again, with its error
 feedback, its body goes over loopback and comes back to the GPU, against the time without; in alternating windows. The
@@ -21,7 +21,7 @@ import itertools
 import multiprocessing
 import statistics
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -29,9 +29,11 @@ from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C
+from parablock_rt.errors import ConfigError
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
+from .process import answer
 from .result import Result, columns, shown
 
 GPU = torch.cuda.is_available()
@@ -39,6 +41,7 @@ DEVICE = "cuda" if GPU else "cpu"
 BLOCKS = 3
 WARM_UP_ROUNDS = 2
 CHUNK = 1 << 18
+START_S = 300.0
 BOUNDARY = ("step_s", "round_s", "boundary_s", "boundary_share", "waited_s")
 BESIDE = ("step_s_without", "step_s_with", "ratio", "transfer_gb_per_s")
 
@@ -78,19 +81,19 @@ def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str
     pipe, there = context.Pipe(duplex=False)
     server = context.Process(target=_serve, args=(there, width, settings), daemon=True)
     server.start()
+    there.close()
     model, batch = make_model(width, DEVICE), torch.randn(tokens, width, dtype=torch.bfloat16, device=DEVICE)
-    begins: list[tuple[int, Any]] = []
+    begins: list[tuple[int, int, Any]] = []
     waited: list[float] = []
     try:
-        if not pipe.poll(300.0):
-            raise RuntimeError("the server did not start; see its error above")
-        with pb.join(pipe.recv(), model, optimizer, on_round=lambda report: waited.append(report.exposed_s)) as run:
+        address = answer(pipe, START_S)
+        with pb.join(address, model, optimizer, on_round=lambda report: waited.append(report.exposed_s)) as run:
             while not run.finished:
                 begin = torch.cuda.Event(enable_timing=True) if GPU else None
                 if begin is not None:
                     begin.record()
                 report = run.train_step(batch, loss_fn, weight=1.0)
-                begins.append((report.round, begin))
+                begins.append((report.round, report.block, begin))
         server.join(60.0)
     finally:
         server.kill()
@@ -99,18 +102,37 @@ def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str
     if not GPU:
         return result | {"note": "no GPU: a small model ran to the end on the CPU, nothing is timed"}
     torch.cuda.synchronize()
-    taken = [
-        (round, next_round, begin.elapsed_time(end) / 1e3)
-        for (round, begin), (next_round, end) in itertools.pairwise(begins)
+    steps = [
+        Step(round, block, begin.elapsed_time(end) / 1e3)
+        for (round, block, begin), (*_, end) in itertools.pairwise(begins)
         if round >= WARM_UP_ROUNDS
     ]
-    ends = [i for i, (round, next_round, _) in enumerate(taken[:-1]) if next_round != round]
-    edges = {*ends, *(i + 1 for i in ends)}
-    step = statistics.median(seconds for i, (*_, seconds) in enumerate(taken) if i not in edges)
-    lost = statistics.median(taken[i][2] + taken[i + 1][2] for i in ends) - 2 * step
+    step, lost = at_the_boundaries(steps)
     round_s = step * local_steps + lost
     figures = (step, round_s, lost, lost / round_s, statistics.median(waited[WARM_UP_ROUNDS:]))
-    return result | dict(zip(BOUNDARY, figures, strict=True)) | {"steps_s": [seconds for *_, seconds in taken]}
+    return result | dict(zip(BOUNDARY, figures, strict=True)) | {"steps_s": [each.seconds for each in steps]}
+
+
+class Step(NamedTuple):
+    """From the beginning of one step to the beginning of the next."""
+
+    round: int
+    block: int
+    seconds: float
+
+
+def at_the_boundaries(steps: list[Step]) -> tuple[float, float]:
+    """Seconds of a step that is not at a boundary, the mean over the blocks; and what a boundary costs beyond two such
+    steps, of the block that was trained and of the one that comes."""
+    ends = [i for i, (one, after) in enumerate(itertools.pairwise(steps)) if one.round != after.round]
+    edges = {0, *ends, *(i + 1 for i in ends)}
+    within: dict[int, list[float]] = {}
+    for i, step in enumerate(steps):
+        if i not in edges:
+            within.setdefault(step.block, []).append(step.seconds)
+    usual = {block: statistics.median(seconds) for block, seconds in within.items()}
+    lost = [sum(step.seconds - usual[step.block] for step in steps[i : i + 2]) for i in ends]
+    return statistics.fmean(usual.values()), statistics.median(lost)
 
 
 class Traffic:
@@ -240,12 +262,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """The boundary, then the windows beside transfers, on a model of a fourth of the width."""
+    fourth = -(-options.width // 4 // 16) * 16  # rows of whole 16 bytes in any dtype: others are multiplied more slowly
     numel = options.width**2 // 128 * 128
+    if options.local_steps < 3 and GPU:
+        raise ConfigError("--local-steps must be 3 or more: each round needs a step that is not at a boundary")
     rows = [
         {"case": "boundary", **boundary(options.width, options.tokens, options.rounds, options.local_steps)},
         {
             "case": "beside transfers",
-            **beside(options.width // 4, options.tokens, numel, options.windows, options.steps),
+            **beside(fourth, options.tokens, numel, options.windows, options.steps),
         },
     ]
     names = ("width", "tokens", "rounds", "local_steps", "windows", "steps")

@@ -22,6 +22,8 @@ from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.wire.transport import Shape, Transport, body_layout
 
+from .process import answer
+
 UPLOAD = 1
 START_S = 120.0
 
@@ -68,9 +70,8 @@ def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> d
     context = multiprocessing.get_context("spawn")
     peer = context.Process(target=_echo, args=(sender, transport_core, nbytes), daemon=True)
     peer.start()
-    if not receiver.poll(START_S):
-        raise ParaBlockError(f"the process on the other core did not start within {START_S:g} s")
-    address = receiver.recv()
+    sender.close()
+    address = answer(receiver, START_S)
     whole = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {training_core})
     model, _, task = finetune.load(workload)

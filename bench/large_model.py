@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import parablock_rt as pb
 from parablock_rt.client import memory
 
+from .process import answer
 from .result import Result, columns, shown
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -189,10 +190,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         target=serve, args=(options.shape, settings, options.server_threads, there), daemon=True
     )
     process.start()
+    there.close()
     try:
         with_memory(model, options.device)
-        watch, figures = train(_next(here), model, options.tokens)
-        server = _next(here)
+        watch, figures = train(answer(here, WAIT_S), model, options.tokens)
+        server = answer(here, WAIT_S)
     finally:
         process.join(30.0)
         process.kill()
@@ -225,12 +227,6 @@ def in_use() -> int:
     """Bytes of the device that are in use, by this process and others, CUDA's own included."""
     free, total = torch.cuda.mem_get_info()
     return total - free
-
-
-def _next(pipe: Connection) -> Any:
-    if not pipe.poll(WAIT_S):
-        raise RuntimeError(f"the server's process said nothing for {WAIT_S:g} s")
-    return pipe.recv()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

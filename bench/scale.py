@@ -29,13 +29,14 @@ from torch import nn
 from parablock_rt import codec, serve
 from parablock_rt.blocks.fingerprint import digest
 from parablock_rt.blocks.plan import BlockPlan
-from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.errors import ConfigError
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.report import folder
 from parablock_rt.schedule import block_of
 from parablock_rt.wire.transport import body_layout
 
 from .light_client import DEADLINE_S, LightClient, buffer_of, ready_of
+from .process import answer
 from .result import Result, columns
 from .transport import memory_bytes
 
@@ -135,8 +136,8 @@ def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
         server.start()
         theirs.close()
         try:
-            _replay(_answer(ours), clients, options)
-            row = _answer(ours)
+            _replay(answer(ours, DEADLINE_S), clients, options)
+            row = answer(ours, DEADLINE_S)
             server.join(DEADLINE_S)
         finally:
             server.kill()
@@ -149,15 +150,6 @@ def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
         **row,
         "fold_mib_per_s": clients * body / MIB / statistics.median(folded[1:]) if folded[1:] else None,
     }
-
-
-def _answer(pipe: Connection) -> Any:
-    if not pipe.poll(DEADLINE_S):
-        raise ParaBlockError(f"the server said nothing for {DEADLINE_S:g} s")
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise ParaBlockError("the server failed; its error stands above") from None
 
 
 # ---- The light clients

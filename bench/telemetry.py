@@ -65,6 +65,7 @@ class Pair:
         arguments = (theirs, workload.model, workload.threads, settings)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
+        theirs.close()  # else one that dies would be waited for
         self._net, _, task = finetune.load(workload)
         self._batch = task.train.take(range(workload.batch_size))
 

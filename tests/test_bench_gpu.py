@@ -3,11 +3,13 @@ and what they measured elsewhere is shown as it was measured."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from rich.table import Table
 
 from bench import cli, gpu_overlap, kernels, page, staging
 from parablock_rt import codec
+from parablock_rt.errors import ParaBlockError
 
 GPU_FIGURES = {
     "kernels": kernels.FIGURES,
@@ -165,6 +168,36 @@ def test_a_boundary_is_shown_with_its_share_of_the_round() -> None:
     boundary, beside = gpu_overlap.tables(result)
     assert cells(boundary) == [["218", "45.00", "3.600", "2.00", "0.06%", "0.10"]]
     assert cells(beside) == [["10.000", "10.100", "1.010", "3.00"]]
+
+
+def test_a_boundary_is_held_against_steps_of_its_own_two_blocks() -> None:
+    """Whose steps take 10, 20 and 30 ms; each boundary takes 0.5 ms before it and 1.5 ms after it."""
+    usual = [0.01, 0.02, 0.03]
+    steps = [
+        gpu_overlap.Step(round, round % 3, usual[round % 3] + (0.0015 if step == 0 else 0.0005 if step == 9 else 0.0))
+        for round in range(2, 12)
+        for step in range(10)
+    ]
+    step, lost = gpu_overlap.at_the_boundaries(steps[:-1])
+    assert step == pytest.approx(0.02)
+    assert lost == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("name", ["gpu-overlap", "large-model"])
+def test_a_server_that_dies_is_an_error_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "gpu-overlap":
+        monkeypatch.setattr(gpu_overlap, "_serve", os.abort)  # takes no arguments, and so fails in the other process
+        run = partial(gpu_overlap.boundary, 32, 8, 2, 1)
+    else:
+        from bench import large_model
+
+        monkeypatch.setattr(large_model, "serve", os.abort)
+        parser = argparse.ArgumentParser()
+        large_model.add_arguments(parser)
+        options = ["--device", "cpu", "--shape", "small", "--tokens", "8", "--rounds", "1"]
+        run = partial(large_model.measure, parser.parse_args(options))
+    with pytest.raises(ParaBlockError, match="the server's process has ended"):
+        run()
 
 
 def test_every_gpu_benchmark_has_its_place_in_the_documents() -> None:

@@ -1,5 +1,7 @@
 """`parablock bench`: runs benchmarks, prints their tables, writes and draws their results, compares with older ones.
 
+While one runs, what it has measured so far is in NAME.partial.json, for those that hand it over.
+
 Exit codes: 0 done, 1 something got worse than the threshold allows, 2 wrong usage.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +20,7 @@ from parablock_rt.errors import ConfigError
 from parablock_rt.observe.run_folder import to_json
 
 from .machine import gpu, machine
-from .result import Benchmark, Result, compare, comparison_table, read
+from .result import Benchmark, Result, compare, comparison_table, kept_by, read
 
 WIDTH = 150  # of a table; a narrower terminal wraps it instead of losing figures
 NAMES = ("codec", "transport", "links", "overlap", "scale", "telemetry")
@@ -38,7 +41,9 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
         benchmark = load(each)
         about = machine()
         own = options if len(names) == 1 else _defaults(benchmark)
-        measured = benchmark.run(own)
+        so_far = options.out / f"{each}.partial.json"
+        with kept_by(partial(_keep, so_far, {"benchmark": each, "machine": about})):
+            measured = benchmark.run(own)
         about |= gpu()
         result = {"benchmark": each, "machine": about, **measured}
         device = f", {about['gpu']}" if "gpu" in about else ""
@@ -49,6 +54,7 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
             if table.row_count:
                 console.print(table)
         _write(benchmark, result, options.out, console)
+        so_far.unlink(missing_ok=True)
         if each in older:
             comparisons = compare(benchmark.metrics(older[each]), benchmark.metrics(result))
             console.print(comparison_table(comparisons, options.threshold))
@@ -93,13 +99,24 @@ def _defaults(benchmark: Benchmark) -> argparse.Namespace:
     return parser.parse_args([])
 
 
-def _write(benchmark: Benchmark, result: Result, folder: Path, console: Console) -> None:
-    file = folder / f"{result['benchmark']}.json"
+def _keep(file: Path, common: Result, measured: Result) -> None:
+    """Writes what is measured so far in one go: whoever is killed leaves the file as it was before."""
+    fresh = file.with_suffix(".new")
+    _write_json(fresh, {**common, "machine": common["machine"] | gpu(), **measured})
+    fresh.replace(file)
+
+
+def _write_json(file: Path, result: Result) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(result, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _write(benchmark: Benchmark, result: Result, folder: Path, console: Console) -> None:
+    file = folder / f"{result['benchmark']}.json"
+    _write_json(file, result)
     figure = _figure()
     if figure is None:
         console.print(f"Wrote {file}; install matplotlib (`pip install 'parablock-rt[bench]'`) to have it drawn")

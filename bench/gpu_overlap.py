@@ -34,7 +34,7 @@ from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
 from .process import answer
-from .result import Result, columns, shown
+from .result import Result, columns, keep, shown
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -266,15 +266,14 @@ def run(options: argparse.Namespace) -> Result:
     numel = options.width**2 // 128 * 128
     if options.local_steps < 3 and GPU:
         raise ConfigError("--local-steps must be 3 or more: each round needs a step that is not at a boundary")
-    rows = [
-        {"case": "boundary", **boundary(options.width, options.tokens, options.rounds, options.local_steps)},
-        {
-            "case": "beside transfers",
-            **beside(fourth, options.tokens, numel, options.windows, options.steps),
-        },
-    ]
     names = ("width", "tokens", "rounds", "local_steps", "windows", "steps")
-    return {"settings": {name: getattr(options, name) for name in names}, "rows": rows}
+    result: Result = {"settings": {name: getattr(options, name) for name in names}, "rows": []}
+    at = boundary(options.width, options.tokens, options.rounds, options.local_steps)
+    result["rows"].append({"case": "boundary", **at})
+    keep(result)
+    along = beside(fourth, options.tokens, numel, options.windows, options.steps)
+    result["rows"].append({"case": "beside transfers", **along})
+    return result
 
 
 def tables(result: Result) -> list[Table]:

@@ -11,6 +11,7 @@ Without a GPU it runs every case once at a tiny size in Triton's interpreter, to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from . import roofline
 from .ahead import Ahead
-from .result import Result, columns, shown
+from .result import Result, columns, keep, shown
 
 if TYPE_CHECKING:
     from .kernel_cases import Case
@@ -66,24 +67,46 @@ def row(case: Case, params: int, seconds: list[float] | None, note: str = "") ->
 
 
 def run_group(group: Callable[[], Iterator[Case]], params: int, repetitions: int) -> Iterator[dict[str, Any]]:
-    """The rows of one group. What does not fit into the GPU's memory is said so and left out."""
-    cases, name = None, "?"
-    try:
-        cases = group()
-        for case in cases:
-            name = f"{case.name} {case.by}"
-            if GPU:
-                yield row(case, params, *measure(case, repetitions))
-            else:
-                case.run(0)
-                yield row(case, params, None)
-    except torch.OutOfMemoryError:
-        yield {"params": params, "case": name, "by": "", "note": "left out: not enough GPU memory"}
-    finally:
-        if cases is not None:
-            cases.close()
-            del cases
-        if GPU:
+    """The rows of one group. A case that fails has a row that says why, and those behind it are measured as well."""
+    cases = cases_of(group)
+    while True:
+        case = None
+        try:
+            case = next(cases, None)
+            if case is None:
+                break
+            found = measured(case, params, repetitions)
+        except Exception as error:
+            found = left_out(case, params, error)
+        yield found
+    let_memory_go()
+
+
+def cases_of(group: Callable[[], Iterator[Case]]) -> Iterator[Case]:
+    """The group's cases; its buffers are made with the first."""
+    yield from group()
+
+
+def measured(case: Case, params: int, repetitions: int) -> dict[str, Any]:
+    """The row of one case."""
+    if GPU:
+        return row(case, params, *measure(case, repetitions))
+    case.run(0)
+    return row(case, params, None)
+
+
+def left_out(case: Case | None, params: int, error: Exception) -> dict[str, Any]:
+    """The row of a case that failed; None: its group's buffers could not be made."""
+    name = "?" if case is None else f"{case.name} {case.by}"
+    first = next(iter(str(error).splitlines()), "")
+    why = "not enough GPU memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {first}"
+    return {"params": params, "case": name, "by": "", "note": f"left out: {why}"}
+
+
+def let_memory_go() -> None:
+    """Gives the GPU what torch has cached."""
+    if GPU:
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed: every further case will say so
             torch.cuda.empty_cache()
 
 
@@ -102,6 +125,8 @@ def run(options: argparse.Namespace) -> Result:
     from .kernel_cases import groups
 
     rows: list[dict[str, Any]] = []
+    settings = {name: getattr(options, name) for name in ("params", "repetitions", "tiles")}
+    result: Result = {"settings": settings, "rows": rows, "peak_gb_per_s": roofline.peak_gb_per_s() if GPU else None}
     for params in options.params:
         copy: float | None = None
         compared = params in COMPARED
@@ -112,8 +137,8 @@ def run(options: argparse.Namespace) -> Result:
                     copy = bandwidth
                 found["ratio_to_copy"] = bandwidth / copy if bandwidth and copy else None
                 rows.append(found)
-    settings = {name: getattr(options, name) for name in ("params", "repetitions", "tiles")}
-    return {"settings": settings, "rows": rows, "peak_gb_per_s": roofline.peak_gb_per_s() if GPU else None}
+                keep(result)
+    return result
 
 
 def tables(result: Result) -> list[Table]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +41,25 @@ class Benchmark(Protocol):
 
     def plot(self, result: Result, figure: Any) -> None:
         """Draws the result into an empty matplotlib figure."""
+
+
+_kept_by: ContextVar[Callable[[Result], None] | None] = ContextVar("kept_by", default=None)
+
+
+def keep(result: Result) -> None:
+    """Has what is measured so far, a result of its own, written at once: a run that is killed loses only the rest."""
+    if (write := _kept_by.get()) is not None:
+        write(result)
+
+
+@contextmanager
+def kept_by(write: Callable[[Result], None]) -> Iterator[None]:
+    """Within it `keep` calls this; elsewhere it does nothing."""
+    token = _kept_by.set(write)
+    try:
+        yield
+    finally:
+        _kept_by.reset(token)
 
 
 @dataclass(frozen=True)

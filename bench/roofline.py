@@ -15,9 +15,11 @@ def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def peak_gb_per_s() -> float | None:
-    """The memory's clock times its width, of the first GPU; None where the driver does not say."""
-    import pynvml
-
+    """The memory's clock times its width, of the first GPU; None where the driver does not say or nobody can ask it."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
     try:
         pynvml.nvmlInit()
         device = pynvml.nvmlDeviceGetHandleByIndex(0)

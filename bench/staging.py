@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -32,7 +32,7 @@ from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
 from .ahead import Ahead
-from .result import Result, columns, shown
+from .result import Result, columns, keep, shown
 
 GPU = torch.cuda.is_available()
 BODIES = (16 << 20, 64 << 20, 256 << 20)  # bytes, about
@@ -180,12 +180,11 @@ def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport:
     }
 
 
-def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[str, Any]]:
+def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> Iterator[dict[str, Any]]:
     from parablock_rt.staging.device import COPY_BYTES, CudaDevice
     from parablock_rt.staging.device_stager import DeviceStager
     from parablock_rt.staging.pinned import PinnedMemory
 
-    rows = []
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
     device.warm_up({(torch.float32, torch.bfloat16)}, "int8")
     needed = max(4 * max(sizes), 12 * max(blocks))
@@ -193,20 +192,19 @@ def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> list[dict[s
     with Transport() as transport:
         try:
             for nbytes, host_codes in product(sizes, HOST_CODES):
-                rows.append(copies(stager, device.native, COPY_BYTES, nbytes, host_codes, repetitions, transport))
+                yield copies(stager, device.native, COPY_BYTES, nbytes, host_codes, repetitions, transport)
             for piece in PIECES:
                 if piece != COPY_BYTES:
                     native = _C.Device(device.driver, piece)
-                    rows.append(copies(stager, native, piece, max(sizes), HOST_CODES[-1], repetitions, transport))
+                    yield copies(stager, native, piece, max(sizes), HOST_CODES[-1], repetitions, transport)
                     native.close()
             for numel in blocks:
-                rows.append(hand_over(stager, device, numel, repetitions, transport))
+                yield hand_over(stager, device, numel, repetitions, transport)
         finally:
             stager.close()
-    return rows
 
 
-def on_cpu() -> list[dict[str, Any]]:
+def on_cpu() -> Iterator[dict[str, Any]]:
     """The same steps with the host's stager, once, to show that they run."""
     note = "no GPU: run once on a small block in host memory, not timed"
     with Transport() as transport:
@@ -216,8 +214,8 @@ def on_cpu() -> list[dict[str, Any]]:
         encoding.wait()
         stager.release(encoding)
         stager.close()
-    copied = {"case": "device to host", "body_bytes": encoding.nbytes, **dict.fromkeys(FIGURES), "note": note}
-    return [copied, {"case": "hand-over", "params": TINY, **dict.fromkeys(HAND_OVER), "note": note}]
+    yield {"case": "device to host", "body_bytes": encoding.nbytes, **dict.fromkeys(FIGURES), "note": note}
+    yield {"case": "hand-over", "params": TINY, **dict.fromkeys(HAND_OVER), "note": note}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,9 +227,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """The copies of every body and the hand-over of every block."""
-    rows = on_gpu(options.bodies, options.params, options.repetitions) if GPU else on_cpu()
     settings = {"bodies": options.bodies, "params": options.params, "repetitions": options.repetitions}
-    return {"settings": settings | {"chunk": CHUNK, "format": "int8"}, "rows": rows}
+    result: Result = {"settings": settings | {"chunk": CHUNK, "format": "int8"}, "rows": []}
+    for row in on_gpu(options.bodies, options.params, options.repetitions) if GPU else on_cpu():
+        result["rows"].append(row)
+        keep(result)
+    return result
 
 
 def tables(result: Result) -> list[Table]:

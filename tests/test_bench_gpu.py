@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 from rich.table import Table
 
 from bench import cli, gpu_overlap, kernels, page, staging
+from bench.result import keep
 from parablock_rt import codec
 from parablock_rt.errors import ParaBlockError
 
@@ -42,6 +44,7 @@ def test_without_a_gpu_it_runs_to_its_end_and_states_no_figure(name: str, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "no GPU here" in done.stdout
     result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert not (tmp_path / f"{name}.partial.json").exists()
     assert "gpu" not in result["machine"]
     assert result["rows"]
     for row in result["rows"]:
@@ -146,6 +149,51 @@ def test_kernels_are_shown_beside_the_copy_beside_torch_and_by_tile() -> None:
     assert cells(torch_beside) == [["encode bf16 int8", "100.0", "20.0", "2.0"]]
     assert cells(tiles) == [["encode bf16 int8", "0.500"]]
     assert kernels.metrics(result) == {"encode bf16 int8 100000000": pytest.approx(640)}
+
+
+def three_cases(*errors: Exception | None) -> Iterator[Any]:
+    """Cases that raise these when they are run; behind the last, one that cannot be made."""
+    for i, error in enumerate(errors):
+
+        def run(_: int, error: Exception | None = error) -> None:
+            if error is not None:
+                raise error
+
+        yield SimpleNamespace(name="encode", by=f"kind {i}", sets=1, bytes_per_param=8, run=run)
+    raise KeyError("buffers")
+
+
+def test_a_case_that_fails_is_said_to_have_and_those_behind_it_are_measured() -> None:
+    errors = torch.OutOfMemoryError(), ValueError("no\ntrace"), None
+    rows = list(kernels.run_group(partial(three_cases, *errors), 128, 1))
+    assert [(row["case"], row["by"], row["note"]) for row in rows] == [
+        ("encode kind 0", "", "left out: not enough GPU memory"),
+        ("encode kind 1", "", "left out: ValueError: no"),
+        ("encode", "kind 2", "interpreted, not timed"),
+        ("?", "", "left out: KeyError: 'buffers'"),
+    ]
+
+
+@pytest.mark.parametrize("name", GPU_FIGURES)
+def test_a_benchmark_that_is_killed_has_left_what_it_had(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_and_end(measured: dict[str, Any]) -> None:
+        keep(measured)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.load(name), "keep", keep_and_end)
+    monkeypatch.setattr(gpu_overlap, "boundary", lambda *_: {})
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # which the benchmark sets, and a test must not
+    groups = [partial(three_cases, None, None)]
+    monkeypatch.setitem(sys.modules, "bench.kernel_cases", SimpleNamespace(groups=lambda *_: groups))
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([name, "--out", str(tmp_path)])
+    left = json.loads((tmp_path / f"{name}.partial.json").read_text())
+    assert left["benchmark"] == name
+    assert left["machine"]["cpu"]
+    assert len(left["rows"]) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.partial.json"]
 
 
 def test_copies_and_hand_overs_are_shown_with_their_ratios() -> None:

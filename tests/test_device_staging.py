@@ -24,9 +24,12 @@ from leftovers import settles, threads
 from test_staging import DEADLINE_S, DTYPES, random_piece, statement
 
 from parablock_rt import _C, codec
+from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.client import memory
+from parablock_rt.config import RunConfig
 from parablock_rt.errors import CodecError, ConfigError, ParaBlockError
 from parablock_rt.observe.timeline import RECORD, Stage
-from parablock_rt.staging import pinned
+from parablock_rt.staging import device_stager, pinned
 from parablock_rt.staging.device_stager import DeviceStager
 from parablock_rt.staging.pinned import PinnedMemory
 from parablock_rt.staging.stager import Piece
@@ -193,6 +196,19 @@ def test_a_block_is_cut_into_several_launches_of_bounded_number(transport: Trans
     with Staged() as here:  # one that is smaller than a slice
         here.stager.encode([random_piece(SLICE, *DTYPES[:2], 0, residual=False)], "int8", CHUNK, transport).wait()
         assert here.device.launches == 1
+
+
+@pytest.mark.parametrize("width", [40, 700, 2200, 9000])
+@pytest.mark.parametrize("format", codec.FORMATS)
+def test_slots_take_what_is_predicted(format: str, width: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2048, width, device="meta"))
+    plan = BlockPlan.from_model(model, ["0"])
+    config = RunConfig(rounds=4, clients=1, format=format)
+    predicted = memory.predict(model, plan, config, lambda parameters: torch.optim.SGD(parameters, lr=0.1), "cuda")
+    with Staged(slice_elements=device_stager.SLICE) as here:
+        here.stager.reserve(plan.blocks[0].flat_numel, format, config.chunk)
+        held = [tensor for slot in here.stager._slots for tensor in (slot.body, slot.residual) if tensor is not None]
+    assert sum(tensor.nbytes for tensor in held) == predicted.item("pack slots")
 
 
 # ---- Who waits for whom
@@ -577,8 +593,6 @@ def test_buffers_outlive_the_slab_they_were_cut_from() -> None:
 
 def test_what_a_run_pins_is_what_it_is_said_to_need(transport: Transport) -> None:
     """All residuals, two more under way, and the bodies of four uploads and four landings at staleness 1."""
-    from parablock_rt.blocks.plan import BlockPlan
-
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
     blocks = BlockPlan.from_model(model, [["0"], ["1"], ["2"]]).blocks
     needed = pinned.bytes_needed(blocks, "int8", 1)

@@ -7,6 +7,8 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,7 +62,8 @@ def train(
         for name, nbytes in runs[0].holdings().items():
             held.items[name] = max(held.items.get(name, 0), nbytes)
 
-    batch = torch.ones(1, WIDTH, dtype=next(model.parameters()).dtype)
+    first = next(model.parameters())
+    batch = torch.ones(1, first.shape[-1], dtype=first.dtype)
     with pb.join(address, model, watched, on_round=lambda _: note()) as run:
         runs.append(run)
         for _ in run.stream([batch]):
@@ -69,18 +72,28 @@ def train(
 
 
 def run_watched(dtype: torch.dtype, count: int, optimizer: Any, **settings: Any) -> tuple[Held, memory.Prediction]:
-    """A server and one client, the latter on this thread with all of its allocations recorded."""
-    held = Held()
+    """A client of `count` blocks of equal layers, over a network slower than the computation, also of several rounds:
+    whatever may be under way is."""
     settings = {"rounds": ROUNDS, "clients": 1, "local_steps": 2, "chunk": 4096, **settings}
-    server_model = make_model(dtype)
-    plan = blocks(server_model, count)
+    delay = max(0.3 if settings.get("staleness", 1) > 1 else 0.05, 5 * round_s(dtype, count, optimizer, settings))
+    return watch(partial(make_model, dtype), lambda model: blocks(model, count), optimizer, delay, settings)
+
+
+def watch(
+    make: Callable[[], nn.Module],
+    plan_of: Callable[[nn.Module], pb.BlockPlan],
+    optimizer: Any,
+    delay: float,
+    settings: dict[str, Any],
+) -> tuple[Held, memory.Prediction]:
+    """A server and one client, the latter on this thread with all of its allocations recorded."""
+    held, server_model = Held(), make()
+    plan = plan_of(server_model)
     predicted = memory.predict(server_model, plan, pb.RunConfig(**settings), optimizer, "cpu")
     gc.collect()  # what earlier tests left behind must not go while this one counts
-    # A network slower than the computation, also of several rounds: whatever may be under way is.
-    delay = max(0.3 if settings.get("staleness", 1) > 1 else 0.05, 5 * round_s(dtype, count, optimizer, settings))
     with pb.serve(server_model, plan=plan, delay=delay, **settings) as server:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
-            train(make_model(dtype), server.address, optimizer, held)
+            train(make(), server.address, optimizer, held)
         server.wait(90.0)
     held.peak += peak_of(recorder)
     return held, predicted
@@ -120,8 +133,8 @@ def residuals_of_all(predicted: memory.Prediction, count: int) -> int:
     return 4 * (numel + numel // count)
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
+def adamw(parameters: list[nn.Parameter], fused: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -151,6 +164,30 @@ def test_what_is_predicted_is_held(case: str) -> None:
     # How many verdicts are out at a hand-over is the network's affair; one's own always is.
     assert residuals_of_all(predicted, count) <= held.items["residuals"] <= predicted.item("residuals")
     assert held.peak == pytest.approx(predicted.peak("host"), rel=WITHIN)
+
+
+WIDENED = {
+    "one parameter": ([512, 512], 2, 0.06),  # its gradient in both widths, which no order helps
+    "one parameter, one step": ([512, 512], 1, 0.0),  # before the optimiser has made its state
+    "the largest last": ([256, 64, 512, 128, 1024], 2, 0.004),  # each twice as large as the one before
+}
+
+
+@pytest.mark.parametrize("case", WIDENED)
+def test_gradients_that_are_widened_beside_the_optimisers_state_are_foreseen(case: str) -> None:
+    sizes, local_steps, share = WIDENED[case]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Linear(*pair, bias=False).bfloat16() for pair in pairwise(sizes)])
+
+    def one_block(model: nn.Module) -> pb.BlockPlan:
+        return pb.BlockPlan.from_model(model, [[str(i) for i in range(len(sizes) - 1)]])
+
+    settings = {"rounds": 4, "clients": 1, "local_steps": local_steps, "staleness": 0, "format": "fp32"}
+    held, predicted = watch(make, one_block, partial(adamw, fused=True), 0.0, settings)
+    assert held.peak == pytest.approx(predicted.peak("host"), rel=0.005)
+    assert predicted.item("step scratch") / predicted.peak("host") == pytest.approx(share, abs=0.005)
 
 
 def test_the_masters_of_earlier_rounds_are_gone_before_the_first_optimiser_step(

@@ -61,13 +61,21 @@ class ActiveBlock:
         if self._master_params is None:
             self.optimizer.step()
         else:
-            for master, parameter in zip(self._master_params, self._model_params, strict=True):
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
+            self._widen_gradients(self._master_params)
             self.optimizer.step()
             with torch.no_grad():
                 torch._foreach_copy_([*self._model_params], [*self._master_params])
         self.clear_gradients()
+
+    def _widen_gradients(self, masters: list[nn.Parameter]) -> None:
+        """Hands the gradients on to the masters in fp32, one at a time: each is there twice for a moment.
+
+        The largest goes first, before the fp32 ones have added up; `memory.predict` counts on that.
+        """
+        pairs = zip(masters, self._model_params, strict=True)
+        for master, parameter in sorted(pairs, key=lambda pair: pair[0].numel(), reverse=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of the block and of its masters."""

@@ -20,11 +20,10 @@ from parablock_rt.blocks.layout import Block
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client.active import OptimizerFactory
 from parablock_rt.client.optimizers import Footprint, footprint
-from parablock_rt.codec import ALIGNMENT, body_bytes
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, DeviceMemoryError
 from parablock_rt.schedule import block_of
-from parablock_rt.staging.device_stager import LEAST_SLICE, SLICE
+from parablock_rt.staging.device_stager import SLOTS, slot_bytes, slot_elements
 
 DeviceKind = Literal["cuda", "cpu"]
 Place = Literal["device", "pinned", "host"]
@@ -43,13 +42,14 @@ class BlockMemory:
     """The bytes of one block's tensors. `weights`: in the model's dtype, gaps included, as all but the gradients are.
 
     A block of 16-bit parameters trains through fp32 masters; its gradients come in 16 bits (`gradients`), and are
-    widened for the optimiser's step (`step_gradients`).
+    widened for the optimiser's step (`step_gradients`). `step_scratch`: what a step needs besides for a moment.
     """
 
     weights: int
     master: int
     gradients: int
     step_gradients: int
+    step_scratch: int
     optimizer: Footprint | None
     residual: int
     body: int
@@ -60,14 +60,9 @@ class BlockMemory:
         return 0 if self.optimizer is None else self.optimizer.state
 
     @property
-    def optimizer_scratch(self) -> int:
-        """Within each step; 0 where it is unknown."""
-        return 0 if self.optimizer is None else self.optimizer.scratch
-
-    @property
     def training(self) -> int:
         """What training the block takes at an optimiser step, beside the model: the reference counts, too."""
-        return self.weights + self.master + self.step_gradients + self.optimizer_state + self.optimizer_scratch
+        return self.weights + self.master + self.step_gradients + self.optimizer_state + self.step_scratch
 
 
 @dataclass(frozen=True)
@@ -161,12 +156,14 @@ class Predictor:
         shapes = tuple(slot.shape for slot in block.slots)
         if shapes not in self._footprints:
             self._footprints[shapes] = footprint(self._optimizer, shapes, self._device)
+        optimizer = self._footprints[shapes]
         return BlockMemory(
             weights=sum(segment.length * segment.dtype.itemsize for segment in block.segments),
             master=_FP32 * block.flat_numel if narrow else 0,
             gradients=sum(slot.numel * slot.dtype.itemsize for slot in block.slots),
             step_gradients=_FP32 * block.numel,
-            optimizer=self._footprints[shapes],
+            step_scratch=_step_scratch(block, optimizer, self._config.local_steps),
+            optimizer=optimizer,
             residual=0 if self._config.format == "fp32" else _FP32 * block.flat_numel,
             body=block.wire_bytes(self._config.format),
         )
@@ -215,7 +212,7 @@ class Predictor:
             Item("handed-over master", working, (handed_over, 0, 0, 0)),
             Item("gradients", working, (active.gradients, active.gradients, active.step_gradients, 0)),
             Item("optimiser state", working, (0, active.optimizer_state, active.optimizer_state, 0)),
-            Item("optimiser scratch", working, (0, 0, active.optimizer_scratch, 0)),
+            Item("step scratch", working, (0, 0, active.step_scratch, 0)),
             Item("residuals", waiting, (*(3 * (residuals + undecided,)), residuals + handed)),
             _steady("packed bodies", waiting, (self._uploads() + self._updates()) * body),
         ]
@@ -254,9 +251,30 @@ class Predictor:
     def _pack_slots(self) -> int:
         """Two slices of a block on the device, packed and in fp32: one is encoded while the other is copied."""
         largest = max(block.flat_numel for block in self._plan.blocks)
-        numel = min(max(largest // 4, LEAST_SLICE), SLICE, largest) // ALIGNMENT * ALIGNMENT
-        residual = 0 if self._config.format == "fp32" else _FP32 * numel
-        return 2 * (body_bytes(numel, self._config.format) + residual)
+        return SLOTS * sum(slot_bytes(slot_elements(largest, self._config.chunk), self._config.format))
+
+
+def _step_scratch(block: Block, optimizer: Footprint | None, local_steps: int) -> int:
+    """Bytes of the optimiser's own scratch in a step, or of widening the gradients before it if that is more.
+
+    In a round's first step the optimiser makes its state in between; an unknown optimiser has neither.
+    """
+    own, state = (0, 0) if optimizer is None else (optimizer.scratch, optimizer.state)
+    return max(own, _widening(block) - (state if local_steps == 1 else 0))
+
+
+def _widening(block: Block) -> int:
+    """Bytes by which a block's gradients are at most more than all of them in fp32 while they are widened.
+
+    One at a time, the largest first, as `ActiveBlock` does it.
+    """
+    held = sum(slot.numel * slot.dtype.itemsize for slot in block.slots)
+    most = 0
+    for slot in sorted(block.slots, key=lambda slot: slot.numel, reverse=True):
+        if slot.dtype != torch.float32:
+            most = max(most, held + _FP32 * slot.numel)
+            held += (_FP32 - slot.dtype.itemsize) * slot.numel
+    return max(0, most - _FP32 * block.numel)
 
 
 def predict(

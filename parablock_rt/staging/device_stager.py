@@ -32,7 +32,7 @@ from parablock_rt.wire.transport import BufferPool, Transport, body_layout
 
 SLICE = 1 << 24  # elements of a slot, at most: some hundred microseconds of copying, some ten launches a large block
 LEAST_SLICE = 1 << 20
-_SLOTS = 2
+SLOTS = 2
 _ALIGNMENT = 16  # bytes, of the codes on the device
 _CHECK_S = 0.5
 
@@ -275,19 +275,18 @@ class DeviceStager:
 
         Waits for the streams when there are smaller ones, so reserve for the largest block first.
         """
-        quarter = _round_up(-(-numel // 4), chunk)  # a small block is cut, too, so that copies and encoding overlap
-        wanted = _round_up(min(max(quarter, LEAST_SLICE), self._slice, numel), chunk)
+        wanted = slot_elements(numel, chunk, self._slice)
         if wanted <= self._slot_elements:
             return
         if self._slots:
             self._device.native.synchronise()
-        size = codec.body_bytes(wanted, format) + _ALIGNMENT
+        body, residual = slot_bytes(wanted, format)
         self._slots = [
             _Slot(
-                self._device.empty(size, torch.uint8),
-                None if format == "fp32" else self._device.empty(wanted, torch.float32),
+                self._device.empty(body, torch.uint8),
+                self._device.empty(residual // 4, torch.float32) if residual > 0 else None,
             )
-            for _ in range(_SLOTS)
+            for _ in range(SLOTS)
         ]
         self._slot_elements = wanted
 
@@ -387,6 +386,17 @@ def stager_for(
     except BaseException:
         cuda.close()
         raise
+
+
+def slot_elements(numel: int, chunk: int, most: int = SLICE) -> int:
+    """Elements of a slot for blocks of up to `numel` elements: whole chunks, about `most` or fewer."""
+    quarter = _round_up(-(-numel // 4), chunk)  # a small block is cut, too, so that copies and encoding overlap
+    return _round_up(min(max(quarter, LEAST_SLICE), most, numel), chunk)
+
+
+def slot_bytes(elements: int, format: str) -> tuple[int, int]:
+    """Bytes of a slot on the device: of the body, and of the residual."""
+    return codec.body_bytes(elements, format) + _ALIGNMENT, 0 if format == "fp32" else 4 * elements
 
 
 def kinds_of(blocks: list[FlatBlock]) -> set[tuple[torch.dtype, torch.dtype]]:

@@ -1,5 +1,7 @@
 #include "slab.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <iterator>
 
@@ -14,6 +16,9 @@ size_t pages(size_t bytes) { return (std::max<size_t>(bytes, 1) + kPage - 1) / k
 
 Slab::Slab(std::shared_ptr<const Driver> driver, size_t bytes)
     : driver_(std::move(driver)), context_(driver_->current_context()), memory_(pages(bytes)) {
+  // A fork, such as a data loader's of its workers, would copy all of it for the child there and then: pages that a
+  // device may write cannot be shared until one side does. Where the kernel refuses, that is what happens.
+  madvise(memory_.data(), memory_.size(), MADV_DONTFORK);
   driver_->pin(memory_.data(), memory_.size());
   free_[0] = memory_.size();
 }

@@ -591,6 +591,34 @@ def test_buffers_outlive_the_slab_they_were_cut_from() -> None:
     assert control().fake_pinned_bytes() == before
 
 
+FORK = """
+import os, sys
+from parablock_rt import _C
+from fake_device import control, library
+
+control().cuCtxSetCurrent(1)
+slab = _C.Slab(_C.Driver(library()), 1 << 22)
+buffer = slab.take(1 << 20)
+memoryview(buffer)[:4] = b"here"
+
+def is_mapped(address):
+    ranges = [line.split()[0].split("-") for line in open("/proc/self/smaps") if "-" in line.split()[0]]
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+assert is_mapped(buffer.address)
+child = os.fork()
+if child == 0:
+    os._exit(2 if is_mapped(buffer.address) else 0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bytes(memoryview(buffer)[:4]))
+"""
+
+
+def test_a_child_that_is_forked_does_not_have_pinned_memory() -> None:
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "b'here'"]
+
+
 def test_what_a_run_pins_is_what_it_is_said_to_need(transport: Transport) -> None:
     """All residuals, two more under way, and the bodies of four uploads and four landings at staleness 1."""
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))

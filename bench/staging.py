@@ -8,6 +8,8 @@ codes begin at a multiple of 16 bytes; on the host they follow the scales, and w
 length: once at such a multiple, too, and once 4 bytes beyond, as with a block of 14,768 squared elements. At one size
 also in pieces of other lengths, which is what the runtime's was chosen by.
 pageable / pinned: what the fallback costs, likewise.
+a loss that is read: how long the host waits for 4 bytes from the training stream while a slice's residual is copied on
+another one, in the runtime's pieces and in one, against nothing beside it.
 hand-over: a block encoded and copied as the runtime does it, residuals in pinned memory, against its encoding alone and
 the copies of its body and residual alone; `queued_s` is how long the calling thread was busy with it.
 
@@ -27,7 +29,7 @@ import torch
 from rich.table import Table
 
 from parablock_rt import _C, codec
-from parablock_rt.staging.device_stager import aligned
+from parablock_rt.staging.device_stager import SLICE, aligned
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
@@ -42,6 +44,7 @@ BLOCKS = (15_000_064, 218_000_000 // 128 * 128)  # elements
 TINY = 128 * 40
 CHUNK = 1 << 18
 FIGURES = ("whole_gb_per_s", "chunked_gb_per_s", "chunked_over_whole", "pageable_over_pinned")
+READ = ("alone_s", "beside_s", "longest_beside_s")
 HAND_OVER = ("queued_s", "total_s", "encode_s", "body_copy_s", "residual_copies_s", "total_over_longest")
 
 
@@ -90,10 +93,11 @@ def body_of(nbytes: int, host_codes: int) -> int:
 
 
 def copies(
-    stager: Any, native: _C.Device, piece: int, nbytes: int, host_codes: int, repetitions: int, transport: Transport
+    stager: Any, driver: _C.Driver, piece: int, nbytes: int, host_codes: int, repetitions: int, transport: Transport
 ) -> dict[str, Any]:
     """One large copy, the runtime's copies in pieces of about `piece` bytes and one copy to pageable memory, of the
     same body."""
+    native, uncut = _C.Device(driver, piece), _C.Device(driver, 2 * nbytes)
     numel = body_of(nbytes, host_codes)
     layout = body_layout("int8", numel, CHUNK)
     split = codec.scale_bytes(numel, "int8")
@@ -109,7 +113,7 @@ def copies(
         native.finish(to_host)
 
     def whole(target: _C.Buffer) -> None:
-        native.copy_to_host(target.address, there.data_ptr(), layout.nbytes, native.down)
+        uncut.copy_to_host(target.address, there.data_ptr(), layout.nbytes, native.down)
 
     seconds = in_turns(
         {
@@ -119,6 +123,8 @@ def copies(
         },
         repetitions,
     )
+    native.close()
+    uncut.close()
     return {
         "case": "device to host",
         "body_bytes": layout.nbytes,
@@ -129,6 +135,25 @@ def copies(
         "chunked_over_whole": seconds["whole"] / seconds["chunked"],
         "pageable_over_pinned": seconds["whole"] / seconds["pageable"],
     }
+
+
+def small_copy(stager: Any, driver: _C.Driver, piece: int, repetitions: int) -> dict[str, Any]:
+    """Reading a number beside copies of residuals, which are cut at `piece` bytes."""
+    native = _C.Device(driver, piece)
+    loss, here, kept = torch.zeros(1, device="cuda"), torch.zeros(SLICE, device="cuda"), stager.residual(SLICE)
+    seconds: dict[str, list[float]] = {"alone": [], "beside": []}
+    for turn in range(repetitions + 1):
+        for name, taken in seconds.items():
+            torch.cuda.synchronize()
+            for _ in range(4 if name == "beside" else 0):  # some milliseconds
+                native.copy_to_host(kept.data_ptr(), here.data_ptr(), here.nbytes, native.down)
+            begin = time.perf_counter()
+            loss.item()
+            if turn > 0:
+                taken.append(time.perf_counter() - begin)
+    native.close()
+    times = statistics.median(seconds["alone"]), statistics.median(seconds["beside"]), max(seconds["beside"])
+    return {"case": "a loss that is read", "piece_bytes": piece, **dict(zip(READ, times, strict=True))}
 
 
 def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport: Transport) -> dict[str, Any]:
@@ -187,17 +212,17 @@ def on_gpu(sizes: list[int], blocks: list[int], repetitions: int) -> Iterator[di
 
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
     device.warm_up({(torch.float32, torch.bfloat16)}, "int8")
-    needed = max(4 * max(sizes), 12 * max(blocks))
+    needed = max(4 * max(sizes), 12 * max(blocks), 8 * SLICE)
     stager = DeviceStager(device, PinnedMemory(device.driver, needed, needed))
     with Transport() as transport:
         try:
             for nbytes, host_codes in product(sizes, HOST_CODES):
-                yield copies(stager, device.native, COPY_BYTES, nbytes, host_codes, repetitions, transport)
+                yield copies(stager, device.driver, COPY_BYTES, nbytes, host_codes, repetitions, transport)
             for piece in PIECES:
                 if piece != COPY_BYTES:
-                    native = _C.Device(device.driver, piece)
-                    yield copies(stager, native, piece, max(sizes), HOST_CODES[-1], repetitions, transport)
-                    native.close()
+                    yield copies(stager, device.driver, piece, max(sizes), HOST_CODES[-1], repetitions, transport)
+            for piece in (COPY_BYTES, 4 * SLICE):
+                yield small_copy(stager, device.driver, piece, repetitions)
             for numel in blocks:
                 yield hand_over(stager, device, numel, repetitions, transport)
         finally:
@@ -236,7 +261,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """The copies, and the hand-overs."""
+    """The copies, what they do to a small one, and the hand-overs."""
     names = ("body, MiB", "codes beyond 16 B", "pieces of, MiB", "one copy, GB/s", "in pieces, GB/s", "/ one copy")
     copied = columns("device to host", *names, "pageable")
     handed = columns("hand-over of a block", "million parameters", *(f"{name[:-2]}, ms" for name in HAND_OVER[:-1]))
@@ -250,7 +275,13 @@ def tables(result: Result) -> list[Table]:
         elif row.get("total_s") is not None:
             times = (shown(row[name] * 1e3, ".2f") for name in HAND_OVER[:-1])
             handed.add_row(f"{row['params'] / 1e6:.1f}", *times, shown(row["total_over_longest"], ".2f"))
-    return [copied, handed]
+    read = columns(
+        "a loss that is read", "copies beside it in pieces of, MiB", "alone, µs", "beside, µs", "longest, µs"
+    )
+    for row in result["rows"]:
+        if row.get("beside_s") is not None:
+            read.add_row(f"{row['piece_bytes'] >> 20}", *(shown(row[name] * 1e6, ".0f") for name in READ))
+    return [copied, read, handed]
 
 
 def metrics(result: Result) -> dict[str, float]:

@@ -35,12 +35,14 @@ void Device::wait(CudaStream stream, const Mark& mark) {
 
 void Device::copy_to_device(DeviceAddress to, const void* from, size_t bytes, CudaStream stream) {
   ContextScope scope(*driver_, context_);
-  driver_->copy_to_device(to, from, bytes, stream);
+  for (size_t at = 0; at < bytes; at += copy_bytes_)
+    driver_->copy_to_device(to + at, static_cast<const uint8_t*>(from) + at, std::min(copy_bytes_, bytes - at), stream);
 }
 
 void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream stream) {
   ContextScope scope(*driver_, context_);
-  driver_->copy_to_host(to, from, bytes, stream);
+  for (size_t at = 0; at < bytes; at += copy_bytes_)
+    driver_->copy_to_host(static_cast<uint8_t*>(to) + at, from + at, std::min(copy_bytes_, bytes - at), stream);
 }
 
 // A stream that runs a host function stands still meanwhile. So the copies' stream only records an event, and a second

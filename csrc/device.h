@@ -21,7 +21,8 @@ namespace parablock {
 
 class Device {
  public:
-  // On the context that is current. Copies are cut at about `copy_bytes`, each of which raises the watermark.
+  // On the context that is current. Copies are cut at about `copy_bytes`: each of a body's raises the watermark, and a
+  // small copy of somebody else's waits for one of them at most.
   Device(std::shared_ptr<const Driver> driver, size_t copy_bytes);
   ~Device();  // as close
   Device(const Device&) = delete;
@@ -34,6 +35,7 @@ class Device {
   // All throw DeviceError.
   std::shared_ptr<Mark> mark(CudaStream stream);      // where the stream stands now
   void wait(CudaStream stream, const Mark& mark);     // what is queued on the stream from now on comes after the mark
+  // In pieces.
   void copy_to_device(DeviceAddress to, const void* from, size_t bytes, CudaStream stream);
   void copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream stream);
 

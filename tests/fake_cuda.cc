@@ -1,6 +1,7 @@
 // A stand-in for libcuda.so.1 on a machine without a GPU: streams are threads, device memory is host memory, and every
 // operation runs when its turn in its stream comes, not when it was queued. Delays and failures are injected; what a
 // real driver forbids (calls from a callback, memory that goes while it is pinned) is counted.
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,7 @@ std::map<std::string, int64_t> calls;
 std::map<uintptr_t, size_t> pinned;
 int64_t violations = 0;
 int64_t unpinned_copies = 0;
+int64_t largest_copy = 0;
 bool broken = false;  // as after an error in a kernel: nothing runs any more
 thread_local bool in_callback = false;
 thread_local void* current = nullptr;
@@ -154,6 +156,7 @@ bool is_pinned(const void* memory, size_t bytes) {
 void note_copy(const void* host, size_t bytes) {
   std::lock_guard lock(settings_mutex);
   if (!is_pinned(host, bytes)) ++unpinned_copies;
+  largest_copy = std::max(largest_copy, static_cast<int64_t>(bytes));
 }
 
 }  // namespace
@@ -275,7 +278,7 @@ void fake_reset() {
   delay_us = 0;
   failing.clear();
   calls.clear();
-  violations = unpinned_copies = 0;
+  violations = unpinned_copies = largest_copy = 0;
   broken = false;
 }
 void fake_delay(int64_t most_us, unsigned seed) {
@@ -304,6 +307,10 @@ int64_t fake_violations() {
 int64_t fake_unpinned_copies() {
   std::lock_guard lock(settings_mutex);
   return unpinned_copies;
+}
+int64_t fake_largest_copy() {
+  std::lock_guard lock(settings_mutex);
+  return largest_copy;
 }
 int64_t fake_pinned_bytes() {
   std::lock_guard lock(settings_mutex);

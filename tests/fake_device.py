@@ -36,7 +36,7 @@ def library() -> str:
 def control() -> ctypes.CDLL:
     """The library's own functions: `fake_delay`, `fake_fail` and the like."""
     fake = ctypes.CDLL(library())
-    for name in ("fake_calls", "fake_violations", "fake_unpinned_copies", "fake_pinned_bytes"):
+    for name in ("fake_calls", "fake_violations", "fake_unpinned_copies", "fake_largest_copy", "fake_pinned_bytes"):
         getattr(fake, name).restype = ctypes.c_int64
     fake.fake_delay.argtypes = [ctypes.c_int64, ctypes.c_uint]
     fake.fake_kernel.argtypes = [ctypes.c_void_p, _KERNEL, ctypes.c_void_p]

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeDevice, control
 from rich.table import Table
+from torch.overrides import TorchFunctionMode
 
 from bench import cli, gpu_overlap, kernels, page, staging
 from bench.result import keep
@@ -132,6 +135,53 @@ def test_bodies_have_the_size_and_the_alignment_that_is_asked_for(nbytes: int, h
     assert codec.scale_bytes(numel, "int8") % 16 == host_codes
 
 
+class OnHost(TorchFunctionMode):
+    """What is made for a GPU is made in host memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {**(kwargs or {})}
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class HostTimer:
+    """In the place of `staging.Timer`, for a stream of the fake driver; None: what runs at once."""
+
+    def __init__(self, stream: int | None) -> None:
+        self._stream = stream
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        work()
+        control().cuStreamSynchronize(self._stream)
+        return time.perf_counter() - begin
+
+    waited_for = __call__
+
+
+def test_what_copies_and_hand_overs_are_measured_with_runs_to_its_end_on_a_fake_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    control().fake_reset()
+    monkeypatch.setattr(FakeDevice, "warm_up", lambda *_: None, raising=False)
+    monkeypatch.setattr("parablock_rt.staging.device.CudaDevice", lambda device: FakeDevice())
+    monkeypatch.setattr(staging, "Timer", HostTimer)
+    for name, fake in {"current_device": 0, "current_stream": None, "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=fake: value)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: handle)
+    with OnHost():
+        rows = list(staging.on_gpu([1 << 20, 1 << 21], [1 << 20], 1))
+    copied = [
+        (row["host_codes_beyond_16"], row["piece_bytes"] >> 20) for row in rows if row["case"] == "device to host"
+    ]
+    assert copied == [*((codes, 4) for codes in staging.HOST_CODES * 2), *((4, mib) for mib in (1, 2, 8, 16))]
+    assert all(row[name] > 0 for row in rows[:-3] for name in staging.FIGURES)
+    assert all(row[name] > 0 for row in rows[-3:-1] for name in staging.READ)
+    assert all(rows[-1][name] > 0 for name in staging.HAND_OVER)
+    assert control().fake_violations() == 0
+
+
 def kernel_row(case: str, by: str, seconds: float, share: float) -> dict[str, Any]:
     common = {"params": 100_000_000, "bytes_per_param": 8, "sets": 1, "note": ""}
     times = {"seconds_median": seconds, "seconds_min": seconds, "seconds_max": seconds}
@@ -201,9 +251,11 @@ def test_copies_and_hand_overs_are_shown_with_their_ratios() -> None:
     copied |= {"whole_gb_per_s": 50.0, "chunked_gb_per_s": 49.0}
     copied |= {"chunked_over_whole": 0.98, "pageable_over_pinned": 0.2}
     handed = {"case": "hand-over", "params": 15_000_064, **dict.fromkeys(staging.HAND_OVER, 0.002)}
-    result = {"rows": [copied, handed], "machine": {"gpu": "a GPU"}}
-    copies, hand_overs = staging.tables(result)
+    read = {"case": "a loss that is read", "piece_bytes": 4 << 20, **dict.fromkeys(staging.READ, 2e-5)}
+    result = {"rows": [copied, read, handed], "machine": {"gpu": "a GPU"}}
+    copies, reads, hand_overs = staging.tables(result)
     assert cells(copies) == [["16", "4", "4", "50.0", "49.0", "0.980", "0.200"]]
+    assert cells(reads) == [["4", "20", "20", "20"]]
     assert cells(hand_overs) == [["15.0", *["2.00"] * 5, "0.00"]]
     assert staging.metrics(result)[f"chunked {16 << 20} {4 << 20}"] == 0.98
 

@@ -198,6 +198,18 @@ def test_a_block_is_cut_into_several_launches_of_bounded_number(transport: Trans
         assert here.device.launches == 1
 
 
+def test_no_copy_of_a_hand_over_is_longer_than_a_piece(transport: Transport) -> None:
+    piece_bytes = 700  # of a residual's slice of 4096
+    with Staged(copy_bytes=piece_bytes) as here:
+        piece = here.piece(NUMEL, 0)
+        _, residuals, _ = statement([piece], "int8")
+        here.stager.encode([piece], "int8", CHUNK, transport).wait()
+        assert control().fake_largest_copy() == piece_bytes
+        assert piece.residual_out is not None
+        assert residuals[0] is not None
+        assert torch.equal(piece.residual_out, residuals[0])
+
+
 @pytest.mark.parametrize("width", [40, 700, 2200, 9000])
 @pytest.mark.parametrize("format", codec.FORMATS)
 def test_slots_take_what_is_predicted(format: str, width: int) -> None:

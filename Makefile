@@ -34,7 +34,7 @@ test-oldest:  ## all tests with the oldest versions that are supported; takes a 
 	.venv-oldest/bin/python -m pytest $(ARGS)
 
 test-gpu: install  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py tests/test_gpu_runtime.py tests/test_memory_gpu.py $(ARGS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

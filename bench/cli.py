@@ -119,7 +119,7 @@ def _write(benchmark: Benchmark, result: Result, folder: Path, console: Console)
     _write_json(file, result)
     figure = _figure()
     if figure is None:
-        console.print(f"Wrote {file}; install matplotlib (`pip install 'parablock-rt[bench]'`) to have it drawn")
+        console.print(f"Wrote {file}; install matplotlib (`pip install 'parablock-rt\\[bench]'`) to have it drawn")
         return
     benchmark.plot(result, figure)
     figure.savefig(file.with_suffix(".png"), dpi=110)

@@ -167,6 +167,24 @@ def test_every_file_of_the_project_that_is_named_exists() -> None:
     assert [(page, path) for page, path in named if not (ROOT / path).exists()] == []
 
 
+def test_the_tests_that_need_a_gpu_are_those_that_are_named() -> None:
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    marked = {f"tests/{f.name}" for f in files if re.search(r"^    pytest\.mark\.gpu,$", f.read_text(), re.MULTILINE)}
+    for place in ("Makefile", "docs/gpu.md"):
+        commands = re.findall(r"^.*pytest -m gpu (.*)$", (ROOT / place).read_text(), re.MULTILINE)
+        assert [set(command.split()) - {"$(ARGS)"} for command in commands] == [marked], place
+
+
+def test_a_machine_with_a_gpu_is_given_what_the_project_asks_for() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    (asked,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    lines = (ROOT / "requirements-gpu.txt").read_text().splitlines()
+    given = [line for line in lines if not line.startswith("#")]
+    assert all(f'"{requirement}"' in project for requirement in given)
+    there = {"torch>=2.6", "numpy>=1.26"}
+    assert {name for name in re.findall(r'"(.*?)"', asked.replace("'", "")) if ";" not in name} <= {*given} | there
+
+
 def own_model(folder: Path) -> None:
     """A checkpoint that is none of ours, with a tokenizer of its own."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")

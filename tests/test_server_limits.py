@@ -6,6 +6,7 @@ The clients here say what they like; the honest ones are real.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import time
@@ -186,7 +187,9 @@ def test_a_client_in_an_endless_snapshot_is_dismissed_when_the_aggregates_it_lac
             weight = running._coordinator._participants._downlink.snapshot_bytes
             rounds = weight // len(good_body()) + 1 + 3  # beyond the newest three
             assert rounds < 40
-            assert f"{rounds} rounds have closed while this client took its snapshot" in reason
+            found = re.match(r"(\d+) rounds have closed while this client took its snapshot", reason)
+            assert found is not None, reason
+            assert rounds <= int(found[1]) <= rounds + 2  # as many may close between two looks
         assert honest.expect("done")["digest"] == running.wait(WAIT_S).digest
 
 

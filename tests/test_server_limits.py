@@ -179,10 +179,20 @@ def test_a_client_in_an_endless_snapshot_is_dismissed_when_the_aggregates_it_lac
         original(self, *args, **named, update_budget=0)
 
     monkeypatch.setattr(Participants, "__init__", without_room)
-    with start_server(quorum=1, rounds=40, deadline=300.0, join_timeout=1.0) as running:
+    with start_server(quorum=1, rounds=40, deadline=300.0) as running:
+        do_not_wait_for(running, lambda index: {0})
+        with RawClient(running.address) as former:
+            welcome = former.take_seat()
+            honest = start(client, running.address, data=0, stop_before=[1])
+            former.say(former.ready(welcome))
+            former.hear(protocol.Begin)
+            former.say(protocol.Goodbye(digest="", reason="makes room", compute_s=0.0, exposed_s=0.0))
+            until(lambda: bool(running.outcome.left), "a vacant seat")
+        honest.expect("stopped")
         with RawClient(running.address) as endless:
             seated([endless], fingerprints=[1] * 4)
-            honest = start(client, running.address, data=0)
+            endless.hear(protocol.Snapshot)
+            honest.let_go()
             reason = endless.hear(protocol.Failure).reason
             weight = running._coordinator._participants._downlink.snapshot_bytes
             rounds = weight // len(good_body()) + 1 + 3  # beyond the newest three

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +135,25 @@ def test_who_has_proved_itself_is_never_dropped_for_a_newcomer(make: Make) -> No
     with stranger_to(port):  # its place is free again
         expect(server, T.CONNECTED)
     expect(server, T.CLOSED)
+
+
+def test_connections_that_come_and_go_while_nobody_looks_wait_in_the_kernel_beyond_a_bound(make: Make) -> None:
+    """Each is two events. What is not accepted at first is when the program has taken the others."""
+    bound, beyond = 4096, 40
+    server = make()
+    port = server.listen("127.0.0.1", 0)
+    for _ in range(bound // 2):
+        with stranger_to(port) as stranger:
+            stranger.shutdown(socket.SHUT_WR)
+            assert read_to_end(stranger) == b""  # accepted, noticed, closed
+    waiting = [stranger_to(port) for _ in range(beyond)]
+    looked_ns = time.monotonic_ns()
+    seen = [next_event(server).type for _ in range(bound)]
+    assert seen.count(T.CONNECTED) == seen.count(T.CLOSED) == bound // 2
+    assert all(event.at_ns > looked_ns for event in expect(server, T.CONNECTED, count=beyond))
+    for stranger in waiting:
+        stranger.close()
+    expect(server, T.CLOSED, count=beyond)
 
 
 def test_a_stranger_may_send_no_more_than_a_small_message(make: Make) -> None:

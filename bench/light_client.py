@@ -76,10 +76,6 @@ class LightClient:
         announcement = protocol.Upload(round=round, block=block, weight=1.0, loss=0.0, compute_s=0.0, exposed_s=0.0)
         self._link.send_upload(announcement, cast(Encoding, recording))
 
-    def wait_closed(self, round: int) -> None:
-        """Waits until the server has closed the round, so that an upload two rounds later may be announced."""
-        self._link.wait(lambda: self._link.closed(round), f"the end of round {round}")
-
     def apply(self, round: int) -> int:
         """Waits for the aggregate; returns the fingerprint that the reference has with it."""
         self._link.wait(lambda: self._link.arrived(round), f"the aggregate of round {round}")

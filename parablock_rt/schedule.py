@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from parablock_rt import codec
 from parablock_rt.config import RunConfig
@@ -22,6 +23,7 @@ def permutation(seed: int, purpose: str, index: int, count: int) -> list[int]:
     return sorted(range(count), key=draws.__getitem__)
 
 
+@lru_cache(maxsize=1024)  # a server asks again at every turn of its loop
 def block_of(order: str, seed: int, round: int, blocks: int) -> int:
     """The block that round `round` (from 0) trains, out of `blocks`.
 
@@ -36,6 +38,7 @@ def block_of(order: str, seed: int, round: int, blocks: int) -> int:
     return position
 
 
+@lru_cache(maxsize=1024)
 def cohort_of(seed: int, round: int, clients: int, size: int) -> frozenset[int]:
     """The `size` clients, out of `clients`, that train in round `round`."""
     if size >= clients:

@@ -114,6 +114,13 @@ def test_gradients_of_several_batches_make_one_step_and_count_as_one() -> None:
         assert run.digest == accumulated is not None
 
 
+def test_fewer_than_one_batch_a_step_are_refused() -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        batches = run.stream([torch.ones(2, WIDTH)], accumulate=0)
+        with pytest.raises(ConfigError, match="at least 1 batch a step; found 0"):
+            next(batches)
+
+
 def test_batches_without_a_step_are_an_error_when_there_are_more_than_are_to_be_accumulated() -> None:
     with serve() as server, pb.join(server.address, Net(), sgd) as run:
         batches = run.stream([torch.ones(2, WIDTH)], accumulate=3)

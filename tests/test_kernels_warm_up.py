@@ -15,18 +15,21 @@ import torch
 from fake_device import FakeDevice, control
 from torch import nn
 
+import parablock_rt as pb
+from parablock_rt import codec
+from parablock_rt.client.replica import Handover, Replica
+from parablock_rt.staging.device import CudaDevice
+from parablock_rt.staging.device_stager import DeviceStager, kinds_of
+from parablock_rt.staging.pinned import PinnedMemory
+from parablock_rt.wire.transport import Transport
+
 triton = pytest.importorskip("triton", minversion="3.3", reason="triton 3.3 or newer is not installed")
 
+# These need it themselves, so they stand behind it.
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-import parablock_rt as pb  # noqa: E402
-from parablock_rt import codec, kernels  # noqa: E402
-from parablock_rt.client.replica import Handover, Replica  # noqa: E402
-from parablock_rt.staging.device import CudaDevice  # noqa: E402
-from parablock_rt.staging.device_stager import DeviceStager, kinds_of  # noqa: E402
-from parablock_rt.staging.pinned import PinnedMemory  # noqa: E402
-from parablock_rt.wire.transport import Transport  # noqa: E402
+from parablock_rt import kernels  # noqa: E402
 
 CHUNK, SLICE, ROUNDS = 512, 1024, 8
 NOT_A_DEVICE = 1000  # triton keeps a binder for each number; that of a real GPU stays as it is

@@ -65,7 +65,7 @@ Rate = Annotated[str, typer.Option(help="Slow every link down to this: 50mbit, 1
 Delay = Annotated[str, typer.Option(help="Artificial one-way delay: 40ms.")]
 Lanes = Annotated[
     int,
-    typer.Option(min=1, max=MAX_LANES, help="Connections that a link is spread over. Helps on long or lossy paths."),
+    typer.Option(min=1, max=MAX_LANES, help="Connections that a link may have. More help on long or lossy paths."),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option(help=f"File with the shared token; else the variable {handshake.TOKEN_VARIABLE}.")

@@ -207,10 +207,9 @@ class Exchange:
         last = min(self._applied + self._config.staleness + 2, self._config.rounds - 1)
         while self._posted < last:
             self._posted += 1
-            block = self.schedule.block(self._posted)
-            numel = self._plan.blocks[block].flat_numel
+            numel = self.schedule.numel(self._posted)
             landing = self._stager.landing(numel, self._config.format, self._config.chunk)
-            self._link.post_update(self._posted, block, landing)
+            self._link.post_update(self._posted, self.schedule.block(self._posted), landing)
 
     # ---- Waiting
 

@@ -195,6 +195,8 @@ class Run:
 
         Raises ConfigError when the loader has none, ParaBlockError when so many batches came back without a step.
         """
+        if accumulate < 1:
+            raise ConfigError(f"expected accumulate to be at least 1 batch a step; found {accumulate}")
         seen, without_step = 0, 0
         while self._round is not None:
             before = seen

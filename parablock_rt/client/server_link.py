@@ -313,7 +313,7 @@ class ServerLink:
 
     def _take_message(self, message: protocol.Message) -> None:
         match message:
-            case protocol.Failure(resumable=True) if self._begin is not None:
+            case protocol.Failure(resumable=True):
                 self._stopped = f"; it had said: {message.reason}"
                 log.warning(
                     "the server at %s has stopped, and may be resumed in the %g s that this client waits for it: %s",

@@ -119,18 +119,18 @@ class Intake:
     def silent(self, oldest: int, now: float, limit_s: float) -> list[Member]:
         """Who has announced an upload of the oldest open round and room for it, over whose link nothing has moved for
         `limit_s` seconds, while others wait for room. Looks at the links now and then, and only in that case."""
-        if now - self._looked_at < limit_s / 8:
+        announced = [member for member in self._roster.here if oldest in member.announced]
+        since_last = now - self._looked_at
+        if all(oldest in member.posted for member in announced) or since_last < limit_s / 8:
             return []
         self._looked_at = now
-        announced = [member for member in self._roster.here if oldest in member.announced]
-        if all(oldest in member.posted for member in announced):
-            return []
+        afresh = since_last > limit_s  # nobody waited, or this process was stopped: that time does not count
         silent = []
         for member in announced:
             if (posted := member.posted.get(oldest)) is None or member.link is None:
                 continue
             moved = self._transport.native.stats(member.link).moved_bytes
-            if moved != posted.moved[0]:
+            if afresh or moved != posted.moved[0]:
                 posted.moved = moved, now
             elif now - posted.moved[1] > limit_s:
                 silent.append(member)

@@ -16,7 +16,7 @@ from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.wire import protocol
 
 FORMAT = 1
-LEFT_KEPT = 100  # of those who left, the last
+_LEFT_KEPT = 100  # of those who left, the last
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -80,6 +80,11 @@ class Closed(_Record, frozen=True, kw_only=True, tag=True):
 Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed
 
 
+def with_left(left: list[str], seat: int, reason: str) -> list[str]:
+    """Those who left, and one more; the first are forgotten where they are too many."""
+    return [*left, f"client {seat}: {reason}"][-_LEFT_KEPT:]
+
+
 @dataclass
 class SeatState:
     """A seat as the journal has it."""
@@ -112,7 +117,7 @@ class Past:
                 self.seats[record.seat].first_round = record.first_round
             case Vacated() if record.seat in self.seats:
                 del self.seats[record.seat]
-                self.left = [*self.left, f"client {record.seat}: {record.reason}"][-LEFT_KEPT:]
+                self.left = with_left(self.left, record.seat, record.reason)
             case Finished() if record.seat in self.seats:
                 self.seats[record.seat].finished = record.goodbye
             case Closed() if record.closed.round == len(self.closed):

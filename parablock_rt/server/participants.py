@@ -185,7 +185,7 @@ class Participants:
         """Sends the next block that a member lacks, or lets it begin if it has not yet."""
         assert member.link is not None
         member.sending = member.to_send.pop(0) if member.to_send else None
-        self._downlink.keep_copies_of({m.sending for m in self.roster.members if m.sending is not None})
+        self._let_copies_go()
         if member.sending is not None:
             value = self._downlink.send_block(member.link, member.sending)
             version = self._progress.oldest
@@ -196,6 +196,9 @@ class Participants:
                 self._let_in_late(member)
             else:
                 self.start_if_complete()
+
+    def _let_copies_go(self) -> None:
+        self._downlink.keep_copies_of({m.sending for m in self.roster.members if m.sending is not None})
 
     def start_if_complete(self, *, at_deadline: bool = False) -> None:
         """Begins the first round once all clients are there; at the deadline with a quorum. Raises RoundError when that
@@ -289,6 +292,7 @@ class Participants:
             self.roster.vacate(member, event.text)
             return
         self.roster.lose(member, event.text, event.unfinished, now)
+        self._let_copies_go()
         if member.goodbye is None:
             log.warning("client %d lost its connection (%s); its seat is kept for it", member.seat, event.text)
 
@@ -305,13 +309,20 @@ class Participants:
             self.roster.vacate(member, str(error))
 
     def dismiss_overdue(self, now: float) -> None:
-        """Ends the links of those who do not say what they must, or leave more lying than is kept for one."""
+        """Ends the links of those who do not say what they must, or leave more lying than is kept for one.
+
+        One that has come back and says nothing keeps its seat: it may do better on another connection.
+        """
         longest = max(_LEAST_READY_S, self._config.join_timeout)
-        for member in self.roster.members:
-            limit = roster.HANDSHAKE_S if member.rejoining else longest
-            if member.link is not None and (member.rejoining or not member.ready) and now - member.seated_at > limit:
-                where = "where it stands" if member.rejoining else "what its model holds"
-                self.dismiss(member.link, HandshakeError(f"a client has {limit:g} s to say {where}; join again"))
+        for member in [m for m in self.roster.members if m.link is not None]:
+            assert member.link is not None
+            silent_s = now - member.seated_at
+            if member.rejoining and silent_s > roster.HANDSHAKE_S:
+                member.seated_at = now  # until its end is heard of
+                self._transport.native.close_link(member.link, "the client did not say where it stands")
+            elif not member.ready and silent_s > longest:
+                error = HandshakeError(f"a client has {longest:g} s to say what its model holds; join again")
+                self.dismiss(member.link, error)
         for member in [m for m in self.roster.here if m.ready and self._lags(m)]:
             assert member.link is not None
             behind = self._progress.oldest - 1 - member.applied
@@ -340,8 +351,9 @@ class Participants:
     def vacated(self, member: Member, reason: str) -> None:
         """For the roster: a seat is free, and with it what was kept of its holder."""
         self.intake.forget(member)
+        self._let_copies_go()
         self._durability.note(journal.Vacated(seat=member.seat, reason=reason))
-        self._outcome.left = [*self._outcome.left, f"client {member.seat}: {reason}"][-journal.LEFT_KEPT :]
+        self._outcome.left = journal.with_left(self._outcome.left, member.seat, reason)
         log.warning("client %d is gone: %s", member.seat, reason)
 
     # ---- After a restart of the server

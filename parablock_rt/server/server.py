@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor, nn
 
 from parablock_rt import _C, exits
@@ -237,7 +238,8 @@ def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool
     if unknown := sorted(fields.keys() - set(RunConfig.__struct_fields__)):
         known = ", ".join(sorted(RunConfig.__struct_fields__))
         raise ConfigError(f"serve has no setting {', '.join(unknown)}; the settings of a run are {known}")
-    if missing := sorted({"rounds", "clients"} - fields.keys()):
+    required = {field.name for field in msgspec.structs.fields(RunConfig) if field.required}
+    if missing := sorted(required - fields.keys()):
         raise ConfigError(f"a run needs to know {' and '.join(missing)}; give {'=..., '.join(missing)}=...")
     return RunConfig(**fields)
 

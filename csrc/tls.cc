@@ -26,7 +26,8 @@ namespace parablock {
 namespace {
 
 constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS allows
-constexpr size_t kBatchBytes = 32 << 10;    // of records go into one `send`: 16 and 128 KiB cost more CPU time a byte
+constexpr size_t kBatchBytes = 96 << 10;    // of records go into one `send`: 32 and 128 KiB cost more CPU time a byte
+constexpr size_t kMostSealedBytes = kBatchBytes + kRecordBytes + 256;  // a batch ends with the record that fills it
 constexpr size_t kReadBytes = 96 << 10;     // of records come in one `read`; 128 KiB of memory would be new for each
 constexpr size_t kCertificateBytes = 64 << 10;  // a peer's chain may have
 constexpr size_t kBindingBytes = 32;
@@ -164,6 +165,12 @@ class OpenSslStream final : public TlsStream {
 
 // ---- A stream
 
+// Streams of a thread seal into the same memory by turns; only one whose socket is full keeps what it holds.
+std::vector<char>& spare_batch() {
+  thread_local std::vector<char> spare;
+  return spare;
+}
+
 int write_sealed(BIO* bio, const char* data, int bytes) {
   BIO_clear_retry_flags(bio);
   auto* stream = static_cast<OpenSslStream*>(BIO_get_data(bio));
@@ -218,6 +225,10 @@ bool OpenSslStream::verify(X509_STORE_CTX* store) {
 }
 
 bool OpenSslStream::seal_into_buffer(const char* data, size_t bytes) try {
+  if (sealed_.capacity() == 0) {
+    sealed_.swap(spare_batch());
+    sealed_.reserve(kMostSealedBytes);
+  }
   sealed_.insert(sealed_.end(), data, data + bytes);
   return true;
 } catch (const std::bad_alloc&) {  // must not pass through the library
@@ -226,6 +237,7 @@ bool OpenSslStream::seal_into_buffer(const char* data, size_t bytes) try {
 
 // Errno says why not.
 bool OpenSslStream::flush() {
+  if (sealed_.capacity() == 0) return true;
   while (sent_ < sealed_.size()) {
     ssize_t count = send(fd_, sealed_.data() + sent_, sealed_.size() - sent_, MSG_NOSIGNAL);
     if (count < 0 && errno == EINTR) continue;
@@ -234,6 +246,8 @@ bool OpenSslStream::flush() {
   }
   sealed_.clear();
   sent_ = 0;
+  spare_batch().swap(sealed_);
+  std::vector<char>().swap(sealed_);
   return true;
 }
 
@@ -325,8 +339,8 @@ ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
   return -1;
 }
 
-// Seals what is left of the vectors after `skip` bytes, until a batch is full; returns the bytes sealed. Large pieces
-// are sealed where they lie; what is smaller than a record is collected, so that headers travel in full records.
+// Seals what is left of the vectors after `skip` bytes, until a batch is full; returns the bytes sealed. What fills a
+// record is sealed where it lies; smaller pieces are collected, so that they share records.
 ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
   std::array<char, kRecordBytes> collected;
   size_t filled = 0;
@@ -337,33 +351,30 @@ ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
     done += bytes;
     return true;
   };
+  auto put_collected = [&] { return filled == 0 || put(collected.data(), std::exchange(filled, 0)); };
   for (size_t i = 0; i < count; ++i) {
-    if (skip >= vectors[i].iov_len) {
-      skip -= vectors[i].iov_len;
-      continue;
-    }
-    const char* at = static_cast<const char*>(vectors[i].iov_base) + skip;
-    size_t left = vectors[i].iov_len - skip;
-    skip = 0;
+    const size_t skipped = std::min(skip, vectors[i].iov_len);
+    skip -= skipped;
+    const char* at = static_cast<const char*>(vectors[i].iov_base) + skipped;
+    size_t left = vectors[i].iov_len - skipped;
     while (left > 0) {
-      if (filled == 0 && sealed_.size() >= kBatchBytes) return static_cast<ssize_t>(done);
-      size_t taken = std::min(left, kRecordBytes - filled);
-      bool whole = filled == 0 && taken == kRecordBytes;
-      if (!whole) {
+      if (sealed_.size() >= kBatchBytes) return static_cast<ssize_t>(done);
+      const size_t taken = std::min(left, kRecordBytes);
+      if (filled + taken > kRecordBytes) {
+        if (!put_collected()) return -1;
+        continue;
+      }
+      if (taken == kRecordBytes) {
+        if (!put(at, taken)) return -1;
+      } else {
         std::memcpy(collected.data() + filled, at, taken);
         filled += taken;
-      }
-      if (whole && !put(at, taken)) return -1;
-      if (filled == kRecordBytes) {
-        if (!put(collected.data(), filled)) return -1;
-        filled = 0;
       }
       at += taken;
       left -= taken;
     }
   }
-  if (filled > 0 && !put(collected.data(), filled)) return -1;
-  return static_cast<ssize_t>(done);
+  return put_collected() ? static_cast<ssize_t>(done) : -1;
 }
 
 ssize_t OpenSslStream::write(const iovec* vectors, size_t count) {

@@ -235,8 +235,8 @@ def control_case() -> list[Row]:
 def serve_uploads(
     result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None
 ) -> None:
-    """The real server, on a model of one block. Reports when each round's last upload was in the sum, and how long its
-    closing took then."""
+    """The real server, on a model of one block. Reports when each round's last upload was folded, and how long its
+    closing took from then on."""
     import torch
 
     import parablock_rt as pb
@@ -253,12 +253,12 @@ def serve_uploads(
         used = cpu_seconds() - begin
         peer.send("measured")
         server.close()
-    folded, closing = [0] * rounds, [0.0] * rounds
+    folded, closed = [0] * rounds, [0] * rounds
     for _, records in server.timeline.threads():
-        for record in records[records["stage"] == Stage.FOLD]:
-            folded[record["round"]] = max(folded[record["round"]], int(record["end_ns"]))
-        for record in records[records["stage"] == Stage.CLOSE]:
-            closing[record["round"]] = int(record["end_ns"] - record["start_ns"]) / 1e9
+        for stage, ends in ((Stage.FOLD, folded), (Stage.CLOSE, closed)):
+            for record in records[records["stage"] == stage]:
+                ends[record["round"]] = max(ends[record["round"]], int(record["end_ns"]))
+    closing = [(end - start) / 1e9 for start, end in zip(folded, closed, strict=True)]
     peak = (memory_bytes("VmHWM") - base) / MIB
     result.send({"folded_ns": folded, "closing_s": closing, "cpu": used, "peak_beyond_start_mib": peak})
 
@@ -300,7 +300,7 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
 
 def fan_in_row(side: int, rounds: int, clients: int, budget: int | None) -> Row:
     """One server, so many rounds after one that warms up: from the moment at which all clients send to that at which
-    the last upload is in the sum."""
+    the last upload is folded."""
     served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients, budget)
     pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
     return {

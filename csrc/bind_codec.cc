@@ -40,27 +40,33 @@ int64_t length(int64_t numel) {
 
 ConstPlanes planes(uintptr_t scales, uintptr_t codes) { return {pointer<uint8_t>(scales), pointer<uint8_t>(codes)}; }
 
+using Contributions = std::vector<std::tuple<uintptr_t, uintptr_t, int, double>>;  // scales, codes, format, weight
+
+std::vector<Contribution> native(const Contributions& contributions) {
+  std::vector<Contribution> in;
+  for (const auto& [scales, codes, format, weight] : contributions) {
+    in.push_back({planes(scales, codes), format_of(format), weight});
+  }
+  return in;
+}
+
 void bind_sum(py::module_& m) {
   m.def(
       "accumulate",
-      [](uintptr_t hi, uintptr_t lo, const std::vector<std::tuple<uintptr_t, uintptr_t, int, double>>& contributions,
-         int64_t numel, bool empty, int threads) {
-        std::vector<Contribution> in;
-        for (const auto& [scales, codes, format, weight] : contributions) {
-          in.push_back({planes(scales, codes), format_of(format), weight});
-        }
-        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), in, length(numel), empty, threads);
+      [](uintptr_t hi, uintptr_t lo, const Contributions& contributions, int64_t numel, bool empty, int threads) {
+        accumulate(pointer<int64_t>(hi), pointer<int64_t>(lo), native(contributions), length(numel), empty, threads);
       },
       py::arg("hi"), py::arg("lo"), py::arg("contributions"), py::arg("numel"), py::arg("empty"), py::arg("threads"),
       ReleaseGil());
   m.def(
       "accumulated_mean",
-      [](uintptr_t hi, uintptr_t lo, double total_weight, int64_t numel, uintptr_t out, int threads) {
-        accumulated_mean(pointer<int64_t>(hi), pointer<int64_t>(lo), total_weight, length(numel), pointer<float>(out),
-                         threads);
+      [](uintptr_t hi, uintptr_t lo, bool empty, const Contributions& contributions, double total_weight, int64_t numel,
+         uintptr_t out, int threads) {
+        accumulated_mean(pointer<int64_t>(hi), pointer<int64_t>(lo), empty, native(contributions), total_weight,
+                         length(numel), pointer<float>(out), threads);
       },
-      py::arg("hi"), py::arg("lo"), py::arg("total_weight"), py::arg("numel"), py::arg("out"), py::arg("threads"),
-      ReleaseGil());
+      py::arg("hi"), py::arg("lo"), py::arg("empty"), py::arg("contributions"), py::arg("total_weight"),
+      py::arg("numel"), py::arg("out"), py::arg("threads"), ReleaseGil());
   m.def(
       "inspect",
       [](uintptr_t scales, uintptr_t codes, int64_t numel, int format, int threads) {

@@ -76,6 +76,46 @@ Planes at(Planes planes, Format format, int64_t element) {
   return {offset(planes.scales, scale_bytes(format, element)), offset(planes.codes, code_bytes(format, element))};
 }
 
+using ByFormat = std::array<std::vector<Contribution>, 4>;
+
+ByFormat by_format(std::span<const Contribution> in) {
+  ByFormat apart;
+  for (const Contribution& one : in) apart[index(one.format)].push_back(one);
+  return apart;
+}
+
+// A stretch of a sum in the first-level cache, so that what is only wanted for its mean never goes to memory.
+struct SumTile {
+  static constexpr int64_t kElements = 1024;
+  static constexpr size_t kAtOnce = 64;
+
+  // hi and lo: what is there before; null: nothing
+  void start(const int64_t* old_hi, const int64_t* old_lo, int64_t count) {
+    empty = old_hi == nullptr;
+    if (empty) return;
+    std::copy_n(old_hi, count, hi);
+    std::copy_n(old_lo, count, lo);
+  }
+
+  void add(std::span<const Contribution> alike, int64_t from, int64_t count) {
+    for (size_t first = 0; first < alike.size(); first += kAtOnce) {
+      const size_t here = std::min(alike.size() - first, kAtOnce);
+      std::array<Contribution, kAtOnce> moved;
+      for (size_t i = 0; i < here; ++i) {
+        moved[i] = alike[first + i];
+        moved[i].planes = at(moved[i].planes, moved[i].format, from);
+      }
+      const auto kernel = kernels().accumulate[index(alike.front().format)];
+      kernel(hi, lo, moved.data(), static_cast<int64_t>(here), 0, count, empty);
+      empty = false;
+    }
+  }
+
+  alignas(64) int64_t hi[kElements];
+  alignas(64) int64_t lo[kElements];
+  bool empty = true;
+};
+
 }  // namespace
 
 const char* instruction_set() { return kernels().name; }
@@ -123,9 +163,7 @@ void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format form
 }
 
 void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads) {
-  std::array<std::vector<Contribution>, 4> by_format;
-  for (const Contribution& one : in) by_format[index(one.format)].push_back(one);
-  for (const std::vector<Contribution>& alike : by_format) {
+  for (const std::vector<Contribution>& alike : by_format(in)) {
     if (alike.empty()) continue;
     const auto kernel = kernels().accumulate[index(alike.front().format)];
     parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
@@ -135,11 +173,19 @@ void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int6
   }
 }
 
-void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,
-                      int threads) {
-  const auto kernel = kernels().accumulated_mean;
+void accumulated_mean(const int64_t* hi, const int64_t* lo, bool empty, std::span<const Contribution> in,
+                      double total_weight, int64_t numel, float* out, int threads) {
+  const auto mean = kernels().accumulated_mean;
+  const ByFormat apart = by_format(in);
   parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
-    kernel(hi + begin, lo + begin, total_weight, end - begin, out + begin);
+    if (in.empty()) return mean(hi + begin, lo + begin, total_weight, end - begin, out + begin);
+    SumTile sum;
+    for (int64_t from = begin; from < end; from += SumTile::kElements) {
+      const int64_t count = std::min(end - from, SumTile::kElements);
+      sum.start(empty ? nullptr : hi + from, empty ? nullptr : lo + from, count);
+      for (const std::vector<Contribution>& alike : apart) sum.add(alike, from, count);
+      mean(sum.hi, sum.lo, total_weight, count, out + from);
+    }
   });
 }
 

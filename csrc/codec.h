@@ -81,10 +81,12 @@ struct Contribution {
 // the sum begins at zero, whatever hi and lo hold. Only for what `inspect` finds valid and below kLargestContribution.
 void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads);
 
-// out = float((upper * kHiUnit + lower * kUnit) / total_weight), one rounding a step, in double until the last, where
-// `lower` is `lo` with a sign and upper the rest of the sum
-void accumulated_mean(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out,
-                      int threads);
+// The mean of what the sum holds and of `in`, as if that had been accumulated before; hi and lo stay as they are, and
+// are not read when the sum is `empty`.
+//   out = float((upper * kHiUnit + lower * kUnit) / total_weight), one rounding a step, in double until the last, where
+//   `lower` is `lo` with a sign and upper the rest of the sum
+void accumulated_mean(const int64_t* hi, const int64_t* lo, bool empty, std::span<const Contribution> in,
+                      double total_weight, int64_t numel, float* out, int threads);
 
 // What a receiver checks before it folds bytes that a stranger made.
 struct Inspection {

@@ -28,7 +28,16 @@ def apply(target: int, dtype: int, scales: int, codes: int, numel: int, format: 
 def accumulate(
     hi: int, lo: int, contributions: list[tuple[int, int, int, float]], numel: int, empty: bool, threads: int
 ) -> None: ...
-def accumulated_mean(hi: int, lo: int, total_weight: float, numel: int, out: int, threads: int) -> None: ...
+def accumulated_mean(
+    hi: int,
+    lo: int,
+    empty: bool,
+    contributions: list[tuple[int, int, int, float]],
+    total_weight: float,
+    numel: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def inspect(scales: int, codes: int, numel: int, format: int, threads: int) -> tuple[float, int, int]: ...
 def fingerprint(data: int, bytes: int, threads: int) -> int: ...
 

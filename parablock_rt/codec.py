@@ -200,7 +200,9 @@ class Accumulator:
     """The weighted sum of packed blocks in host memory, bit-identical whatever the order in which they are added.
 
     The sum of an element is one integer of 128 bits, in units of 2^-72. Its halves lie in two int64 tensors of `numel`
-    elements each. Contributions may come in different formats. One thread at a time may use it.
+    elements each: 16 bytes an element, which are moved once for all contributions that are held, and neither made nor
+    moved if all are held until the mean is taken. Contributions may come in different formats. One thread at a time may
+    use it.
     """
 
     def __init__(self, numel: int, *, threads: int | None = None) -> None:
@@ -208,16 +210,16 @@ class Accumulator:
         _check_length(numel)
         self.numel = numel
         self._threads = threads
-        self._hi = torch.empty(numel, dtype=torch.int64)  # of no meaning while there are no contributions
-        self._lo = torch.empty(numel, dtype=torch.int64)
+        self._halves: tuple[torch.Tensor, ...] = ()  # upper and lower; of no meaning while nothing was settled
+        self._settled = 0
+        self._held: list[Contribution] = []
         self._weight = Fraction(0)  # exact, so that the total does not depend on the order either
-        self._contributions = 0
         self.bad_groups = 0  # that the encoders marked, over all contributions
 
     @property
     def contributions(self) -> int:
-        """How many blocks the sum holds."""
-        return self._contributions
+        """How many blocks count."""
+        return self._settled + len(self._held)
 
     @property
     def total_weight(self) -> float:
@@ -227,9 +229,10 @@ class Accumulator:
     def add(self, body: torch.Tensor, weight: float, format: str = "int8") -> None:
         """Add `weight` times the change in `body` (uint8, [body_bytes]). An add that raises changes nothing.
 
-        Raises what `check` and `add_all` do.
+        Raises what `check` and `hold` do.
         """
-        self.add_all([self.check(body, weight, format)])
+        self.hold(self.check(body, weight, format))
+        self.settle()
 
     def check(self, body: torch.Tensor, weight: float, format: str = "int8") -> Contribution:
         """Look at all of a body (uint8, [body_bytes]) that a stranger may have made.
@@ -257,37 +260,44 @@ class Accumulator:
             )
         return Contribution(body, weight, format, bad_groups)
 
-    def add_all(self, contributions: Sequence[Contribution]) -> None:
-        """Add what was checked, all in one pass over the sum: the sum moves 32 bytes an element, once for them all.
+    def hold(self, contribution: Contribution) -> None:
+        """Count what was checked. Its body must stay as it is until `settle` or `reset`.
 
-        Raises CodecError if the sum would hold more than `MAX_CONTRIBUTIONS`; it is unchanged then.
+        Raises CodecError if there would be more than `MAX_CONTRIBUTIONS`.
         """
-        if self._contributions + len(contributions) > MAX_CONTRIBUTIONS:
+        if self.contributions == MAX_CONTRIBUTIONS:
             raise CodecError(
                 f"expected at most {MAX_CONTRIBUTIONS} contributions to one sum; call reset() or use a second sum"
             )
-        native = [
-            (*_planes(one.body, "body", self.numel, one.format), FORMATS.index(one.format), one.weight)
-            for one in contributions
-        ]
-        empty = self._contributions == 0
-        where = self._hi.data_ptr(), self._lo.data_ptr()
-        _C.accumulate(*where, native, self.numel, empty, _threads(self._threads))
-        self._weight += sum(Fraction(one.weight) for one in contributions)
-        self._contributions += len(contributions)
-        self.bad_groups += sum(one.bad_groups for one in contributions)
+        self._held.append(contribution)
+        self._weight += Fraction(contribution.weight)
+        self.bad_groups += contribution.bad_groups
+
+    def settle(self) -> None:
+        """Add all that is held to the sum, in one pass over it."""
+        if not self._held:
+            return
+        if not self._halves:
+            self._halves = tuple(torch.empty(self.numel, dtype=torch.int64) for _ in range(2))
+        empty = self._settled == 0
+        _C.accumulate(*self._where(), self._natively_held(), self.numel, empty, _threads(self._threads))
+        self._settled += len(self._held)
+        self._held.clear()
 
     def mean(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weighted mean, fp32 [numel], in `out` if given. Raises CodecError if nothing was added or `out` does not
-        fit."""
-        if self._contributions == 0:
+        """The weighted mean, fp32 [numel], in `out` if given; what is held stays so.
+
+        Raises CodecError if there are no contributions or `out` does not fit.
+        """
+        if self.contributions == 0:
             raise CodecError("expected at least one contribution before mean(), found none")
         if out is None:
             out = torch.empty(self.numel, dtype=torch.float32)
         _check_block(out, "out", (torch.float32,), self.numel)
         _C.accumulated_mean(
-            self._hi.data_ptr(),
-            self._lo.data_ptr(),
+            *self._where(),
+            self._settled == 0,
+            self._natively_held(),
             self.total_weight,
             self.numel,
             out.data_ptr(),
@@ -298,8 +308,18 @@ class Accumulator:
     def reset(self) -> None:
         """Empty the sum; its memory is kept."""
         self._weight = Fraction(0)
-        self._contributions = 0
+        self._settled = 0
+        self._held.clear()
         self.bad_groups = 0
+
+    def _where(self) -> tuple[int, int]:
+        return (self._halves[0].data_ptr(), self._halves[1].data_ptr()) if self._halves else (0, 0)
+
+    def _natively_held(self) -> list[tuple[int, int, int, float]]:
+        return [
+            (*_planes(one.body, "body", self.numel, one.format), FORMATS.index(one.format), one.weight)
+            for one in self._held
+        ]
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

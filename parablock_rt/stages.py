@@ -15,8 +15,9 @@ class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds a stage; 0 where a side has no such stage.
 
     On a client: `send` and `receive` from the first byte of a transfer to the last one acknowledged or there, `fold`
-    what the server took to add this client's uploads, `wait` from then until the server closed the round. On the
-    server: `compute` is its optimiser, `wait` goes from a round's first folded upload to its close.
+    what the server took to add this client's uploads, `wait` the rest of the time from the upload's arrival until the
+    server closed the round. On the server: `compute` is the mean and its optimiser, `wait` goes from a round's first
+    upload to its close.
     """
 
     compute: float = 0.0

@@ -29,9 +29,7 @@ class _WithoutSeats(Deadline):
         if not server._progress.started or server._progress.all_closed:
             return _NEVER_S
         round = server._rounds[index]
-        missing = (
-            round.cohort - round.uploads.keys() - round.refused.keys() - server._participants.uplink.waiting(index)
-        )
+        missing = round.cohort - round.uploads.keys() - round.refused.keys()
         return 0.0 if missing and missing <= set(self._given_up(index)) else _NEVER_S
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from parablock_rt.server import checkpoint, journal
@@ -31,17 +31,17 @@ def prepare(where: str, round: int, last_words: Callable[[], None]) -> None:
     _PLACES[where](round, die)
 
 
-def _after_the_first_fold(round: int, die: Callable[[], NoReturn]) -> None:
-    """An upload is folded, and nobody knows but this process."""
-    fold = Round.fold
+def _after_the_first_upload(round: int, die: Callable[[], NoReturn]) -> None:
+    """An upload counts, and nobody knows but this process."""
+    take = Round.take
 
-    def fold_and_die(self: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
-        reasons = fold(self, deliveries, format)
+    def take_and_die(self: Round, delivery: Delivery, format: str) -> str:
+        reason = take(self, delivery, format)
         if self.index == round:
             die()
-        return reasons
+        return reason
 
-    Round.fold = fold_and_die  # type: ignore[method-assign]
+    Round.take = take_and_die  # type: ignore[method-assign]
 
 
 def _in_the_broadcast(round: int, die: Callable[[], NoReturn]) -> None:
@@ -120,7 +120,7 @@ def _after_the_record(round: int, die: Callable[[], NoReturn]) -> None:
 
 
 _PLACES = {
-    "after the first fold": _after_the_first_fold,
+    "after the first upload": _after_the_first_upload,
     "with half a round file": _with_half_a_round_file,
     "before the record": _before_the_record,
     "with half a record": _with_half_a_record,

@@ -113,21 +113,20 @@ def residual_of(run: Run | None, block: int) -> np.ndarray[Any, Any] | None:
     return None if parts is None else torch.cat(parts).numpy()
 
 
-def fold_spy(monkeypatch: pytest.MonkeyPatch, on_fold: Callable[[int, int, str], None]) -> None:
-    """Calls `on_fold(round, seat, why not)` on the server's thread after each upload was folded or refused."""
-    fold = Round.fold
+def take_spy(monkeypatch: pytest.MonkeyPatch, on_take: Callable[[int, int, str], None]) -> None:
+    """Calls `on_take(round, seat, why not)` on the server's thread after each upload was accepted or refused."""
+    take = Round.take
 
-    def spy(self: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
-        reasons = fold(self, deliveries, format)
-        for delivery, reason in zip(deliveries, reasons, strict=True):
-            on_fold(self.index, delivery.client, reason)
-        return reasons
+    def spy(self: Round, delivery: Delivery, format: str) -> str:
+        reason = take(self, delivery, format)
+        on_take(self.index, delivery.client, reason)
+        return reason
 
-    monkeypatch.setattr(Round, "fold", spy)
+    monkeypatch.setattr(Round, "take", spy)
 
 
 def arrival_spy(monkeypatch: pytest.MonkeyPatch, on_arrival: Callable[[int, int], None]) -> None:
-    """Calls `on_arrival(round, seat)` on the server's thread when all of an upload is there, folded or not."""
+    """Calls `on_arrival(round, seat)` on the server's thread when all of an upload is there."""
     take = Intake.take
 
     def spy(self: Intake, member: Member, arrived: _C.Event) -> Any:

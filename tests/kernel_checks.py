@@ -169,8 +169,8 @@ def check_accumulate(device: str, numel: int, parts: list[tuple[bytes, float, st
         for body, weight, format in order:
             there, _ = guarded_copy(cases.to_body(body), device)
             kernels.accumulate(hi, lo, there, weight, format=format)
-        assert_same_bits(hi, expected._hi, "hi")
-        assert_same_bits(lo, expected._lo, "lo")
+        assert_same_bits(hi, expected._halves[0], "hi")
+        assert_same_bits(lo, expected._halves[1], "lo")
         hi_memory.check()
         lo_memory.check()
 

@@ -23,11 +23,11 @@ from federations import (
     arrival_spy,
     assert_equal,
     bounded_mlp,
-    fold_spy,
     mlp,
     plain_sgd,
     regression,
     squared_error,
+    take_spy,
 )
 from harness import FederationResult, run_federation
 from simulation import to_numpy
@@ -228,11 +228,11 @@ def test_the_order_in_which_clients_deliver_changes_no_bit(monkeypatch: pytest.M
     rounds = 6
     digests = []
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        folded: list[tuple[int, int]] = []
+        taken: list[tuple[int, int]] = []
         there = {(t, seat): threading.Event() for t in range(rounds) for seat in range(3)}
 
-        def note(round: int, seat: int, reason: str, folded: Any = folded) -> None:
-            folded.append((round, seat))
+        def note(round: int, seat: int, reason: str, taken: Any = taken) -> None:
+            taken.append((round, seat))
 
         def in_turn(run: Run, step: int, order: Any = order, there: Any = there) -> None:
             place = order.index(run.client)
@@ -240,11 +240,11 @@ def test_the_order_in_which_clients_deliver_changes_no_bit(monkeypatch: pytest.M
                 assert there[step, order[place - 1]].wait(WAIT_S)
 
         with monkeypatch.context() as patch:
-            fold_spy(patch, note)
+            take_spy(patch, note)
             arrival_spy(patch, lambda round, seat, there=there: there[round, seat].set())
             settings = {"rounds": rounds, "local_steps": 1, "format": format}
             digests.append(Case(settings=settings).run(before_step=in_turn).outcome.digest)
-        assert [seat for round in range(rounds) for r, seat in folded if r == round] == list(order) * rounds
+        assert [seat for round in range(rounds) for r, seat in taken if r == round] == list(order) * rounds
     assert len(set(digests)) == 1
 
 

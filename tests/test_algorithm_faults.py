@@ -16,10 +16,10 @@ from federations import (
     WAIT_S,
     Case,
     assert_equal,
-    fold_spy,
     mlp,
     regression,
     squared_error,
+    take_spy,
     uneven,
 )
 from harness import Leave, run_federation
@@ -63,9 +63,9 @@ def test_an_upload_that_comes_after_the_deadline_leaves_no_trace(
     """Client 1 is held in round 3 until the server has closed it. Whatever else a slow machine makes late is taken
     from what happened, so that the comparison holds."""
     held = 3
-    folded: set[tuple[int, int]] = set()
+    taken: set[tuple[int, int]] = set()
     closed = threading.Event()
-    fold_spy(monkeypatch, lambda round, seat, reason: folded.add((round, seat)) if not reason else None)
+    take_spy(monkeypatch, lambda round, seat, reason: taken.add((round, seat)) if not reason else None)
 
     def hold(run: Run, step: int) -> None:
         if run.client == 1 and run._round is not None and run._round.index == held:
@@ -78,12 +78,12 @@ def test_an_upload_that_comes_after_the_deadline_leaves_no_trace(
         prepare=lambda server: do_not_wait_for(server, lambda round: {1} if round == held else ()),
         quorum=1,
     )
-    assert (held, 0) in folded
-    assert (held, 1) not in folded
+    assert (held, 0) in taken
+    assert (held, 1) not in taken
     assert held in result.by_seat(1).trained
     expected = case.simulate(
         takes_part=lambda round, seat: round in result.by_seat(seat).trained,
-        accepted=lambda round, seat: (round, seat) in folded,
+        accepted=lambda round, seat: (round, seat) in taken,
     )
     assert_equal(result, expected)
 

@@ -76,8 +76,8 @@ def test_what_torch_is_timed_with_adds_up_to_the_accumulators_bits(format: str) 
         body = codec.encode(change, torch.zeros(numel), format=format).body
         expected.add(body, weight, format)
         eager.accumulate(hi, lo, body, weight, format)
-    assert torch.equal(hi, expected._hi)
-    assert torch.equal(lo, expected._lo)
+    assert torch.equal(hi, expected._halves[0])
+    assert torch.equal(lo, expected._halves[1])
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1e6, 1), (1e-6, 0)])
@@ -196,9 +196,9 @@ def test_growth_is_judged_by_the_figures() -> None:
     def row(clients: int, seconds: float, memory: float) -> dict[str, Any]:
         return {"clients": clients, "bytes_a_round": 100 * clients, "round_s": seconds, "peak_memory_mib": memory}
 
-    good = scale.growth([row(1, 1.0, 100.0), row(4, 3.9, 104.0)])
+    good = scale.growth([row(1, 1.0, 100.0), row(4, 3.9, 110.0)])
     assert (good["memory_constant"], good["time_no_faster_than_bytes"]) == (True, True)
-    bad = scale.growth([row(1, 1.0, 100.0), row(4, 16.0, 106.0)])
+    bad = scale.growth([row(1, 1.0, 100.0), row(4, 16.0, 111.0)])
     assert (bad["memory_constant"], bad["time_no_faster_than_bytes"]) == (False, False)
     assert bad["time_exponents"] == [pytest.approx(2.0)]
 

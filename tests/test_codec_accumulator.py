@@ -51,10 +51,15 @@ def summed(adds: list[Contribution], numel: int = NUMEL) -> codec.Accumulator:
 def summed_at_once(adds: list[Contribution], numel: int = NUMEL, parts: int = 1) -> codec.Accumulator:
     """As `summed`, in this many passes."""
     accumulator = codec.Accumulator(numel)
-    checked = [accumulator.check(to_body(body), weight, format) for body, weight, format in adds]
     for part in range(parts):
-        accumulator.add_all(checked[part::parts])
+        hold(accumulator, adds[part::parts])
+        accumulator.settle()
     return accumulator
+
+
+def hold(accumulator: codec.Accumulator, adds: list[Contribution]) -> None:
+    for body, weight, format in adds:
+        accumulator.hold(accumulator.check(to_body(body), weight, format))
 
 
 def mean_bits(accumulator: codec.Accumulator) -> list[int]:
@@ -83,6 +88,40 @@ def test_what_is_added_in_one_pass_gives_the_bits_of_one_by_one(adds: list[Contr
     assert one_by_one.bad_groups == at_once.bad_groups
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(contributions(), min_size=1, max_size=8), st.data())
+def test_what_is_held_until_the_mean_gives_the_bits_of_what_was_added(
+    adds: list[Contribution], data: st.DataObject
+) -> None:
+    """Of a block longer than what the mean takes at a time, too; and the sum stays as it was."""
+    before = data.draw(st.integers(0, len(adds)))
+    longer = data.draw(st.sampled_from([1, 9]))
+    adds = [(repeated(body, format, longer), weight, format) for body, weight, format in adds]
+    added, partly_held = summed(adds, longer * NUMEL), summed(adds[:before], longer * NUMEL)
+    hold(partly_held, adds[before:])
+    assert partly_held.contributions == len(adds)
+    assert partly_held.total_weight == added.total_weight
+    assert partly_held.bad_groups == added.bad_groups
+    assert mean_bits(partly_held) == mean_bits(partly_held) == mean_bits(added)
+    partly_held.settle()
+    assert mean_bits(partly_held) == mean_bits(added)
+
+
+def repeated(body: bytes, format: str, times: int) -> bytes:
+    """The body of so many copies of the block, one after the other."""
+    scales = codec.scale_bytes(NUMEL, format)
+    return body[:scales] * times + body[scales:] * times
+
+
+def test_a_sum_whose_contributions_are_held_until_its_mean_takes_no_memory() -> None:
+    accumulator = codec.Accumulator(NUMEL)
+    hold(accumulator, [(body_of([2.0]) * 2, 1.0, "fp32")])
+    assert (to_numpy(accumulator.mean()) == 2.0).all()
+    assert accumulator._halves == ()
+    accumulator.settle()
+    assert len(accumulator._halves) == 2
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("count", [1, 3, 64, 67])
 def test_factors_of_any_length_and_size_add_up_exactly(format: str, count: int) -> None:
@@ -97,9 +136,12 @@ def test_factors_of_any_length_and_size_add_up_exactly(format: str, count: int) 
     expected = statement.Accumulator(NUMEL)
     for body, weight, _ in adds:
         expected.add(body, weight, format)
+    held = codec.Accumulator(NUMEL)
+    hold(held, adds)
     for accumulator in (summed(adds), summed_at_once(adds), summed_at_once(adds, parts=2)):
-        assert accumulator._hi.tolist() == expected.hi
-        assert accumulator._lo.tolist() == expected.lo
+        assert accumulator._halves[0].tolist() == expected.hi
+        assert accumulator._halves[1].tolist() == expected.lo
+        assert mean_bits(held) == mean_bits(accumulator)
 
 
 def test_a_factor_beyond_all_bounds_counts_nothing_where_all_codes_are_0() -> None:
@@ -115,18 +157,21 @@ def test_a_scale_that_no_encoder_makes_counts_what_its_number_says(scale: int) -
     for body, weight, format in adds:
         expected.add(body, weight, format)
     for accumulator in (summed(adds, BLOCK), summed_at_once(adds, BLOCK)):
-        assert accumulator._hi.tolist() == expected.hi
-        assert accumulator._lo.tolist() == expected.lo
+        assert accumulator._halves[0].tolist() == expected.hi
+        assert accumulator._halves[1].tolist() == expected.lo
 
 
 def test_more_than_a_sum_can_hold_changes_nothing() -> None:
     accumulator = codec.Accumulator(BLOCK, threads=1)
     one = accumulator.check(to_body(body_of([2.0])), 1.0, "fp32")
-    accumulator.add_all([one] * (codec.MAX_CONTRIBUTIONS - 1))
+    for _ in range(codec.MAX_CONTRIBUTIONS - 1):
+        accumulator.hold(one)
+    accumulator.settle()
+    accumulator.hold(one)
     before = mean_bits(accumulator)
     with pytest.raises(CodecError, match="at most 4095"):
-        accumulator.add_all([one, one])
-    assert accumulator.contributions == codec.MAX_CONTRIBUTIONS - 1
+        accumulator.hold(one)
+    assert accumulator.contributions == codec.MAX_CONTRIBUTIONS
     assert mean_bits(accumulator) == before
 
 

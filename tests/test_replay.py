@@ -89,7 +89,7 @@ def test_a_client_that_says_it_is_where_it_cannot_be_is_dismissed() -> None:
                 assert "where it cannot be" in returning.hear(protocol.Failure).reason
 
 
-def test_an_upload_that_is_announced_again_after_it_was_folded_ends_the_link_and_counts_once() -> None:
+def test_an_upload_that_is_announced_again_after_it_was_accepted_ends_the_link_and_counts_once() -> None:
     with starter() as start, start_server(quorum=1, deadline=3.0) as running, RawClient(running.address) as greedy:
         other = start(client, running.address, stop_before=[0])
         greedy.begin()
@@ -104,28 +104,6 @@ def test_an_upload_that_is_announced_again_after_it_was_folded_ends_the_link_and
     assert digest == outcome.digest
     assert outcome.rounds[0].contributions == 2
     assert outcome.rounds[0].weight == 3.0  # 1 of the first, and 2 steps of the other
-
-
-def test_an_upload_that_is_announced_again_while_it_waits_to_be_folded_ends_the_link_and_counts_once() -> None:
-    """Two of three are still to come, so the first waits for another one."""
-    settings = {"clients": 3, "quorum": 1, "deadline": 10.0}
-    with starter() as start, start_server(**settings) as running, RawClient(running.address) as greedy:
-        others = [start(client, running.address, stop_before=[0]) for _ in range(2)]
-        greedy.begin()
-        for other in others:
-            other.expect("stopped")
-        greedy.say(announcement(0))
-        greedy.send_body(0, good_body())
-        greedy.until_sent()
-        greedy.say(announcement(0))
-        assert "round 0 has an upload of client" in greedy.hear(protocol.Failure).reason
-        for other in others:
-            other.let_go()
-        digests = [other.expect("done")["digest"] for other in others]
-        outcome = running.wait(WAIT_S)
-    assert digests == [outcome.digest] * 2
-    assert outcome.rounds[0].contributions == 3
-    assert outcome.rounds[0].weight == 5.0  # 1 of the first, and 2 steps of each other
 
 
 def test_a_candidate_cannot_prove_itself_twice() -> None:

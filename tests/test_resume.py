@@ -321,7 +321,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_transfer_is_resumed_to_the_s
 def test_a_server_is_killed_and_resumed_again_and_again(start: Start, tmp_path: Path) -> None:
     """With an optimiser that has a state, and a client that is away for one of its lives."""
     settings = {"server_optimizer": "adam", "server_lr": 0.01}
-    host, address = start_durable(start, tmp_path / "state", ("after the first fold", 1), **settings)
+    host, address = start_durable(start, tmp_path / "state", ("after the first upload", 1), **settings)
     clients = [start(client, address, data=data, width=256) for data in (0, 1)]
     for where, round in [("before the record", 2), ("in the broadcast", 4)]:
         assert host.expect("dying")

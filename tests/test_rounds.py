@@ -1,10 +1,11 @@
-"""What the server takes into a round's sum: each upload wholly or not at all, and all that wait in one pass."""
+"""What counts in a round: each upload wholly or not at all; and when the server folds what waits."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,14 @@ from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.server.rounds import Delivery, Round
 from parablock_rt.server.server import default_upload_budget
+from parablock_rt.server.uplink import Uplink
+from parablock_rt.stages import NO_TIME
 from parablock_rt.wire.protocol import Upload
 
 NUMEL = 256
 ROUND, BLOCK = 4, 2
+BODY_BYTES = codec.body_bytes(64 * 64 + 128, "int8")  # of a block of `make_model`'s
+OF_THE_SERVER = {"open_s": 1.0, "bytes_up": 1, "bytes_down": 1, "fingerprint": 1, "server_stages": NO_TIME}
 
 
 def delivery(
@@ -39,9 +44,9 @@ def open_round(cohort: set[int]) -> Round:
     return Round(ROUND, BLOCK, frozenset(cohort), Accumulator(NUMEL))
 
 
-def test_of_uploads_that_come_together_each_is_judged_alone() -> None:
+def test_each_upload_is_judged_alone_and_the_mean_is_of_those_that_fit() -> None:
     round = open_round({0, 1, 2, 3, 4})
-    together = [
+    one_after_the_other = [
         delivery(0, 1.0, weight=1.0),
         delivery(1, 5.0, spoilt=True),
         delivery(2, 5.0, block=BLOCK + 1),
@@ -49,7 +54,7 @@ def test_of_uploads_that_come_together_each_is_judged_alone() -> None:
         delivery(3, 2.0, weight=3.0),
         delivery(0, 9.0),
     ]
-    reasons = round.fold(together, "int8")
+    reasons = [round.take(one, "int8") for one in one_after_the_other]
     assert [bool(reason) for reason in reasons] == [False, True, True, True, False, True]
     for reason, why in zip(
         (reasons[1], reasons[2], reasons[3], reasons[5]),
@@ -57,18 +62,36 @@ def test_of_uploads_that_come_together_each_is_judged_alone() -> None:
         strict=True,
     ):
         assert why in reason
-    assert set(round.uploads) == set(round.folded_at) == set(round.fold_span_ns) == {0, 3}
+    assert set(round.uploads) == set(round.arrived_at) == {0, 3}
     assert set(round.refused) == {1, 2, 7}, "the second upload of one who has delivered takes nothing from the first"
     expected = Accumulator(NUMEL)
-    for one in (together[0], together[4]):
+    for one in (one_after_the_other[0], one_after_the_other[4]):
         expected.add(one.body, one.upload.weight, "int8")
-    assert torch.equal(round.accumulator.mean(), expected.mean())
+    assert torch.equal(round.mean(torch.empty(NUMEL)), expected.mean())
+    assert set(round.fold_span_ns) == {0, 3}
 
 
-def test_what_comes_together_takes_the_time_of_the_pass_in_equal_shares_that_follow_each_other() -> None:
+@pytest.mark.parametrize("before", range(4), ids=lambda count: f"{count} before")
+def test_what_was_folded_before_and_what_waits_for_the_mean_count_alike(before: int) -> None:
+    round, expected = open_round({0, 1, 2}), Accumulator(NUMEL)
+    for client, value in enumerate((1.0, 4.0, -2.0)):
+        if client == before:
+            round.fold()
+        one = delivery(client, value, weight=client + 1.0)
+        assert not round.take(one, "int8")
+        expected.add(one.body, one.upload.weight, "int8")
+    assert round.waiting == list(range(before % 3, 3))
+    assert torch.equal(round.mean(torch.empty(NUMEL)), expected.mean())
+    assert round.waiting == []
+    assert round.closed(bad_groups=0, **OF_THE_SERVER).weight == 6.0
+
+
+def test_what_is_folded_together_takes_the_time_of_the_pass_in_equal_shares_that_follow_each_other() -> None:
     round = open_round({0, 1, 2})
+    for client in (2, 0, 1):
+        round.take(delivery(client), "int8")
     before = time.monotonic_ns()
-    round.fold([delivery(client) for client in (2, 0, 1)], "int8")
+    round.fold()
     spans = [round.fold_span_ns[client] for client in (2, 0, 1)]
     assert before <= spans[0][0] < spans[-1][1] <= time.monotonic_ns()
     assert spans[0][1] == spans[1][0]
@@ -77,33 +100,42 @@ def test_what_comes_together_takes_the_time_of_the_pass_in_equal_shares_that_fol
     assert round.fold_s(0) == (spans[1][1] - spans[1][0]) / 1e9
 
 
-class Gathering:
-    """After round 0 the server's thread takes events until all uploads of round 1 have arrived, and folds none.
+def test_an_upload_waits_from_its_arrival_until_the_round_closes_but_for_the_time_of_its_folding() -> None:
+    round = open_round({0, 1, 2})
+    round.take(delivery(0), "int8")
+    round.fold()
+    round.take(delivery(1), "int8")
+    closing_ns = time.monotonic_ns()
+    round.mean(torch.empty(NUMEL))
+    assert round.waited_s(0, closing_ns) == pytest.approx(closing_ns / 1e9 - round.fold_s(0))
+    assert round.waited_s(1, closing_ns) == pytest.approx(closing_ns / 1e9 - 1.0), "it was folded afterwards"
+    assert round.waited_s(2, closing_ns) == 0.0
 
-    `due`: whether that many of them would have been folded at once.
+
+class Gathering:
+    """After round 0 the server's thread takes events until so many uploads of round 1 have arrived, and folds none.
+
+    `due`: whether that many of them would be folded; first by a server that has something else to do.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, clients: int) -> None:
-        self.due: dict[int, bool] = {}
-        self.passes: dict[int, list[int]] = {}
-        fold, settle = Round.fold, Coordinator._settle
-
-        def count(round: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
-            self.passes.setdefault(round.index, []).append(len(deliveries))
-            return fold(round, deliveries, format)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, uploads: int) -> None:
+        self.due: dict[int, tuple[bool, bool]] = {}
+        settle = Coordinator._settle
 
         def settle_then_gather(server: Coordinator, *, idle: bool = False) -> None:
             settle(server, idle=idle)
             uplink, intake = server._participants.uplink, server._participants.intake
-            while server._progress.oldest == 1 and 1 not in self.passes and len(uplink.waiting(1)) < clients:
+            while server._progress.oldest == 1 and len(server._rounds[1].uploads) < uploads:
                 intake.let_in(1)
                 event = server._transport.next_event(WAIT_S)
                 assert event is not None
                 server._take(event)
-                if waiting := uplink.waiting(1):
-                    self.due[len(waiting)] = uplink.is_worth_a_pass(1)
+                if waiting := server._rounds[1].waiting:
+                    self.due[len(waiting)] = (
+                        uplink.is_worth_a_pass(1, idle=False),
+                        uplink.is_worth_a_pass(1, idle=True),
+                    )
 
-        monkeypatch.setattr(Round, "fold", count)
         monkeypatch.setattr(Coordinator, "_settle", settle_then_gather)
 
 
@@ -130,67 +162,58 @@ def federate(
         return server.wait(WAIT_S)
 
 
-def test_the_server_folds_all_uploads_that_wait_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_can_be_held_whole_is_never_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the server has to do: its uploads wait for the mean."""
     gathering = Gathering(monkeypatch, 3)
+    monkeypatch.setattr(Round, "fold", lambda round: pytest.fail("a pass over the sum"))
     outcome = federate(3)
-    assert gathering.passes[1] == [3]
+    assert gathering.due == {1: (False, False), 2: (False, False), 3: (False, False)}
     assert [closed.contributions for closed in outcome.rounds] == [3, 3]
 
 
-@pytest.mark.parametrize(("clients", "enough"), [(5, 5), (18, 16)])
-def test_uploads_wait_until_sixteen_are_here_or_none_is_to_come(
-    monkeypatch: pytest.MonkeyPatch, clients: int, enough: int
-) -> None:
-    gathering = Gathering(monkeypatch, clients)
-    federate(clients, upload_budget=2**30)
-    assert gathering.due == {waiting: waiting >= enough for waiting in range(1, clients + 1)}
-
-
-def test_a_server_that_has_nothing_else_to_do_folds_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second client sends nothing before the first one's upload is in the sum."""
-    folded = threading.Event()
-    passes: list[int] = []
-    fold = Round.fold
-
-    def note(round: Round, deliveries: Sequence[Delivery], format: str) -> list[str]:
-        if round.index == 0:
-            passes.append(len(deliveries))
-            folded.set()
-        return fold(round, deliveries, format)
-
-    def hold(run: pb.Run) -> None:
-        assert run.client == 0 or folded.wait(WAIT_S)
-
-    monkeypatch.setattr(Round, "fold", note)
-    outcome = federate(2, hold)
-    assert passes == [1, 1]
-    assert [closed.contributions for closed in outcome.rounds] == [2, 2]
+def test_uploads_wait_for_sixteen_where_there_is_no_room_for_all_unless_there_is_nothing_else_to_do() -> None:
+    intake: Any = SimpleNamespace(is_short=False, budget=2**30, taken_bytes=0, holds_all=lambda round: round == 2)
+    anything: Any = None
+    uplink = Uplink(intake, anything, anything, "int8")
+    for waiting in range(1, 18):
+        uplink._held = {1: [anything] * waiting, 2: [anything] * waiting}
+        assert uplink.is_worth_a_pass(1, idle=False) == (waiting >= 16)
+        assert uplink.is_worth_a_pass(1, idle=True)
+        assert not uplink.is_worth_a_pass(2, idle=True)
 
 
 def test_uploads_that_take_half_of_the_budget_do_not_wait_while_others_want_their_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is room for four, and for one that is ready whenever none of those is: of twelve some are left out."""
-    gathering = Gathering(monkeypatch, 12)
-    federate(12, upload_budget=4 * codec.body_bytes(64 * 64 + 128, "int8"))
-    assert gathering.due[1] is False
-    assert gathering.due[2] is True
+    gathering = Gathering(monkeypatch, 4)
+    federate(12, upload_budget=4 * BODY_BYTES)
+    assert gathering.due[1][0] is False
+    assert gathering.due[2][0] is True
 
 
-def test_uploads_wait_for_each_other_while_there_is_room_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little room is left."""
-    gathering = Gathering(monkeypatch, 5)
-    federate(5, upload_budget=5 * codec.body_bytes(64 * 64 + 128, "int8"))
-    assert gathering.due == {waiting: waiting == 5 for waiting in range(1, 6)}
-
-
-def test_a_server_holds_by_default_uploads_that_weigh_half_as_much_as_the_sum() -> None:
+@pytest.mark.parametrize("clients", [1, 8, 16, 17, 64])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
+def test_by_default_the_sum_and_the_uploads_that_wait_take_no_more_memory_with_more_clients(
+    clients: int, format: str
+) -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 64))
     plan = pb.BlockPlan.from_model(layers, ["0", "1"])
-    assert default_upload_budget(plan) >= 8 * max(block.wire_bytes("int8") for block in plan.blocks)
-    assert default_upload_budget(plan) <= 9 * max(block.flat_numel for block in plan.blocks)
+    config = pb.RunConfig(rounds=1, clients=clients, format=format)
+    largest = max(block.flat_numel for block in plan.blocks)
+    round = clients * codec.body_bytes(largest, format)
+    budget = default_upload_budget(plan, config)
+    sum_ = 0 if round <= budget else 16 * largest
+    assert 9 * largest <= budget + sum_ <= (16.25 + 9) * largest
+    assert (sum_ == 0) == (clients <= {"fp32": 4, "bf16": 8, "int8": 16, "int4": 30}[format])
+
+
+def test_the_default_has_an_upper_bound_for_what_comes_ahead() -> None:
     huge = pb.BlockPlan.from_model(torch.nn.Linear(2**15, 2**15, bias=False, device="meta"), [["weight"]])
-    assert default_upload_budget(huge) == 2**30
+    numel, many = 2**30, pb.RunConfig(rounds=1, clients=100)
+    assert default_upload_budget(huge, many) == 2**30
+    two = pb.RunConfig(rounds=1, clients=2)
+    assert default_upload_budget(huge, two) == 2**30 + 2 * codec.body_bytes(numel, "int8")
 
 
 def test_what_has_arrived_by_the_deadline_counts_though_nobody_else_comes() -> None:

@@ -130,7 +130,7 @@ def test_a_server_that_was_stopped_takes_nobody_for_silent() -> None:
     roster: Any = SimpleNamespace(here=[holder, waits])
     transport: Any = SimpleNamespace(native=SimpleNamespace(stats=lambda link: SimpleNamespace(moved_bytes=7)))
     config = RunConfig(rounds=1, clients=2)
-    intake = Intake(transport, BufferPool(), roster, config, Schedule(config, [128]))
+    intake = Intake(transport, BufferPool(), roster, config, Schedule(config, [128]), budget=2**30)
     assert [intake.silent(0, now, 10.0) for now in (100.0, 105.0)] == [[], []]
     assert intake.silent(0, 140.0, 10.0) == []
     assert [intake.silent(0, now, 10.0) for now in (145.0, 149.0)] == [[], []]

@@ -113,7 +113,6 @@ class Exchange:
         verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
         self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
         for verdict in verdicts:
-            self._timeline.stages.add_seconds("fold", verdict.fold_s)
             self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
 
     def _retire(self) -> None:
@@ -144,6 +143,7 @@ class Exchange:
             if round >= self._versions[block]:  # else the block came whole, with this round in it
                 assert isinstance(arrival.message, protocol.Update)  # it has arrived
                 self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
+                self._timeline.stages.add_seconds("fold", arrival.message.fold_s)
                 self._timeline.stages.add_seconds("wait", arrival.message.wait_s)
                 with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
                     self._replica.apply(round, block, arrival.landing.body(), arrival.message.fingerprint)

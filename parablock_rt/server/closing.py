@@ -59,8 +59,7 @@ class Closing:
         """
         while self._progress.started and not self._progress.all_closed:
             round = self._rounds[self._progress.oldest]
-            if overdue := self._progress.overdue:
-                self._participants.fold()
+            overdue = self._progress.overdue
             waited_for = self._attendance.outstanding(round)
             if waited_for and not overdue:
                 return
@@ -86,11 +85,12 @@ class Closing:
 
     def _close(self, round: Round, *, complete: bool) -> None:
         start_ns = time.monotonic_ns()
-        folded = [end for _, end in round.fold_span_ns.values()]
-        self._timeline.stages.add("wait", min(folded, default=start_ns), start_ns)
+        first_s = min(round.arrived_at.values(), default=start_ns / 1e9)
+        self._timeline.stages.add("wait", int(first_s * 1e9), start_ns)
         receivers = [m for m in self._roster.here if m.ready and m.updates_from <= round.index]
         # The bytes of the aggregate are on their way from here on, but nobody applies them before it is announced.
         encoding, value = self._downlink.aggregate(round, [m.link for m in receivers if m.link is not None])
+        self._participants.uplink.let_go(round.index)
         update = protocol.Update(
             round=round.index,
             block=round.block,
@@ -102,8 +102,8 @@ class Closing:
         self._durability.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
         self._say_verdicts(round)
         for member in receivers:
-            wait_s = round.waited_s(member.seat, start_ns)
-            self._roster.say(member, msgspec.structs.replace(update, wait_s=wait_s))
+            waited_s, fold_s = round.waited_s(member.seat, start_ns), round.fold_s(member.seat)
+            self._roster.say(member, msgspec.structs.replace(update, wait_s=waited_s, fold_s=fold_s))
         self._downlink.keep(update, encoding)
         behind = [m.applied for m in self._roster.members if m.begun and m.goodbye is None]
         self._downlink.backlog.drop_through(min(behind, default=round.index))
@@ -126,10 +126,10 @@ class Closing:
         )
 
     def _say_verdicts(self, round: Round) -> None:
-        """Tells those whose uploads are in the sum, if they were to wait for the disk; and those who are too late."""
+        """Tells those whose uploads count, if they were to wait for the disk; and those who are too late."""
         for seat in round.uploads if self._durability.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
-                self._participants.say_verdict(holder, round.index, "", round.fold_s(seat))
+                self._participants.say_verdict(holder, round.index, "")
         for member in self._roster.members:
             if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
                 continue

@@ -1,7 +1,7 @@
 """What a client that comes back on a new connection is told: pure decisions on where it and the run stand.
 
 A hand-over without a verdict is one of three things: decided while the client was away, wanted from the byte where it
-broke off, or folded already and to be decided when its round closes. What is folded is never asked for again.
+broke off, or accepted already, to be told when its round closes. What was accepted is never asked for again.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.closing import Closing
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
-from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
 from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.members import Candidate, Identity
@@ -52,8 +51,8 @@ class Coordinator:
         identity: Identity,
         plan: BlockPlan,
         master: Master,
+        upload_budget: int,
         on_round: Callable[[ClosedRound], None] | None = None,
-        upload_budget: int = LARGEST_UPLOAD_BUDGET,
         state: Checkpoint | None = None,
         past: Past | None = None,
         trace: bool = True,
@@ -154,7 +153,7 @@ class Coordinator:
 
     def _settle(self, *, idle: bool = False) -> None:
         """What follows from the events that were taken, and from the time. `idle`: there was none for a while."""
-        self._participants.fold(lambda index: idle or self._participants.uplink.is_worth_a_pass(index))
+        self._participants.uplink.fold(idle=idle)
         self._check_clock()
         self._closing.close_due()
         if self._progress.started:
@@ -173,9 +172,6 @@ class Coordinator:
     def _take(self, event: _C.Event) -> None:
         kinds = _C.Event.Type
         member = self._roster.on(event.link)
-        ends = event.type == kinds.CLOSED or (event.type == kinds.SENT and event.kind == Kind.SNAPSHOT)
-        if member is not None and ends:
-            self._participants.fold()  # who goes or begins now does so after what has arrived
         if event.type == kinds.CONNECTED:
             self._roster.connected(event.link, event.text, time.monotonic())
         elif event.type == kinds.CLOSED:
@@ -207,8 +203,6 @@ class Coordinator:
             elif visits:
                 self._visitors.take(link, message)
             elif member is not None:
-                if not isinstance(message, (protocol.Upload, protocol.Applied)):
-                    self._participants.fold()  # one who comes back, or leaves, is told of what has arrived
                 self.timeline.seats[link] = member.seat
                 self._participants.take(member, message)
         except ParaBlockError as error:

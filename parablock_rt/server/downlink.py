@@ -69,7 +69,7 @@ class Downlink:
         """
         key = {"round": round.index, "block": round.block}
         with self._timeline.span(Stage.COMPUTE, **key):
-            mean = round.accumulator.mean(self._mean[: round.accumulator.numel])
+            mean = round.mean(self._mean[: round.accumulator.numel])
             encoding = self._master.step(round.index, round.block, mean, self._stager, self._transport, self._chunk)
         for link in links:
             self._send(link, Kind.UPDATE, round.index, round.block, encoding.source, encoding.nbytes)

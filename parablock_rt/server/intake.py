@@ -16,8 +16,6 @@ from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import BufferPool, Transport, body_layout
 
-LARGEST_UPLOAD_BUDGET = 2**30  # bytes of unfinished uploads, one upload apart, unless the user wants more
-
 
 class Intake:
     """The uploads that may come, of all members."""
@@ -29,7 +27,7 @@ class Intake:
         roster: Roster,
         config: RunConfig,
         schedule: Schedule,
-        budget: int = LARGEST_UPLOAD_BUDGET,
+        budget: int,
     ) -> None:
         """`budget`: bytes of uploads that are not folded yet, one upload apart."""
         self._transport = transport
@@ -40,7 +38,11 @@ class Intake:
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
         self._looked_at = 0.0  # at the links, for silent ones
-        self.is_short = False  # whether somebody was left out for want of room when members were let in last
+        self.is_short = False  # whether the oldest round lacked room for somebody when members were let in last
+
+    def holds_all(self, round: int) -> bool:
+        """Whether there is room for all uploads of a round at once."""
+        return len(self._schedule.cohort(round)) * self._schedule.body_bytes(round) <= self.budget
 
     def let_in(self, oldest: int) -> None:
         """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
@@ -64,7 +66,8 @@ class Intake:
                 if member is next_in_line:
                     next_in_line = None
                 held += nbytes
-        self.is_short = bool(left_out)
+            if index == oldest:
+                self.is_short = bool(left_out)
 
     def resume(self, member: Member) -> None:
         """Goes on, on a new connection, with what was under way on the old one."""

@@ -70,7 +70,7 @@ class Finished(_Record, frozen=True, kw_only=True, tag=True):
 
 
 class Closed(_Record, frozen=True, kw_only=True, tag=True):
-    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it was folded; by seat."""
+    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat."""
 
     closed: ClosedRound
     update: protocol.Update

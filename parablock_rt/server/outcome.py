@@ -20,7 +20,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """What is known of a round once it is closed. Times in seconds, means over the clients that were folded.
+    """What is known of a round once it is closed. Times in seconds, means over the clients that delivered.
 
     `stages`: what ended on the clients between this hand-over and the one before. `server_stages`: what ended on the
     server between this close and the one before.
@@ -35,7 +35,7 @@ class ClosedRound:
     compute_s: float
     exposed_s: float
     open_s: float
-    skew_s: float  # between the first and the last upload that was folded
+    skew_s: float  # between the first and the last upload
     bytes_up: int
     bytes_down: int
     fingerprint: int

@@ -1,6 +1,6 @@
 """The conversation with those who hold a seat: from the first block of their snapshot to their goodbye.
 
-Answers each message, asks for uploads and has them folded, brings up to date who comes late or comes back. Decides
+Answers each message, asks for uploads and takes them in, brings up to date who comes late or comes back. Decides
 neither who gets a seat (the roster) nor when a round closes. The server's thread alone uses it.
 """
 
@@ -64,7 +64,7 @@ class Participants:
         self.roster = Roster(transport, identity, self)
         self.attendance = Attendance(self.roster, identity.config)
         self.intake = Intake(transport, downlink.buffers, self.roster, identity.config, schedule, upload_budget)
-        self.uplink = Uplink(self.intake, rounds, self.attendance, timeline, identity.config.format)
+        self.uplink = Uplink(self.intake, rounds, timeline, identity.config.format)
         self._transport = transport
         self._identity = identity
         self._config = identity.config
@@ -107,7 +107,7 @@ class Participants:
         self.attendance.takes_part(member)
         if message.round < self._progress.oldest:
             return  # it was closed meanwhile, and the client has been told
-        if self.uplink.has(member.seat, message.round):
+        if member.seat in self._rounds.uploads_of(message.round):
             raise HandshakeError(f"round {message.round} has an upload of client {member.seat} already")
         member.announced[message.round] = message
         posted = member.posted.get(message.round)
@@ -136,20 +136,15 @@ class Participants:
     # ---- Uploads
 
     def upload_arrived(self, member: Member, event: _C.Event) -> None:
-        """The last byte of an upload is here."""
-        if self.uplink.take(member, event):
-            self._watch.uploaded(event.first_byte_ns, event.at_ns)
-
-    def fold(self, is_due: Callable[[int], bool] = lambda index: True) -> None:
-        """Folds the uploads that wait, of the rounds that are due, and says so: with a durable state not before the
-        round is closed and that is on the disk. Until then a client keeps its upload, and sends it again to a server
-        that was killed meanwhile.
-
-        To be called before anybody is told where the run stands.
+        """The last byte of an upload is here. Says whether it counts: with a durable state not before the round is
+        closed and that is on the disk. Until then a client keeps its upload, and sends it again to a server that was
+        killed meanwhile.
         """
-        for folded in self.uplink.fold(is_due):
-            if folded.reason or not self._durability.is_kept:
-                self.say_verdict(folded.member, folded.round, folded.reason, folded.fold_s)
+        if (taken := self.uplink.take(member, event)) is None:
+            return
+        self._watch.uploaded(event.first_byte_ns, event.at_ns)
+        if taken.reason or not self._durability.is_kept:
+            self.say_verdict(member, taken.round, taken.reason)
 
     def refuse_silent(self, now: float) -> None:
         """Room that others wait for is not kept for an upload of which nothing comes."""
@@ -161,12 +156,12 @@ class Participants:
             self.intake.refuse(member, oldest)
             self.say_verdict(member, oldest, reason)
 
-    def say_verdict(self, member: Member, index: int, reason: str, fold_s: float = 0.0) -> None:
+    def say_verdict(self, member: Member, index: int, reason: str) -> None:
         """Tells a member what became of its upload for a round. `reason`: why it was refused, or an empty text."""
         if reason:
             log.warning("round %d: upload of client %d rejected: %s", index, member.seat, reason)
         block = self._schedule.block(index)
-        verdict = protocol.Verdict(round=index, block=block, accepted=not reason, reason=reason, fold_s=fold_s)
+        verdict = protocol.Verdict(round=index, block=block, accepted=not reason, reason=reason)
         member.remember(verdict, self._config.staleness + 3)
         self.roster.say(member, verdict)
 

@@ -1,6 +1,6 @@
 """From the durable state of a server that is gone to that of one that takes its place.
 
-What an earlier server knew and had not written (uploads on their way, or folded into a round that was still open) is
+What an earlier server knew and had not written (uploads on their way, or accepted for a round that was still open) is
 not missed: no client was told that it counts, so every client has it still and sends it again.
 """
 

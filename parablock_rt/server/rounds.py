@@ -7,14 +7,13 @@ long folding takes: times are passed in. One thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from parablock_rt import stages
-from parablock_rt.codec import Accumulator, Contribution
+from parablock_rt.codec import Accumulator
 from parablock_rt.errors import CodecError, RoundError
 from parablock_rt.schedule import Schedule
 from parablock_rt.server.outcome import ClosedRound, Part
@@ -33,7 +32,8 @@ class Delivery:
 
 @dataclass(eq=False)
 class Round:
-    """The state of one round. `uploads`: what was folded, by client."""
+    """The state of one round. `uploads`: what was accepted, by client: from then on it counts. It is folded later,
+    together with others, at the latest into the mean; until then its body must stay as it is."""
 
     index: int
     block: int
@@ -41,26 +41,15 @@ class Round:
     accumulator: Accumulator
     uploads: dict[int, Upload] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)  # why, by client
-    folded_at: dict[int, float] = field(default_factory=dict)  # when it arrived, seconds of any one clock, by client
-    fold_span_ns: dict[int, tuple[int, int]] = field(default_factory=dict)  # when it was added to the sum, by client
+    arrived_at: dict[int, float] = field(default_factory=dict)  # seconds of any one clock, by client
+    fold_span_ns: dict[int, tuple[int, int]] = field(default_factory=dict)  # when it was folded, by client
+    waiting: list[int] = field(default_factory=list)  # whose upload is to be folded yet
 
-    def fold(self, deliveries: Sequence[Delivery], format: str) -> list[str]:
-        """Folds what clients delivered, in one pass over the sum.
+    def take(self, delivery: Delivery, format: str) -> str:
+        """Takes in what a client delivered, for the next pass. Returns why not, or an empty text when it counts.
 
-        Returns for each why not, or an empty text when it was folded. What was refused is not waited for any more.
+        What was refused is not waited for any more.
         """
-        start_ns = time.monotonic_ns()
-        fit: list[Contribution] = []
-        reasons = [self._admit(delivery, format, fit) for delivery in deliveries]
-        self.accumulator.add_all(fit)
-        share_ns = (time.monotonic_ns() - start_ns) // len(deliveries)  # of each, as if one had followed the other
-        for i, (delivery, reason) in enumerate(zip(deliveries, reasons, strict=True)):
-            if not reason:
-                self.fold_span_ns[delivery.client] = start_ns + i * share_ns, start_ns + (i + 1) * share_ns
-        return reasons
-
-    def _admit(self, delivery: Delivery, format: str, fit: list[Contribution]) -> str:
-        """Adds a delivery to those that are fit for the sum, or returns why not."""
         client, upload = delivery.client, delivery.upload
         if client in self.uploads:
             return f"client {client} has already delivered round {self.index}"
@@ -69,22 +58,47 @@ class Round:
                 raise RoundError(f"client {client} is not in the cohort of round {self.index}")
             if upload.block != self.block:
                 raise RoundError(f"round {self.index} trains block {self.block}, not {upload.block}")
-            fit.append(self.accumulator.check(delivery.body, upload.weight, format))
+            self.accumulator.hold(self.accumulator.check(delivery.body, upload.weight, format))
         except (CodecError, RoundError) as error:
             self.refused[client] = str(error)
             return str(error)
         self.uploads[client] = upload
-        self.folded_at[client] = delivery.at
+        self.arrived_at[client] = delivery.at
+        self.waiting.append(client)
         return ""
 
+    def fold(self) -> None:
+        """Folds what waits, in one pass over the sum."""
+        start_ns = time.monotonic_ns()
+        self.accumulator.settle()
+        self._note_folded(start_ns)
+
+    def mean(self, out: Tensor) -> Tensor:
+        """The weighted mean of all uploads, in `out` (fp32, [numel]). What waits is folded on the way, past the sum."""
+        start_ns = time.monotonic_ns()
+        self.accumulator.mean(out)
+        self._note_folded(start_ns)
+        return out
+
+    def _note_folded(self, start_ns: int) -> None:
+        """Gives each of those that waited an equal share of the pass, as if one had followed the other."""
+        share_ns = (time.monotonic_ns() - start_ns) // max(1, len(self.waiting))
+        for i, client in enumerate(self.waiting):
+            self.fold_span_ns[client] = start_ns + i * share_ns, start_ns + (i + 1) * share_ns
+        self.waiting.clear()
+
     def fold_s(self, client: int) -> float:
-        """Seconds that adding a client's upload to the sum took; 0 if it has none."""
+        """Seconds that folding a client's upload took; 0 if it has none."""
         start_ns, end_ns = self.fold_span_ns.get(client, (0, 0))
         return (end_ns - start_ns) / 1e9
 
-    def waited_s(self, client: int, closed_ns: int) -> float:
-        """Seconds from when a client's upload was in the sum until the round was closed; 0 if it has none."""
-        return (closed_ns - self.fold_span_ns[client][1]) / 1e9 if client in self.fold_span_ns else 0.0
+    def waited_s(self, client: int, closing_ns: int) -> float:
+        """Seconds, without its folding, from a client's upload's arrival until the round began to close; 0 if it has
+        none."""
+        if client not in self.uploads:
+            return 0.0
+        folded_before = client in self.fold_span_ns and self.fold_span_ns[client][1] <= closing_ns
+        return closing_ns / 1e9 - self.arrived_at[client] - (self.fold_s(client) if folded_before else 0.0)
 
     def closed(self, *, bad_groups: int, **of_the_server: Any) -> ClosedRound:
         """What is to be known of the round, now that it closes. `bad_groups`: of the aggregate that goes down;
@@ -107,16 +121,16 @@ class Round:
 
     @property
     def skew_s(self) -> float:
-        """Seconds between the first and the last upload that was folded."""
-        return max(self.folded_at.values()) - min(self.folded_at.values()) if self.folded_at else 0.0
+        """Seconds between the first and the last upload that counts."""
+        return max(self.arrived_at.values()) - min(self.arrived_at.values()) if self.arrived_at else 0.0
 
     def parts(self) -> tuple[Part, ...]:
         """What each client delivered, in the order of arrival."""
-        if not self.folded_at:
+        if not self.arrived_at:
             return ()
-        first = min(self.folded_at.values())
+        first = min(self.arrived_at.values())
         return tuple(
-            Part(client, upload.compute_s, upload.exposed_s, self.folded_at[client] - first)
+            Part(client, upload.compute_s, upload.exposed_s, self.arrived_at[client] - first)
             for client, upload in self.uploads.items()
         )
 
@@ -137,7 +151,7 @@ class OpenRounds:
         return self._rounds[index]
 
     def uploads_of(self, index: int) -> dict[int, Upload]:
-        """What was folded into a round, by client."""
+        """What counts in a round, by client."""
         return self._rounds[index].uploads if index in self._rounds else {}
 
     def retire(self, round: Round) -> None:

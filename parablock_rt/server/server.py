@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from parablock_rt import _C, exits
+from parablock_rt import _C, codec, exits
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
@@ -23,7 +23,6 @@ from parablock_rt.observe.timeline import Timeline
 from parablock_rt.server import journal, recovery
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.coordinator import Coordinator
-from parablock_rt.server.intake import LARGEST_UPLOAD_BUDGET
 from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master, ServerOptimizer
 from parablock_rt.server.members import Identity
@@ -32,7 +31,8 @@ from parablock_rt.version import __version__
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport
 
-_BUDGET_PART, _ELEMENT_BYTES = 32, 9
+_BUDGET_PART, _ELEMENT_BYTES, _MOST_AHEAD = 32, 9, 2**30
+_SUM_BYTES = 16.25  # an element of the sum, and the scales of as many int8 uploads as weigh that much
 _EXIT_S = 5.0
 
 
@@ -181,7 +181,8 @@ def serve(
         on_round: called on the server's thread after each closed round.
         upload_budget: bytes of uploads that are not folded yet, held at once, and one upload more; None: nine bytes
             per parameter of the largest block, which is eight int8 uploads, or a 32nd of what the model takes if that
-            is more, at most 1 GiB. More lets more clients with slow links send at the same time.
+            is more, at most 1 GiB; and a whole round's uploads besides, if they weigh no more than the sum that takes
+            their place otherwise (16 int8 uploads). More lets more clients with slow links send at the same time.
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
             with `resume` none are needed, and others than the run's are an error.
@@ -216,9 +217,9 @@ def serve(
             state = Checkpoint.create(Path(durable), _beginning(identity, master))
         if state is not None:
             state.append(journal.Listening(address=taken))
-        budget = default_upload_budget(plan) if upload_budget is None else upload_budget
+        budget = default_upload_budget(plan, config) if upload_budget is None else upload_budget
         coordinator = Coordinator(
-            transport, identity, plan, master, on_round, budget, state=state, past=past, trace=trace
+            transport, identity, plan, master, budget, on_round, state=state, past=past, trace=trace
         )
     except BaseException:
         if transport is not None:
@@ -291,13 +292,16 @@ def _beginning(identity: Identity, master: Master) -> journal.Begin:
     )
 
 
-def default_upload_budget(plan: BlockPlan) -> int:
+def default_upload_budget(plan: BlockPlan, config: RunConfig) -> int:
     """Bytes of uploads that are not folded yet which a server holds at most, and one upload more.
 
-    A small part of what it holds for the model in any case (an fp32 master and the reference), so that its memory does
-    not grow with its clients; but nine bytes per parameter of the largest block (eight int8 uploads with their scales,
-    rounded up), so that the sum is seldom moved for a few of them. Never more than 1 GiB.
+    All uploads of a round, if they weigh no more than the sum that is not needed then; and for uploads that come ahead,
+    or wait for a pass over the sum, a small part of what the server holds for the model in any case (an fp32 master and
+    the reference), but nine bytes per parameter of the largest block (eight int8 uploads with their scales, rounded
+    up), at most 1 GiB. So the server's memory does not grow with its clients.
     """
     model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
     largest = max(block.flat_numel for block in plan.blocks)
-    return min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest), LARGEST_UPLOAD_BUDGET)
+    ahead = min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest), _MOST_AHEAD)
+    round = config.cohort_size * codec.body_bytes(largest, config.format)
+    return ahead + (round if round <= _SUM_BYTES * largest else 0)

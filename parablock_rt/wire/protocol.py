@@ -202,22 +202,19 @@ class Upload(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Verdict(_Message, frozen=True, kw_only=True, tag=True):
-    """Whether an upload was folded into its round. If not, `reason` says why and the client keeps its old residual.
-
-    `fold_s`: seconds that the folding took.
-    """
+    """Whether an upload counts in its round. If not, `reason` says why and the client keeps its old residual."""
 
     round: int
     block: int
     accepted: bool
     reason: str
-    fold_s: float = 0.0
 
 
 class Update(_Message, frozen=True, kw_only=True, tag=True):
     """Announces a round's aggregate. `fingerprint`: the reference's bits once it is applied.
 
-    `wait_s`: seconds between the folding of this client's upload, if it had one, and the round's close.
+    `fold_s`: seconds that folding this client's upload took, if it had one; `wait_s`: those between its arrival and the
+    round's close.
     """
 
     round: int
@@ -225,6 +222,7 @@ class Update(_Message, frozen=True, kw_only=True, tag=True):
     fingerprint: int
     contributions: int
     bad_groups: int
+    fold_s: float = 0.0
     wait_s: float = 0.0
 
 

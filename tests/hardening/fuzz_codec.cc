@@ -64,19 +64,20 @@ struct Body {
 // What a server does with an upload: looks at it and, if an encoder may have made it, folds it.
 struct Folded {
   Folded(Body& body, int64_t numel, Format format, double weight)
-      : inspection(inspect(body.read(), numel, format, 1)), hi(numel), lo(numel), mean(numel), decoded(numel) {
+      : inspection(inspect(body.read(), numel, format, 1)), hi(numel), lo(numel), mean(numel), held(numel), decoded(numel) {
     decode(body.read(), numel, format, decoded.data.get(), 1);  // must be safe on any bytes, folded or not
     valid = inspection.invalid == 0 && inspection.largest <= std::numeric_limits<float>::max();
     folded = valid && weight * inspection.largest < kLargestContribution;
     if (!folded) return;
     const Contribution whole{body.read(), format, weight};
     accumulate(hi.data.get(), lo.data.get(), {&whole, 1}, numel, true, 1);
-    accumulated_mean(hi.data.get(), lo.data.get(), weight, numel, mean.data.get(), 1);
+    accumulated_mean(hi.data.get(), lo.data.get(), false, {}, weight, numel, mean.data.get(), 1);
+    accumulated_mean(nullptr, nullptr, true, {&whole, 1}, weight, numel, held.data.get(), 1);
   }
 
   Inspection inspection;
   Block<int64_t> hi, lo;
-  Block<float> mean, decoded;
+  Block<float> mean, held, decoded;
   bool valid = false;
   bool folded = false;
 };
@@ -109,6 +110,7 @@ void fold(Input& input, Format format, int64_t numel) {
            "every instruction set finds the same in a body");
     expect(here->hi == first->hi && here->lo == first->lo && here->mean == first->mean,
            "every instruction set folds to the same bits");
+    expect(!here->folded || here->held == here->mean, "what is held until the mean gives the bits of the sum");
     if (!here->valid) continue;  // it is thrown away
     expect(here->decoded == first->decoded, "every instruction set decodes to the same bits");
     expect(*moved == *applied, "every instruction set applies to the same bits");

@@ -24,6 +24,7 @@ from parablock_rt.errors import HandshakeError, ParaBlockError
 from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.master import Master, ServerOptimizer
 from parablock_rt.server.members import Identity, Member
+from parablock_rt.server.server import default_upload_budget
 from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.protocol import Kind, Message
 
@@ -126,7 +127,7 @@ class Conversation:
         optimizer = ServerOptimizer(config.server_optimizer, config.server_lr)
         self._master = Master(blocks, config.format, optimizer)
         fake: Any = self._transport
-        self._coordinator = Coordinator(fake, identity, plan, self._master)
+        self._coordinator = Coordinator(fake, identity, plan, self._master, default_upload_budget(plan, config))
         self._links = 0
         self._said: dict[int, int] = {}  # how many messages of the honest conversation a link has sent
 

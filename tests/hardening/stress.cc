@@ -68,9 +68,11 @@ void pool(int rounds) {
         check(inspect(planes, kNumel, Format::kInt8, 3).invalid == 0, "an encoded body is valid");
         const Contribution twice[] = {{planes, Format::kInt8, 1.0}, {planes, Format::kInt8, 1.0}};
         accumulate(hi.data(), lo.data(), twice, kNumel, true, 3);
-        accumulated_mean(hi.data(), lo.data(), 2.0, kNumel, mean.data(), 2);
+        accumulated_mean(hi.data(), lo.data(), false, {}, 2.0, kNumel, mean.data(), 2);
         decode(planes, kNumel, Format::kInt8, decoded.data(), 3);
         check(mean == decoded, "the mean of two equal contributions is either");
+        accumulated_mean(nullptr, nullptr, true, twice, 2.0, kNumel, mean.data(), 3);
+        check(mean == decoded, "also when they are held until then");
       }
     });
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "thread.h"
 
 namespace parablock {
 
@@ -16,7 +15,7 @@ Device::Device(std::shared_ptr<const Driver> driver, size_t copy_bytes)
   for (int i = 0; i < kStreams; ++i) streams_[i] = driver_->create_stream(i != kPack);
   down_event_ = events_->take();
   up_event_ = events_->take();
-  worker_ = start_thread("pb-device", [this] { work(); });
+  worker_ = Thread("pb-device", [this] { work(); });
 }
 
 Device::~Device() { close(); }
@@ -105,6 +104,7 @@ void Device::synchronise() {
 void Device::close() {
   if (closed_) return;
   closed_ = true;
+  if (!worker_.is_of_this_process()) return worker_.join();  // nor is the GPU
   mailbox_->stop();
   worker_.join();
   try {

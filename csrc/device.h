@@ -9,12 +9,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "device_transfer.h"
 #include "driver.h"
 #include "mailbox.h"
+#include "thread.h"
 #include "transfer.h"
 
 namespace parablock {
@@ -71,7 +71,7 @@ class Device {
   CudaEvent down_event_;  // recorded and waited for in one go, again and again; each thread has its own
   CudaEvent up_event_;
   bool closed_ = false;
-  std::thread worker_;
+  Thread worker_;
 };
 
 }  // namespace parablock

@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "socket.h"
-#include "thread.h"
 
 namespace parablock {
 
@@ -91,10 +90,14 @@ void EncodeJob::run(const Recorder& recorder) {
 }
 
 Encoder::Encoder(std::shared_ptr<Ring> ring) : ring_(std::move(ring)) {
-  thread_ = start_thread("pb-encode", [this] { run(); });
+  thread_ = Thread("pb-encode", [this] { run(); });
 }
 
 Encoder::~Encoder() {
+  if (!thread_.is_of_this_process()) {  // it may hold the mutex for ever
+    thread_.join();
+    return;
+  }
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;

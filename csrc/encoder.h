@@ -9,11 +9,11 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "codec.h"
 #include "ring.h"
+#include "thread.h"
 #include "transfer.h"
 
 namespace parablock {
@@ -73,7 +73,7 @@ class Encoder {
   std::condition_variable changed_;
   std::deque<std::shared_ptr<EncodeJob>> jobs_;
   bool stopping_ = false;
-  std::thread thread_;
+  Thread thread_;
 };
 
 // How a body of `numel` elements is cut; `chunk_elements` is a multiple of 128.

@@ -51,7 +51,7 @@ void Loop::change(int fd, uint64_t token, Interest interest) {
   checked(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event), "epoll_ctl");
 }
 
-void Loop::remove(int fd) { checked(epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr), "epoll_ctl"); }
+void Loop::remove(int fd) { epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
 
 // How many events there are, of sockets, the timer and `wake` alike.
 int Loop::look(int64_t alert_ns, Events& events) {

@@ -28,7 +28,8 @@ class Loop {
 
   Loop();
 
-  // Any thread. `token` comes back in Ready; the two highest are taken. A closed descriptor is forgotten by itself.
+  // Any thread. `token` comes back in Ready; the two highest are taken. A descriptor that is closed without `remove` is
+  // forgotten by itself, unless a process that was forked holds it, too. Removing one that is not there does nothing.
   void add(int fd, uint64_t token, Interest interest = {});
   void change(int fd, uint64_t token, Interest interest);
   void remove(int fd);

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <thread>
 #include <utility>
@@ -35,5 +36,25 @@ std::thread start_thread(const char* name, Body body) {
   pthread_setname_np(thread.native_handle(), name);
   return thread;
 }
+
+// A thread that is joined by whoever has it, if it is there: a process that was forked has none of its parent's threads,
+// only what they left in memory, and `join` has nothing to wait for.
+class Thread {
+ public:
+  Thread() = default;
+  template <class Body>
+  Thread(const char* name, Body body) : thread_(start_thread(name, std::move(body))), process_(getpid()) {}
+
+  bool joinable() const { return thread_.joinable(); }
+  bool is_of_this_process() const { return process_ == getpid(); }
+  void join() {
+    if (is_of_this_process()) thread_.join();
+    else thread_.detach();
+  }
+
+ private:
+  std::thread thread_;
+  pid_t process_ = 0;
+};
 
 }  // namespace parablock

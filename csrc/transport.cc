@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "thread.h"
 
 namespace parablock {
 namespace {
@@ -40,17 +39,21 @@ void Transport::Waker::wake() {
 Transport::Transport(TransportOptions options)
     : options_(std::move(options)), waker_(std::make_shared<Waker>()), admission_(options_.admission) {
   waker_->loop = &loop_;
-  thread_ = start_thread("pb-transport", [this] { run(); });
+  thread_ = Thread("pb-transport", [this] { run(); });
 }
 
 Transport::~Transport() { close(0); }
 
 void Transport::close(int64_t flush_ns) {
+  if (!thread_.is_of_this_process()) {  // a thread that is not there may hold any of the mutexes
+    if (thread_.joinable()) thread_.join();
+    return;
+  }
   std::lock_guard closing(close_mutex_);
   if (!thread_.joinable()) return;
   commands_.push([this, flush_ns] {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
-    listeners_.clear();
+    close_listeners();
     for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
     stopping_ = true;
   });
@@ -330,11 +333,27 @@ void Transport::drop(uint64_t id) {
   closed.misfit = found->second->misfit();
   closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
+  // Closing alone does neither while a process that was forked holds the descriptors, too.
+  for (size_t i = 0; i < found->second->lanes(); ++i) {
+    const int fd = found->second->lane(i).fd();
+    if (fd < 0) continue;  // it has become a lane of another link
+    loop_.remove(fd);
+    shutdown(fd, SHUT_RDWR);
+  }
   {
     std::lock_guard lock(links_mutex_);
     links_.erase(found);
   }
   publish(std::move(closed));
+}
+
+// The port is free then, also while a process that was forked holds the descriptors.
+void Transport::close_listeners() {
+  for (const Fd& listener : listeners_) {
+    loop_.remove(listener.get());
+    shutdown(listener.get(), SHUT_RDWR);
+  }
+  listeners_.clear();
 }
 
 void Transport::drop_all() {
@@ -409,7 +428,7 @@ void Transport::run() {
     }
   }
   drop_all();
-  listeners_.clear();
+  close_listeners();
 }
 
 }  // namespace parablock

@@ -13,7 +13,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "admission.h"
@@ -23,6 +22,7 @@
 #include "link.h"
 #include "loop.h"
 #include "session.h"
+#include "thread.h"
 
 namespace parablock {
 
@@ -97,6 +97,7 @@ class Transport {
   void watch(Link& link);
   void drop(uint64_t link);
   void drop_all();
+  void close_listeners();
   void publish(Link& link);
   void publish(Event event);
 
@@ -125,7 +126,7 @@ class Transport {
   bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;
   std::mutex close_mutex_;
-  std::thread thread_;
+  Thread thread_;
 };
 
 }  // namespace parablock

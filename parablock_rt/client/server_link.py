@@ -115,6 +115,8 @@ class ServerLink:
 
     def close(self, goodbye: protocol.Goodbye | None) -> None:
         """Ends the conversation; `goodbye`: what to say if it ends early."""
+        if exits.is_inherited(self):
+            return
         with self._changed:
             if goodbye is not None and self._open:
                 self._send(goodbye)

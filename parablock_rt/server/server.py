@@ -110,6 +110,8 @@ class Server:
 
         Called from `on_round`, on the server's own thread, it cannot wait: the run ends when the callback returns.
         """
+        if exits.is_inherited(self):
+            return
         self._coordinator.stop(reason)
         if threading.current_thread() is not self._thread:
             self._ended.wait()

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parablock_rt import _C, codec
+from parablock_rt import _C, codec, exits
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, ParaBlockError
@@ -200,6 +200,7 @@ class DeviceStager:
         self._targets: list[tuple[Tensor, _C.Mark]] = []  # device memory of landings, and from when on it is free
         self._landings: list[DeviceLanding] = []
         self._closed = False
+        exits.register(self)
 
     def encode(
         self,
@@ -341,7 +342,7 @@ class DeviceStager:
 
     def close(self) -> None:
         """Returns when nothing on the device reads or writes what was handed over. Idempotent."""
-        if self._closed:
+        if self._closed or exits.is_inherited(self):
             return
         self._closed = True
         for landing in self._landings:
@@ -349,6 +350,10 @@ class DeviceStager:
         self._device.close()
         self._landings.clear()
         self._running.clear()
+
+    def close_at_exit(self) -> None:
+        """For a program that ends without closing it."""
+        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parablock_rt import _C, codec
+from parablock_rt import _C, codec, exits
 from parablock_rt.errors import CodecError, ParaBlockError
 from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
 
@@ -123,6 +123,7 @@ class Stager:
         self.buffers = BufferPool()
         self._encoder = _C.Encoder(ring)
         self._running: list[_Running] = []
+        exits.register(self)
 
     def __del__(self) -> None:
         self.close()
@@ -186,9 +187,13 @@ class Stager:
         """Takes a landing back, whose body has been applied."""
         self.buffers.give_back(landing.buffer)
 
+    def close_at_exit(self) -> None:
+        """For a program that ends without closing it."""
+        self.close()
+
     def close(self) -> None:
         """Returns when nothing reads a job's tensors any more."""
-        for entry in self._running:
+        for entry in [] if exits.is_inherited(self) else self._running:
             if entry.job is not None:
                 entry.job.wait(ENCODE_DEADLINE_S)
 

@@ -125,15 +125,16 @@ void bind_tls(py::module_& m) {
   m.attr("TLS_LIBRARY") = tls_library();
   py::class_<TlsContext, std::shared_ptr<TlsContext>>(m, "TlsContext")
       .def(py::init([](const std::string& certificate, const std::string& key, const std::string& ca,
-                       const py::bytes& fingerprint, bool peer_may_be_anonymous) {
+                       const py::bytes& fingerprint, bool peer_may_be_anonymous, uint64_t records_per_key) {
              return std::const_pointer_cast<TlsContext>(make_tls({.certificate_file = certificate,
                                                                   .key_file = key,
                                                                   .ca_file = ca,
                                                                   .fingerprint = fingerprint,
+                                                                  .records_per_key = std::max<uint64_t>(records_per_key, 1),
                                                                   .peer_may_be_anonymous = peer_may_be_anonymous}));
            }),
            py::arg("certificate") = "", py::arg("key") = "", py::arg("ca") = "", py::arg("fingerprint") = py::bytes(),
-           py::arg("peer_may_be_anonymous") = false);
+           py::arg("peer_may_be_anonymous") = false, py::arg("records_per_key") = uint64_t{1} << 23);
   py::class_<TlsInfo, std::shared_ptr<TlsInfo>>(m, "TlsInfo")
       .def_readonly("version", &TlsInfo::version)
       .def_readonly("cipher", &TlsInfo::cipher)

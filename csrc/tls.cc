@@ -21,6 +21,7 @@
 
 #include "certificate.h"
 #include "openssl_handles.h"
+#include "tls_error.h"
 
 namespace parablock {
 namespace {
@@ -29,61 +30,12 @@ constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS 
 constexpr size_t kBatchBytes = 96 << 10;    // of records go into one `send`: 32 and 128 KiB cost more CPU time a byte
 constexpr size_t kMostSealedBytes = kBatchBytes + kRecordBytes + 256;  // a batch ends with the record that fills it
 constexpr size_t kReadBytes = 96 << 10;     // of records come in one `read`; 128 KiB of memory would be new for each
+constexpr size_t kRecordsAtOnce = 256;      // are read before others have their turn, however small they are
+// Of the peer, after the handshake: what it takes to change its keys as often as we do, and some.
+constexpr uint64_t kLateMessages = 16;
+constexpr uint64_t kBytesPerLateMessage = 256 << 20;  // one more for each so many that it sent
 constexpr size_t kCertificateBytes = 64 << 10;  // a peer's chain may have
 constexpr size_t kBindingBytes = 32;
-
-// ---- What went wrong, in words
-
-std::string library_error(unsigned long code) {
-  const char* reason = ERR_reason_error_string(code);
-  return reason != nullptr ? reason : "error " + std::to_string(code);
-}
-
-// Bytes were lost or changed on their way, which need not happen again: seen here, or by the peer, which says so.
-bool is_damage(unsigned long code) {
-  switch (ERR_GET_REASON(code)) {
-    case SSL_R_UNEXPECTED_EOF_WHILE_READING:
-    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC:
-    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC:
-    case SSL_R_TLSV1_ALERT_DECODE_ERROR:  // the library's answer to a connection that was cut
-      return true;
-    default: return false;
-  }
-}
-
-// What the library's error means for a user. An alert is what the peer has found wrong.
-std::string explain(unsigned long code, bool opening) {
-  switch (ERR_GET_REASON(code)) {
-    case SSL_R_WRONG_VERSION_NUMBER:
-    case SSL_R_HTTP_REQUEST:
-    case SSL_R_BAD_RECORD_TYPE:
-      return "expected TLS, found something else: the peer does not use TLS, or is no ParaBlock at all; give both sides "
-             "TLS options, or neither";
-    case SSL_R_UNSUPPORTED_PROTOCOL:
-    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
-      return "one side speaks no TLS 1.3, the only version that is used here";
-    case SSL_R_UNEXPECTED_EOF_WHILE_READING:
-      return opening ? "the peer closed the connection in the TLS handshake"
-                     : "the connection was cut: expected TLS's own end, found none, so that bytes may be missing";
-    case SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE:
-      return "expected a client certificate, found none: the client needs --tls-cert and --tls-key";
-    case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
-      return "the server asks for a client certificate: set --tls-cert and --tls-key";
-    case SSL_R_TLSV1_ALERT_UNKNOWN_CA:
-      return "the peer refused this side's certificate: it was signed by a CA that the peer does not trust";
-    case SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED:
-      return "the peer refused this side's certificate: it has expired and must be renewed";
-    case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
-    case SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN:
-    case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
-    case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
-      return "the peer refused this side's certificate (" + library_error(code) + "); its own output says why";
-    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC: return "a TLS record was changed on its way";
-    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC: return "the peer found that a TLS record was changed on its way";
-    case SSL_R_TLSV1_ALERT_DECODE_ERROR: return "the peer found the connection cut in the middle of TLS";
-    default: return "TLS failed: " + library_error(code);
-  }
-}
 
 // ---- A context
 
@@ -104,7 +56,7 @@ class OpenSslContext final : public TlsContext {
 
   Ssl new_ssl() const;
   const TlsSettings& settings() const { return settings_; }
-  const BIO_METHOD* sealed_bytes() const { return sealed_bytes_.get(); }
+  const BIO_METHOD* stream_bio() const { return stream_bio_.get(); }
 
  private:
   void load_identity();
@@ -112,7 +64,7 @@ class OpenSslContext final : public TlsContext {
 
   TlsSettings settings_;
   SslContext context_;
-  Method sealed_bytes_;
+  Method stream_bio_;
 };
 
 class OpenSslStream final : public TlsStream {
@@ -136,9 +88,16 @@ class OpenSslStream final : public TlsStream {
   std::shared_ptr<const TlsInfo> info() const override { return info_.load(); }
 
   bool verify(X509_STORE_CTX* store);
-  bool seal_into_buffer(const char* data, size_t bytes);  // a record of the library's, on its way out
+
+  // For the library: its records on their way out and in, and the handshake messages that it has read.
+  bool seal_into_buffer(const char* data, size_t bytes);
+  ssize_t receive(char* data, size_t bytes);  // as recv
+  bool ended() const { return ended_; }
+  void note_handshake_message() { late_messages_ += opening_ ? 0 : 1; }
 
  private:
+  bool floods() const { return late_messages_ > kLateMessages + read_bytes_ / kBytesPerLateMessage; }
+  bool put_record(const void* data, size_t bytes);
   bool shake_hands();
   bool flush();
   ssize_t seal(const iovec* vectors, size_t count, size_t skip);
@@ -156,6 +115,10 @@ class OpenSslStream final : public TlsStream {
   bool opening_ = true;
   bool starved_ = false;  // the library has used up all it read but part of a record
   bool shut_ = false;
+  bool ended_ = false;  // the socket has
+  uint64_t read_bytes_ = 0;
+  uint64_t late_messages_ = 0;
+  uint64_t sealed_records_ = 0;
   std::string refused_;  // why the peer's certificate was
   std::string failure_;
   bool misfit_ = false;
@@ -171,13 +134,29 @@ std::vector<char>& spare_batch() {
   return spare;
 }
 
-int write_sealed(BIO* bio, const char* data, int bytes) {
+OpenSslStream* stream_of(BIO* bio) { return static_cast<OpenSslStream*>(BIO_get_data(bio)); }
+
+int write_record(BIO* bio, const char* data, int bytes) {
   BIO_clear_retry_flags(bio);
-  auto* stream = static_cast<OpenSslStream*>(BIO_get_data(bio));
-  return stream->seal_into_buffer(data, static_cast<size_t>(bytes)) ? bytes : -1;
+  return stream_of(bio)->seal_into_buffer(data, static_cast<size_t>(bytes)) ? bytes : -1;
 }
 
-long control_sealed(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
+int read_records_into(BIO* bio, char* data, int bytes) {
+  BIO_clear_retry_flags(bio);
+  const ssize_t got = stream_of(bio)->receive(data, static_cast<size_t>(bytes));
+  if (got < 0 && errno == EAGAIN) BIO_set_retry_read(bio);
+  return static_cast<int>(got);
+}
+
+long control_stream(BIO* bio, int command, long, void*) {
+  if (command == BIO_CTRL_EOF) return stream_of(bio)->ended() ? 1 : 0;
+  return command == BIO_CTRL_FLUSH ? 1 : 0;
+}
+
+void note_message(int is_ours, int, int type, const void*, size_t, SSL* ssl, void*) {
+  if (is_ours == 0 && type == SSL3_RT_HANDSHAKE)
+    static_cast<OpenSslStream*>(SSL_get_app_data(ssl))->note_handshake_message();
+}
 
 int verify_peer(X509_STORE_CTX* store, void*) try {
   auto* ssl = static_cast<SSL*>(X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
@@ -189,12 +168,11 @@ int verify_peer(X509_STORE_CTX* store, void*) try {
 OpenSslStream::OpenSslStream(const OpenSslContext& context, int fd)
     : settings_(context.settings()), fd_(fd), ssl_(context.new_ssl()) {
   SSL_set_app_data(ssl_.get(), this);
-  BIO* in = BIO_new_socket(fd, BIO_NOCLOSE);
-  BIO* out = BIO_new(context.sealed_bytes());
-  if (in == nullptr || out == nullptr) throw std::bad_alloc();
-  BIO_set_data(out, this);
-  BIO_set_init(out, 1);
-  SSL_set_bio(ssl_.get(), in, out);
+  BIO* bio = BIO_new(context.stream_bio());
+  if (bio == nullptr) throw std::bad_alloc();
+  BIO_set_data(bio, this);
+  BIO_set_init(bio, 1);
+  SSL_set_bio(ssl_.get(), bio, bio);
 }
 
 void OpenSslStream::start_connecting(const std::string& host) {
@@ -235,6 +213,19 @@ bool OpenSslStream::seal_into_buffer(const char* data, size_t bytes) try {
   return false;
 }
 
+// The library reads as long as only messages of its own come, so whoever sends nothing else would be served for ever.
+ssize_t OpenSslStream::receive(char* data, size_t bytes) {
+  if (floods()) {
+    errno = EPROTO;
+    return -1;
+  }
+  ssize_t got = -1;
+  do got = recv(fd_, data, bytes, 0);
+  while (got < 0 && errno == EINTR);
+  ended_ = got == 0;
+  return got;
+}
+
 // Errno says why not.
 bool OpenSslStream::flush() {
   if (sealed_.capacity() == 0) return true;
@@ -270,7 +261,8 @@ ssize_t OpenSslStream::not_now(int result) {
     // The library is silent to who does not seem to speak TLS; a peer of ours in the clear understands this alert.
     constexpr std::string_view kProtocolVersionAlert("\x15\x03\x03\x00\x02\x02\x46", 7);
     if (not_tls && opening_) seal_into_buffer(kProtocolVersionAlert.data(), kProtocolVersionAlert.size());
-    if (code == 0) fail(std::string("the connection failed: ") + std::strerror(system_error), false);
+    if (floods()) fail("the peer changes its TLS keys all the time, which no peer of ours does", true);
+    else if (code == 0) fail(std::string("the connection failed: ") + std::strerror(system_error), false);
     else fail(refused_.empty() ? explain(code, opening_) : refused_, !is_damage(code));
     ERR_clear_error();
   }
@@ -303,11 +295,14 @@ void OpenSslStream::note_info() {
   info_.store(std::move(info));
 }
 
-// Until the vectors are full or the library has nothing left, so that a short count means an empty socket.
+// Until the vectors are full or the library has nothing left, so that a short count means an empty socket; but for very
+// small records, of which the rest is `unread`, or wakes the loop.
 ssize_t OpenSslStream::read_records(const iovec* vectors, size_t count) {
   size_t got = 0;
+  size_t records = 0;
   for (size_t i = 0; i < count; ++i) {
     for (size_t at = 0; at < vectors[i].iov_len;) {
+      if (++records > kRecordsAtOnce) return static_cast<ssize_t>(got);
       ERR_clear_error();
       errno = 0;
       starved_ = false;
@@ -320,6 +315,7 @@ ssize_t OpenSslStream::read_records(const iovec* vectors, size_t count) {
       }
       at += taken;
       got += taken;
+      read_bytes_ += taken;
     }
   }
   return static_cast<ssize_t>(got);
@@ -327,7 +323,6 @@ ssize_t OpenSslStream::read_records(const iovec* vectors, size_t count) {
 
 ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
   if (failure_told_) return readv(fd_, vectors, static_cast<int>(count));
-  if (sealed_.size() > kBatchBytes && !flush()) return -1;  // a peer that makes us answer must also listen
   ssize_t got = -1;
   if (failure_.empty() && (!opening_ || shake_hands())) {
     got = read_records(vectors, count);
@@ -339,6 +334,14 @@ ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
   return -1;
 }
 
+// With new keys where these have been used for long: see RFC 8446, 5.5.
+bool OpenSslStream::put_record(const void* data, size_t bytes) {
+  if (++sealed_records_ % settings_.records_per_key == 0 && SSL_key_update(ssl_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
+    return false;
+  size_t written = 0;
+  return SSL_write_ex(ssl_.get(), data, bytes, &written) == 1 && written == bytes;
+}
+
 // Seals what is left of the vectors after `skip` bytes, until a batch is full; returns the bytes sealed. What fills a
 // record is sealed where it lies; smaller pieces are collected, so that they share records.
 ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
@@ -346,8 +349,7 @@ ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
   size_t filled = 0;
   size_t done = 0;
   auto put = [&](const void* data, size_t bytes) {
-    size_t written = 0;
-    if (SSL_write_ex(ssl_.get(), data, bytes, &written) != 1 || written != bytes) return false;
+    if (!put_record(data, bytes)) return false;
     done += bytes;
     return true;
   };
@@ -412,10 +414,11 @@ bool OpenSslStream::shut_write() {
 // ---- A context, again
 
 OpenSslContext::OpenSslContext(const TlsSettings& settings)
-    : settings_(settings), context_(SSL_CTX_new(TLS_method())), sealed_bytes_(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "sealed")) {
-  if (!context_ || !sealed_bytes_) throw std::bad_alloc();
-  BIO_meth_set_write(sealed_bytes_.get(), &write_sealed);
-  BIO_meth_set_ctrl(sealed_bytes_.get(), &control_sealed);
+    : settings_(settings), context_(SSL_CTX_new(TLS_method())), stream_bio_(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "stream")) {
+  if (!context_ || !stream_bio_) throw std::bad_alloc();
+  BIO_meth_set_write(stream_bio_.get(), &write_record);
+  BIO_meth_set_read(stream_bio_.get(), &read_records_into);
+  BIO_meth_set_ctrl(stream_bio_.get(), &control_stream);
   SSL_CTX* context = context_.get();
   SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
   if (SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") != 1)
@@ -429,6 +432,7 @@ OpenSslContext::OpenSslContext(const TlsSettings& settings)
   SSL_CTX_set_max_cert_list(context, kCertificateBytes);
   SSL_CTX_set_default_passwd_cb(context, &no_passphrase);
   SSL_CTX_set_cert_verify_callback(context, &verify_peer, nullptr);
+  SSL_CTX_set_msg_callback(context, &note_message);
   load_identity();
   load_trust();
 }

@@ -24,6 +24,7 @@ struct TlsSettings {
   std::string key_file;          // its private key
   std::string ca_file;           // who must have signed the peer's certificate; "system": whom this machine trusts
   std::string fingerprint;       // the 32 bytes of the SHA-256 of the peer's certificate
+  uint64_t records_per_key = uint64_t{1} << 23;  // sealed with the same keys; AES-GCM allows 2^24.5
   bool peer_may_be_anonymous = false;  // accepting side: a peer without a certificate is let in, one with a bad one not
 };
 

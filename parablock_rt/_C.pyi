@@ -179,6 +179,7 @@ class TlsContext:
         ca: str = "",
         fingerprint: bytes = b"",
         peer_may_be_anonymous: bool = False,
+        records_per_key: int = ...,
     ) -> None: ...
 
 class TlsInfo:

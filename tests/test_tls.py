@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from session_cases import ACK
 from tls_cases import Middle, client_tls, deployment, expired, needs_tls, server_tls
 from transport_cases import (
     DEADLINE_S,
@@ -21,14 +23,16 @@ from transport_cases import (
     filled,
     flat,
     frame,
+    frame_of,
     join,
     make_transports,
     next_event,
+    read_exactly,
     stranger_to,
 )
 
 from parablock_rt import _C
-from parablock_rt._C import Buffer
+from parablock_rt._C import Buffer, Event
 from parablock_rt.errors import ConfigError
 from parablock_rt.wire.tls import Tls
 
@@ -73,6 +77,76 @@ def test_a_link_in_tls_carries_messages_and_transfers_both_ways(pair: Pair) -> N
         expect(receiver, T.RECEIVED)
         expect(sender, T.SENT)
         assert bytes(memoryview(target)) == content
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_both_directions_at_once_do_not_wait_for_each_other(pair: Pair, lanes: int) -> None:
+    """More each way than the sockets hold, so that both sides have to read before either can go on writing."""
+    client, server = pair
+    link, there = join(client, server)
+    if lanes > 1:
+        client.attach_lanes(link, server.offer_lanes(there, lanes - 1), lanes - 1, 10.0)
+    buffer, content = filled(128 * MIB)
+    targets = {there: Buffer(buffer.nbytes), link: Buffer(buffer.nbytes)}
+    layout = flat(buffer.nbytes, 2**18)
+    for receiver, at in ((server, there), (client, link)):
+        receiver.receive(at, 1, 0, 0, targets[at], layout)
+    for sender, at in ((client, link), (server, there)):
+        sender.send(at, 1, 0, 0, sender.make_source(buffer, layout, True))
+    for each in pair:
+        done: list[Event.Type] = []
+        while set(done) != {T.RECEIVED, T.SENT}:
+            event = next_event(each)
+            assert event.type in (T.RECEIVED, T.SENT, T.CONNECTED) or "became a lane" in event.text, event.text
+            done += [event.type] if event.type in (T.RECEIVED, T.SENT) else []
+    assert all(bytes(memoryview(target)) == content for target in targets.values())
+
+
+def test_a_message_is_heard_while_what_this_side_has_to_say_waits_for_the_socket(make: Make) -> None:
+    server = make(tls=server_tls().for_server())
+    trust = ssl.create_default_context(cafile=str(deployment().ca.certificate_file))
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(DEADLINE_S)
+        raw.connect(("127.0.0.1", server.listen("127.0.0.1", 0)))
+        with trust.wrap_socket(raw, server_hostname="localhost") as peer:
+            (connected,) = expect(server, T.CONNECTED)
+            buffer, _ = filled(16 * MIB)
+            layout = flat(buffer.nbytes, 2**18)
+            server.send(connected.link, 1, 0, 0, server.make_source(buffer, layout, True))
+            peer.sendall(frame_of(ACK, (1, 0, 0), payload=struct.pack("<Q", buffer.nbytes)))  # all of it may come
+            read_exactly(peer, 2**18)
+            for message in (b"and I?", b"still there"):  # the rest is more than the sockets hold
+                peer.sendall(frame(1, message))
+                assert expect(server, T.CONTROL)[0].message == message
+
+
+def test_keys_are_changed_when_they_have_sealed_many_records_and_nothing_is_lost(make: Make) -> None:
+    """Eight times in 64 MiB."""
+    ca = str(deployment().ca.certificate_file)
+    client, server = make(tls=_C.TlsContext(ca=ca, records_per_key=512)), make(tls=server_tls().for_server())
+    link, there = join(client, server)
+    buffer, content = filled(64 * MIB)
+    target = Buffer(buffer.nbytes)
+    layout = flat(buffer.nbytes, 2**18)
+    server.receive(there, 1, 0, 0, target, layout)
+    client.send(link, 1, 0, 0, client.make_source(buffer, layout, True))
+    expect(server, T.RECEIVED)
+    expect(client, T.SENT)
+    assert bytes(memoryview(target)) == content
+
+
+def test_a_peer_that_does_nothing_but_change_its_keys_is_shut_out(make: Make) -> None:
+    ca = str(deployment().ca.certificate_file)
+    client, server = make(tls=_C.TlsContext(ca=ca, records_per_key=1)), make(tls=server_tls().for_server())
+    link, _ = join(client, server)
+    for _ in range(1000):
+        client.send_control(link, b"")
+        event = next_event(server)
+        if event.type != T.CONTROL:
+            break
+    assert event.type == T.CLOSED
+    assert "changes its TLS keys all the time" in event.text
 
 
 def test_both_ends_and_nobody_else_know_the_binding_and_who_the_server_is(pair: Pair) -> None:

@@ -23,15 +23,21 @@ class FlatBlock:
     flats: list[Tensor]
     params: list[nn.Parameter]
 
-    def check_homed(self) -> None:
-        """Raises PlanError when a parameter is not a view of the flat buffers any more."""
+    def check_homed(self, model: nn.Module | None = None) -> None:
+        """Raises PlanError when a parameter is not a view of the flat buffers any more, or not the model's."""
         for segment, flat in zip(self.block.segments, self.flats, strict=True):
             for i, slot in self.block.segment_slots(segment):
                 place = flat.data_ptr() + (slot.offset - segment.start) * flat.element_size()
                 if self.params[i].data_ptr() != place or self.params[i].dtype != flat.dtype:
                     raise PlanError(
-                        f"parameter {slot.name!r} has left its block's flat buffer: the model was moved, cast or "
-                        "planned anew during the run; do that before, and give every join and serve a model of its own"
+                        f"parameter {slot.name!r} has left its block's flat buffer: during the run the model was "
+                        "moved, cast or planned anew, or something has put another tensor into its .data; change "
+                        "weights in place, and give every join and serve a model of its own"
+                    )
+                if model is not None and model.get_parameter(slot.name) is not self.params[i]:
+                    raise PlanError(
+                        f"parameter {slot.name!r} was replaced during the run, by load_state_dict(..., assign=True) or "
+                        "an assignment; copy into it instead"
                     )
 
     def views(self, buffer: Tensor) -> list[Tensor]:

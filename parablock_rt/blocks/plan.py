@@ -282,7 +282,8 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
             if parameter is None:
                 raise PlanMismatchError(
                     f"the plan has parameter {_show(wanted)}; this model ({type(model).__name__}) has none of that "
-                    f"name; load the model that the plan was made for"
+                    f"name; load the model that the plan was made for (not torch.compile's wrapper of it: use "
+                    "model.compile())"
                 )
             here = _describe(wanted.name, parameter)
             if here != wanted or (reason := _unfit(parameter)) is not None:

@@ -7,40 +7,38 @@ The training thread alone uses it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from parablock_rt.blocks.flat import FlatBlock
+from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
 
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-class RoundOptimizerFactory(Protocol):
-    """An optimiser factory that wants to know the round, to choose a learning rate by it."""
-
-    def __call__(self, parameters: list[nn.Parameter], /, *, round: int) -> torch.optim.Optimizer: ...
+# Called with the parameters to train and, as keywords, with what it has arguments for: see `told`.
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-def at_round(factory: OptimizerFactory | RoundOptimizerFactory, round: int) -> OptimizerFactory:
-    """What makes a round's optimiser: the factory itself, or told the round if it has an argument of that name."""
+def told(factory: OptimizerFactory, *, round: int, names: Sequence[str]) -> OptimizerFactory:
+    """What makes a round's optimiser: the factory, told the `round` and the parameters' `names`, in their order, if it
+    has arguments called so."""
     try:
-        wants_round = "round" in inspect.signature(factory).parameters
+        wanted = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # a callable in C that does not say
-        wants_round = False
-    if wants_round:
-        return partial(cast(RoundOptimizerFactory, factory), round=round)
-    return cast(OptimizerFactory, factory)
+        return factory
+    facts = {"round": round, "names": list(names)}
+    return partial(factory, **{name: fact for name, fact in facts.items() if name in wanted})
 
 
 class ActiveBlock:
     """One block made trainable from construction to `close`."""
 
     def __init__(self, flat: FlatBlock, optimizer: OptimizerFactory, master: Tensor | None) -> None:
-        """`master`: fp32 [flat_numel] to hold the masters of a block that is not all fp32; None: train in place."""
+        """`master`: fp32 [flat_numel] to hold the masters of a block that is not all fp32; None: train in place.
+
+        Raises ConfigError when the optimiser is none, or trains other parameters than those it was to be made for.
+        """
         self.flat = flat
         self._model_params = flat.params
         self._master_params: list[nn.Parameter] | None = None
@@ -52,9 +50,39 @@ class ActiveBlock:
                 master[segment.start : segment.start + segment.length].copy_(weights)
             self._master_params = trained = [nn.Parameter(view) for view in flat.views(master)]
         self._master = master
+        self.clear_gradients()
         for parameter in flat.params:
             parameter.requires_grad_(True)
         self.optimizer = optimizer(trained)
+        _check_optimizer(self.optimizer, trained, in_place=master is None)
+
+    def check_homed(self, model: nn.Module) -> None:
+        """Raises PlanError when what was trained is not where it is read from when the block is handed over."""
+        self.flat.check_homed(model)
+        if self._master_params is None or self._master is None:
+            return
+        for slot, master, view in zip(
+            self.flat.block.slots, self._master_params, self.flat.views(self._master), strict=True
+        ):
+            if master.data_ptr() != view.data_ptr() or master.dtype != view.dtype:
+                raise PlanError(
+                    f"the fp32 master of parameter {slot.name!r} has left its buffer: the optimiser has put another "
+                    "tensor into its .data; change it in place"
+                )
+
+    def without_gradient(self) -> list[str]:
+        """The names of the block's parameters that have no gradient now. Raises ParaBlockError if none has one."""
+        missing = [
+            slot.name
+            for slot, parameter in zip(self.flat.block.slots, self._model_params, strict=True)
+            if parameter.grad is None
+        ]
+        if len(missing) == len(self._model_params):
+            raise ParaBlockError(
+                f"no parameter of block {self.flat.block.name!r} has a gradient: call loss.backward() before each "
+                "step, on a loss of this run's own model (not of a copy), outside of torch.no_grad"
+            )
+        return missing
 
     def step(self) -> None:
         """One optimiser step from the gradients that the backward pass left; then the gradients are gone."""
@@ -103,6 +131,22 @@ class ActiveBlock:
         self.clear_gradients()
         freeze(self._model_params)
         del self.optimizer
+
+
+def _check_optimizer(made: object, wanted: list[nn.Parameter], *, in_place: bool) -> None:
+    """`in_place`: the model's own parameters are trained, so that others, which are frozen, do no harm."""
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"expected the optimizer function to return a torch.optim.Optimizer; found a {type(made).__name__}"
+        )
+    found = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+    ours = {id(parameter) for parameter in wanted}
+    if not found & ours or not (in_place or found <= ours):
+        raise ConfigError(
+            "the optimizer function made an optimiser of other parameters than those it was given: use these, not "
+            "model.parameters() or an optimiser of an earlier round. Of a 16-bit model they are fp32 copies; a "
+            "function with an argument `names` is told what each is called in the model"
+        )
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:

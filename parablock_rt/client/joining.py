@@ -5,15 +5,17 @@ What happens in a round is the run's business; here is what stands before it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
+from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
-from parablock_rt.client.active import OptimizerFactory, RoundOptimizerFactory, at_round
+from parablock_rt.client.active import OptimizerFactory
 from parablock_rt.client.entry import Entry
 from parablock_rt.client.run import RoundReport, Run
 from parablock_rt.client.server_link import ServerLink
@@ -25,11 +27,13 @@ from parablock_rt.wire.connection import Connection
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import DEFAULT_LANES, Shape, Transport
 
+log = logging.getLogger("parablock")
+
 
 def join(
     address: str,
     model: nn.Module,
-    optimizer: OptimizerFactory | RoundOptimizerFactory,
+    optimizer: OptimizerFactory,
     *,
     plan: BlockPlan | None = None,
     token: str | None = None,
@@ -51,16 +55,19 @@ def join(
 
     Args:
         model: the model that the server was started with; same architecture and dtype.
-        optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser.
-            If it has an argument `round`, it is given the round's index by that name, for a learning rate that changes.
-            On CUDA it is called with parameters on the meta device, too, to learn how much memory its state takes.
+        optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser of
+            these parameters, which for a 16-bit model are fp32 copies of the model's. If it has an argument `round`, it
+            is given the round's index by that name, for a learning rate that changes; for an argument `names`, what
+            the parameters are called in the model, in their order, to group them. On CUDA it is called with parameters
+            on the meta device, too, to learn how much memory its state takes.
         plan: a plan of your own, to be checked against the server's; None takes the server's.
         token: the pre-shared token, if the server asks for one.
         tls: speak TLS, with a server that is told from others as this says; None: in the clear.
         rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
         lanes: connections to spread the link over, 1 to 4, as far as the server allows. More than one helps where a
             single TCP connection does not fill a long or lossy path.
-        on_round: called on the training thread after each hand-over.
+        on_round: called on the training thread after each hand-over. It may end the run with `run.close()`. Weights may
+            be read there; to change them and put them back, call `run.wait_encoded()` before.
         patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
         reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
             it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
@@ -70,7 +77,8 @@ def join(
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
 
     Raises:
-        ConfigError: an optimiser instead of a function that makes one; TLS settings that cannot be used.
+        ConfigError: an optimiser instead of a function that makes one, or one of other parameters; a model that
+            another run or a server still uses; TLS settings that cannot be used.
         ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
         DeviceMemoryError: the model's device has less free memory than the run will take.
     """
@@ -103,7 +111,7 @@ def _begin(
     link: ServerLink,
     welcome: protocol.Welcome,
     model: nn.Module,
-    optimizer: OptimizerFactory | RoundOptimizerFactory,
+    optimizer: OptimizerFactory,
     on_round: Callable[[RoundReport], None] | None,
     pinned_memory: int | None,
     timeline: Timeline,
@@ -112,11 +120,17 @@ def _begin(
     config = welcome.config
     plan = BlockPlan.from_spec(model, welcome.plan)
     device = model.get_parameter(plan.blocks[0].parameters[0]).device
-    memory.require_room(device, partial(memory.predict, model, plan, config, at_round(optimizer, 0), "cuda"))
-    blocks = plan.materialise(model)
-    ring = partial(timeline.transfer_ring, plan=plan, config=config, links=1)
-    stager = stager_for(blocks, config, pinned_memory, ring)
-    run = Run(link, model, plan, blocks, welcome, optimizer, on_round, stager, timeline)
+    memory.require_room(device, partial(memory.predict, model, plan, config, optimizer, "cuda"))
+    claim = Claim(model, "client")
+    try:
+        blocks = plan.materialise(model)
+        ring = partial(timeline.transfer_ring, plan=plan, config=config, links=1)
+        stager = stager_for(blocks, config, pinned_memory, ring)
+        run = Run(link, model, plan, blocks, welcome, optimizer, on_round, stager, timeline, claim)
+    except BaseException:
+        claim.release()
+        raise
+    _warn_of_statistics(model)
     try:
         ready = protocol.Ready(
             plan_digest=plan.digest,
@@ -129,3 +143,15 @@ def _begin(
         run.close(f"could not begin: {type(error).__name__}")
         raise
     return run
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Batch statistics are buffers that every forward pass changes, on each client in another way."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training:
+            log.warning(
+                "module %s keeps running statistics, which are not averaged: the models of clients and server will "
+                "differ in them. Freeze them with .eval(), or use a normalisation without, such as GroupNorm",
+                name,
+            )
+            return

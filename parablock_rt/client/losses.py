@@ -23,13 +23,18 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def weight_of(batch: Any) -> float | Tensor:
+def weight_of(batch: Any, model: nn.Module) -> float | Tensor:
     """How many labels of a batch are trained on, at least 1; beside the labels. 1 where there are none."""
     labels = batch.get("labels") if hasattr(batch, "get") else None
     if not isinstance(labels, Tensor):
         return 1.0
-    # A causal model predicts each label from the tokens before it, so the first one of a sequence trains nothing.
-    return (labels[..., 1:] != -100).sum().clamp(min=1)
+    tokens = batch.get("input_ids")
+    encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if isinstance(tokens, Tensor) and tokens.shape == labels.shape and not encodes_and_decodes:
+        # A causal model predicts each label from the tokens before it, so the first one of a sequence trains nothing.
+        # (Where each token has a label of its own, the first is one that marks the beginning, and has none.)
+        labels = labels[..., 1:]
+    return (labels != -100).sum().clamp(min=1)
 
 
 def as_number(value: float | Tensor) -> float | Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parablock_rt.blocks.layout import Block
 from parablock_rt.blocks.plan import BlockPlan
-from parablock_rt.client.active import OptimizerFactory
+from parablock_rt.client.active import OptimizerFactory, told
 from parablock_rt.client.optimizers import Footprint, footprint
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, DeviceMemoryError
@@ -155,7 +155,8 @@ class Predictor:
         narrow = any(segment.dtype != torch.float32 for segment in block.segments)
         shapes = tuple(slot.shape for slot in block.slots)
         if shapes not in self._footprints:
-            self._footprints[shapes] = footprint(self._optimizer, shapes, self._device)
+            factory = told(self._optimizer, round=0, names=block.parameters)
+            self._footprints[shapes] = footprint(factory, shapes, self._device)
         optimizer = self._footprints[shapes]
         return BlockMemory(
             weights=sum(segment.length * segment.dtype.itemsize for segment in block.segments),

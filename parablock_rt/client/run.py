@@ -7,6 +7,7 @@ aggregates of the rounds up to `t − S` are applied, exactly those, waiting for
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from parablock_rt import _C
+from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
-from parablock_rt.client.active import ActiveBlock, OptimizerFactory, RoundOptimizerFactory, at_round, freeze
+from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, told
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
@@ -33,6 +35,8 @@ from parablock_rt.staging.device_stager import DeviceStager
 from parablock_rt.staging.stager import Stager
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
+
+log = logging.getLogger("parablock")
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -100,12 +104,14 @@ class Run:
         plan: BlockPlan,
         blocks: list[FlatBlock],
         welcome: protocol.Welcome,
-        optimizer: OptimizerFactory | RoundOptimizerFactory,
+        optimizer: OptimizerFactory,
         on_round: Callable[[RoundReport], None] | None,
         stager: Stager | DeviceStager,
         timeline: Timeline,
+        claim: Claim,
     ) -> None:
-        """For `join`, which has shaken hands and materialised the plan. The run closes the stager."""
+        """For `join`, which has shaken hands and materialised the plan. The run closes the stager, and releases the
+        claim on the model."""
         self.model = model
         self.plan = plan
         self.config = welcome.config
@@ -114,6 +120,7 @@ class Run:
         self.compute_s = 0.0
         self.digest: str | None = None
         self._link = link
+        self._claim = claim
         self._blocks = blocks
         self._stager = stager
         self._replica = Replica(blocks, self.config.format, self.config.local_view, stager.residual)
@@ -123,6 +130,8 @@ class Run:
         self._on_round = on_round
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
+        self._interrupted = ""  # what has kept the next round from beginning
+        self._told_of_missing_gradients = False
         self._closed = False
 
     # ---- What a training loop calls
@@ -134,13 +143,18 @@ class Run:
 
     @property
     def round(self) -> int | None:
-        """The round that trains now; None when the run has finished."""
+        """The round that trains now; None when the run is over."""
         return None if self._round is None else self._round.index
 
     @property
     def block(self) -> int | None:
-        """The block that trains now, an index of `plan.blocks`; None when the run has finished."""
+        """The block that trains now, an index of `plan.blocks`; None when the run is over."""
         return None if self._round is None else self._round.block
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the round that trains now, and of no other. Raises ParaBlockError when the run is over."""
+        return self._require_round().active.optimizer
 
     @property
     def exposed_s(self) -> float:
@@ -188,26 +202,26 @@ class Run:
         return self._link.resent_bytes
 
     def stream(self, loader: Iterable[Batch], *, accumulate: int = 1) -> Iterator[Batch]:
-        """The loader's batches, epoch after epoch, until the run has finished.
+        """The loader's batches, epoch after epoch, until the run has finished or is closed.
 
         Take one step with each; or, to accumulate gradients, with every `accumulate`-th one: `loss.backward()` for all,
         `run.step()` after the last.
 
-        Raises ConfigError when the loader has none, ParaBlockError when so many batches came back without a step.
+        Raises ConfigError when the loader has none, ParaBlockError when so many batches came back without a step, and
+        what `step` raises when the run cannot go on.
         """
         if accumulate < 1:
             raise ConfigError(f"expected accumulate to be at least 1 batch a step; found {accumulate}")
         seen, without_step = 0, 0
-        while self._round is not None:
+        while not self._is_over():
             before = seen
             for batch in loader:
                 seen += 1
                 steps_before = self._steps_taken()
                 yield batch
-                steps_after = self._steps_taken()
-                if steps_after is None:
+                if self._is_over():
                     return
-                without_step = without_step + 1 if steps_after == steps_before else 0
+                without_step = without_step + 1 if self._steps_taken() == steps_before else 0
                 if without_step == accumulate:
                     raise ParaBlockError(
                         f"{accumulate} of run.stream's batches were used without run.train_step or run.step; take one "
@@ -228,37 +242,55 @@ class Run:
         returns the loss; without one the model's output has `.loss`. `weight`: how much this step counts in the
         server's mean; by default the number of labels that are trained on, or 1 where there are none.
         """
-        self._require_round()
+        round = self._require_round()
         loss = loss_fn(self.model, batch) if loss_fn is not None else model_loss(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return self.step(weight=weight_of(batch) if weight is None else weight, loss=loss)
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except BaseException:  # who goes on with another batch does so without half of this one's gradients
+            round.active.clear_gradients()
+            raise
+        return self.step(weight=weight_of(batch, self.model) if weight is None else weight, loss=loss)
 
     def step(self, *, weight: float | Tensor = 1.0, loss: Tensor | float | None = None) -> StepReport:
         """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
 
         `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
-        the boundary when it is on a GPU. Raises ConfigError for a weight that no contribution can have, unless it is on
-        a GPU: then the server refuses the round's upload.
+        the boundary when it is on a GPU.
+
+        Raises:
+            ConfigError: a weight that no contribution can have, unless it is on a GPU: then the server refuses the
+                round's upload.
+            ParaBlockError: there is no gradient; the run has ended, was closed, or an earlier boundary failed.
+            PlanError: the block's parameters are not where they were when the round began.
         """
         round = self._require_round()
         before = self.exposed_s
         weight = check_weight(as_number(weight))
+        value = float("nan") if loss is None else as_number(loss)
+        self._look_at_gradients(round)
         if round.steps == 0:
             self._exchange.release_handed_over()
         round.active.step()
-        value = float("nan") if loss is None else as_number(loss)
         round.steps += 1
         round.weight = round.weight + weight
         round.loss_sum = round.loss_sum + value
         if round.steps == self.config.local_steps:
-            self._end_round(round)
-            self._begin_round(round.index + 1)
+            self._cross_boundary(round)
         exposed_s, ended = self.exposed_s - before, self._round is not round
         return StepReport(value, round.index, round.block, exposed_s, ended, self.finished)
 
     def block_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that train now, with their gradients after a backward pass (to clip them, say)."""
         return self._require_round().active.flat.params
+
+    def wait_encoded(self) -> None:
+        """Returns when no block that was handed over is being read any more.
+
+        Between this and the next step the model's weights may be changed, for an evaluation with averaged ones say, if
+        the same bits are put back before that.
+        """
+        for block in range(len(self._blocks)):
+            self._exchange.wait_encoded(block)
 
     def holdings(self) -> dict[str, int]:
         """Bytes that this client holds now, by the items of `memory.predict`; an item that is not there holds none.
@@ -279,18 +311,22 @@ class Run:
     def close(self, reason: str = "") -> None:
         """Leaves the run and gives the model back as it was found: same parameters, same `requires_grad`. Idempotent.
 
-        Before the end of the run this tells the server that the client is leaving, and `reason`.
+        Before the end of the run this tells the server that the client is leaving, and `reason`. Any thread may call
+        it: a training thread that waits for the network then gets a ParaBlockError.
         """
         if self._closed:
             return
         self._closed = True
-        if self._round is not None:
-            self._round.active.close()
-            self._round = None
-        self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
-        self._stager.close()  # it reads memory that may go with this object
-        for parameter, trainable in self._was_trainable.items():
-            parameter.requires_grad_(trainable)
+        try:
+            self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
+            self._stager.close()  # it reads memory that may go with this object
+        finally:
+            round, self._round = self._round, None
+            if round is not None:
+                round.active.close()
+            for parameter, trainable in self._was_trainable.items():
+                parameter.requires_grad_(trainable)
+            self._claim.release()
 
     def __enter__(self) -> Run:
         return self
@@ -311,13 +347,40 @@ class Run:
         self._exchange.begin(begin.updates_from)
         self._begin_round(begin.first_round)
 
-    def _require_round(self) -> _Round:
-        if self._round is None:
-            raise ParaBlockError("the run has ended; take steps only while run.finished is False, as run.stream does")
-        return self._round
+    def _is_over(self) -> bool:
+        return self.finished or self._closed
 
-    def _steps_taken(self) -> int | None:
-        return None if self._round is None else self._round.index * self.config.local_steps + self._round.steps
+    def _require_round(self) -> _Round:
+        if self._round is not None:
+            return self._round
+        if self.finished:
+            raise ParaBlockError("the run has ended; take steps only while run.finished is False, as run.stream does")
+        if self._closed:
+            raise ParaBlockError("this run was closed before its end; join again")
+        raise ParaBlockError(f"{self._interrupted}, and the run cannot go on from there; close it and join again")
+
+    def _steps_taken(self) -> int:
+        round = self._require_round()
+        return round.index * self.config.local_steps + round.steps
+
+    def _look_at_gradients(self, round: _Round) -> None:
+        missing = round.active.without_gradient()
+        if missing and not self._told_of_missing_gradients:
+            self._told_of_missing_gradients = True
+            log.warning(
+                "block %d trains without %d of its parameters, such as %s, which got no gradient: the loss does not "
+                "depend on them, or they are behind a reentrant checkpoint; said once",
+                *(round.block, len(missing), missing[0]),
+            )
+
+    def _cross_boundary(self, round: _Round) -> None:
+        try:
+            self._end_round(round)
+            if not self._closed:  # by `on_round`
+                self._begin_round(round.index + 1)
+        except BaseException as error:
+            self._interrupted = f"the boundary after round {round.index} was interrupted by {type(error).__name__}"
+            raise
 
     def _begin_round(self, index: int) -> None:
         """Applies what is due before round `index` and starts it, or the next one that is still open to us."""
@@ -335,10 +398,11 @@ class Run:
             return
         block = self._exchange.schedule.block(index)
         flat = self._blocks[block]
-        flat.check_homed()
+        flat.check_homed(self.model)
         self._exchange.wait_encoded(block)
         ref = self._replica.begin(block)
-        active = ActiveBlock(flat, at_round(self._optimizer, index), self._take_master(flat))
+        factory = told(self._optimizer, round=index, names=flat.block.parameters)
+        active = ActiveBlock(flat, factory, self._take_master(flat))
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
     def _end_round(self, round: _Round) -> None:
@@ -346,6 +410,7 @@ class Run:
 
         On a GPU it waits for the round's computation, once, after everything that can run without it has been queued.
         """
+        round.active.check_homed(self.model)
         self._round = None
         steps_ended_ns = time.monotonic_ns()
         waited_s = self._exchange.wait_for_verdict(round.block, round.index)
@@ -387,6 +452,8 @@ class Run:
         return seconds
 
     def _finish(self) -> None:
+        for flat in self._blocks:
+            flat.check_homed(self.model)
         digest = self._exchange.finish()
         self._link.farewell(self._goodbye(digest, ""))
         self.digest = digest
@@ -394,7 +461,7 @@ class Run:
     def _take_master(self, flat: FlatBlock) -> Tensor | None:
         if not flat.block.needs_master:
             return None
-        return torch.empty(flat.block.flat_numel, device=flat.flats[0].device)
+        return torch.empty(flat.block.flat_numel, dtype=torch.float32, device=flat.flats[0].device)
 
     def _goodbye(self, digest: str, reason: str) -> protocol.Goodbye:
         return protocol.Goodbye(

@@ -242,10 +242,12 @@ class ServerLink:
     # ---- Waiting
 
     def check(self) -> None:
-        """Raises what the server has reported as its failure."""
+        """Raises what the server has reported as its failure, and ParaBlockError when the link is closed."""
         with self._changed:
             if self._error is not None:
                 raise self._error
+            if self._closing:
+                raise ParaBlockError("this run was closed while it still waited for the server")
 
     def wait(self, holds: Callable[[], bool], what: str, timeout: float | None = None) -> float:
         """Waits until `holds()`, and returns the seconds that this thread was blocked.
@@ -326,7 +328,7 @@ class ServerLink:
             case protocol.Lanes():
                 self._lanes = message
             case protocol.Verdict():
-                self._transit.uploads.pop(message.round, None)
+                self._transit.decided(message.round)
                 self._verdicts.append(message)
             case protocol.Update():
                 self._transit.update_announced(message)

@@ -72,6 +72,7 @@ class Transit:
         self.announced: list[protocol.Snapshot] = []  # whole blocks that no room was made for yet
         self.block_bytes: list[int] = []  # what each block weighs
         self._chunk = chunk
+        self._decided_early: set[int] = set()  # rounds that were refused before they were handed over
         self._asked: set[int] = set()  # of the uploads, the rounds that the last Rejoin has named
         self._closed_before = 0  # every round before this one is closed
         self._whole: frozenset[int] = frozenset()  # blocks that come whole, in place of their rounds before that
@@ -92,11 +93,17 @@ class Transit:
         elif message.round > self.applied:
             self.early_updates[message.round] = message
 
+    def decided(self, round: int) -> None:
+        """The server has spoken on a round's upload, and will not do so again."""
+        self.uploads.pop(round, None)
+        if round > self.handed_over:
+            self._decided_early = {other for other in self._decided_early if other > self.handed_over} | {round}
+
     def closed(self, round: int) -> bool:
-        """Whether the server is known to have closed the round."""
+        """Whether the server is known to have closed the round, or to take nothing for it any more."""
         arrival = self.arrivals.get(round)
         announced = round in self.early_updates or (arrival is not None and arrival.message is not None)
-        return announced or round < self._closed_before
+        return announced or round < self._closed_before or round in self._decided_early
 
     def arrived(self, round: int) -> bool:
         """Whether the round's aggregate is complete here."""

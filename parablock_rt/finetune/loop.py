@@ -102,7 +102,7 @@ def train(
         shard = task.train.shard(run.client, run.config.clients)
         for batch in run.stream(data.Batches(shard, workload.batch_size, seed=run.config.seed)):
             # The labels are counted before they go to a GPU: asking there would wait for it.
-            weight = weight_of(batch)
+            weight = weight_of(batch, model)
             run.train_step({name: value.to(where) for name, value in batch.items()}, weight=weight)
     return run
 

@@ -50,7 +50,8 @@ class Downlink:
         self.snapshot_bytes = sum(block_bytes)
         self.backlog = Backlog(block_bytes)
         self._copies: dict[int, _Copy] = {}
-        self._mean = torch.empty(max(block.block.flat_numel for block in master.blocks))  # of the round that closes
+        largest = max(block.block.flat_numel for block in master.blocks)
+        self._mean = torch.empty(largest, dtype=torch.float32)  # of the round that closes
 
     @property
     def buffers(self) -> BufferPool:

@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor, nn
 
 from parablock_rt import _C, codec, exits
+from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
@@ -45,14 +46,16 @@ class Server:
         transport: Transport,
         address: str,
         model: nn.Module,
+        claim: Claim,
         state: Checkpoint | None,
     ) -> None:
-        """For `serve`. Starts the thread."""
+        """For `serve`. Starts the thread, which releases the claim on the model at its end."""
         self.address = address
         self._state = state
         self._coordinator = coordinator
         self._transport = transport
         self._model = model
+        self._claim = claim
         self._error: ParaBlockError | None = None
         self._crash: BaseException | None = None
         self._ended = threading.Event()  # not Thread.join: before Python 3.13 a Ctrl-C in it makes the thread seem over
@@ -139,6 +142,7 @@ class Server:
             self._transport.close()
             if self._state is not None:
                 self._state.close()
+            self._claim.release()
             self._ended.set()
 
 
@@ -190,7 +194,8 @@ def serve(
             with `resume` none are needed, and others than the run's are an error.
 
     Raises:
-        ConfigError: a setting that no run can use. PlanError: no blocks. TransportError: the address is taken.
+        ConfigError: a setting that no run can use, or a model that is in use.
+        PlanError: no blocks. TransportError: the address is taken.
         CheckpointError: the state to resume is damaged, in use, or of another run.
     """
     if durable is not None and resume is not None:
@@ -199,11 +204,13 @@ def serve(
     protected = _proves_clients(token, tls)
     context = None if tls is None else tls.for_server()
     plan = plan or BlockPlan.from_model(model)
-    blocks = plan.materialise(model)
-    _check_on_host(blocks)
-    state, past = (None, None) if resume is None else Checkpoint.open(Path(resume))
-    transport = None
+    claim = Claim(model, "server")
+    state, past, transport = None, None, None
     try:
+        blocks = plan.materialise(model)
+        _check_on_host(blocks)
+        if resume is not None:
+            state, past = Checkpoint.open(Path(resume))
         if past is not None:
             recovery.check_same(past, config, plan.digest, plan.frozen_fingerprint(model))
             config = past.begin.config
@@ -224,12 +231,13 @@ def serve(
             transport, identity, plan, master, budget, on_round, state=state, past=past, trace=trace
         )
     except BaseException:
+        claim.release()
         if transport is not None:
             transport.close(flush=0.0)
         if state is not None:
             state.close()
         raise
-    return Server(coordinator, transport, taken, model, state)
+    return Server(coordinator, transport, taken, model, claim, state)
 
 
 def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool) -> RunConfig | None:

@@ -176,7 +176,7 @@ class Stager:
 
     def residual(self, numel: int) -> Tensor:
         """An uninitialised fp32 [numel] in host memory, to keep an error feedback in."""
-        return torch.empty(numel)
+        return torch.empty(numel, dtype=torch.float32)
 
     def landing(self, numel: int, format: str, chunk: int) -> Landing:
         """Room for the packed body of a block of `numel` elements."""
@@ -210,6 +210,8 @@ def check_piece(piece: Piece, device: str) -> None:
             continue
         if tensor.device.type != where or tensor.dtype not in codec.DTYPE_CODES:
             raise CodecError(f"expected fp32, bf16 or fp16 on {where}; found {tensor.dtype} on {tensor.device}")
+        if tensor.dtype != torch.float32 and (tensor is piece.residual or tensor is piece.residual_out):
+            raise CodecError(f"expected an error feedback in fp32; found {tensor.dtype}")
         if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != piece.now.numel():
             raise CodecError(
                 f"the tensors of a piece must be 1-D, contiguous and of one length; found shape {tuple(tensor.shape)}"

@@ -38,14 +38,19 @@ struct Digits {
   uint32_t words[kTogether / kFour][8];
 };
 
-template <Format kFormat>
-PARABLOCK_INLINE void cut(const Factors<kFormat>& factors, int64_t count, int base, Digits& digits) {
+// What a window has of the factors of one group.
+struct Windows {
+  PARABLOCK_INLINE void end_at(int64_t count) {
+    for (int64_t i = count; i < count + kFour; ++i) of[i] = 0;
+  }
+  uint64_t of[kTogether + kFour];  // by contribution, with zeros behind the last
+  uint64_t negative = 0;           // a bit for each
+};
+
+PARABLOCK_INLINE void cut(const Windows& windows, int64_t count, Digits& digits) {
   for (int64_t first = 0; first < count; first += kFour) {
     __m128i window[kFour];
-    for (int64_t i = 0; i < kFour; ++i) {
-      const uint64_t low = first + i < count ? static_cast<uint64_t>(factors.of[first + i].units >> base) : 0;
-      window[i] = _mm_cvtsi64_si128(static_cast<int64_t>(low));
-    }
+    for (int64_t i = 0; i < kFour; ++i) window[i] = _mm_cvtsi64_si128(static_cast<int64_t>(windows.of[first + i]));
     const __m128i ab = _mm_unpacklo_epi8(window[0], window[1]);
     const __m128i cd = _mm_unpacklo_epi8(window[2], window[3]);
     auto* const words = reinterpret_cast<__m128i*>(digits.words[first / kFour]);
@@ -126,8 +131,8 @@ PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int b
 
 // One block of all contributions times `kDigits` digits of their factors.
 template <Format kFormat, int kDigits>
-void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, const Factors<kFormat>& factors,
-               const Digits& digits, int64_t at, int base, Onto onto) {
+void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative, const Digits& digits,
+               int64_t at, int base, Onto onto) {
   constexpr int kPairs = (kDigits + 1) / 2;
   __m512i sums[kDigits][kFour];
   for (int j = 0; j < kDigits; ++j)
@@ -136,7 +141,7 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
     __m512i apart[kFour];
     for (int64_t i = 0; i < kFour; ++i) {
       const int64_t one = first + i < count ? first + i : first;  // what has no digits may have any codes
-      apart[i] = codes_at<kFormat>(in[one], at, factors.of[one].negative);
+      apart[i] = codes_at<kFormat>(in[one], at, negative >> one & 1);
     }
     __m512i together[kFour];
     interleave(apart, together);
@@ -168,12 +173,11 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
   }
 }
 
-template <Format kFormat>
-using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count,
-                          const Factors<kFormat>& factors, const Digits& digits, int64_t at, int base, Onto onto);
+using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative,
+                          const Digits& digits, int64_t at, int base, Onto onto);
 
 template <Format kFormat>
-constexpr AddBlock<kFormat> kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>,
+constexpr AddBlock kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>,
                                                       &add_block<kFormat, 3>, &add_block<kFormat, 4>,
                                                       &add_block<kFormat, 5>, &add_block<kFormat, 6>};
 
@@ -183,41 +187,142 @@ PARABLOCK_INLINE int bit_length(Magnitude units) {
 }
 
 template <Format kFormat>
+PARABLOCK_INLINE void add_windows_of_group(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count,
+                                           const Windows& windows, int64_t at, int digit_count, int base, Onto onto) {
+  Digits digits;
+  cut(windows, count, digits);
+  for (int64_t block = at; block < at + group_size(kFormat); block += kBlock)
+    kAddBlock<kFormat>[digit_count - 1](hi, lo, in, count, windows.negative, digits, block, base, onto);
+}
+
+PARABLOCK_INLINE void clear(int64_t* hi, int64_t* lo, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) hi[i] = lo[i] = 0;
+}
+
+// Of any factors: one window after the other.
+template <Format kFormat>
 void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty,
                     bool is_long) {
-  const int64_t end = at + group_size(kFormat);
   const Factors<kFormat> factors(in, count, at);
-  if (factors.any == 0 && empty) {
-    for (int64_t i = at; i < end; ++i) hi[i] = lo[i] = 0;
-  }
+  if (factors.any == 0 && empty) clear(hi, lo, at, at + group_size(kFormat));
+  Windows windows;
+  windows.end_at(count);
+  for (int64_t i = 0; i < count; ++i) windows.negative |= uint64_t{factors.of[i].negative} << i;
   Magnitude left = factors.any;
   for (int base = 0; left != 0; left = base < 128 ? factors.any >> base : 0) {
     const int zeros = lowest_bit(left);
     base += zeros;
     const int wanted = (bit_length(left >> zeros) + 7) / 8;
-    const int count_of_digits = wanted < kMostDigits ? wanted : kMostDigits;
-    Digits digits;
-    cut(factors, count, base, digits);
-    const bool last = count_of_digits == wanted;
+    const int digit_count = wanted < kMostDigits ? wanted : kMostDigits;
+    for (int64_t i = 0; i < count; ++i) windows.of[i] = static_cast<uint64_t>(factors.of[i].units >> base);
+    const bool last = digit_count == wanted;
     const Onto onto = !empty ? Onto::kSum : last && is_long ? Onto::kNothingForLong : Onto::kNothing;
-    for (int64_t block = at; block < end; block += kBlock)
-      kAddBlock<kFormat>[count_of_digits - 1](hi, lo, in, count, factors, digits, block, base, onto);
+    add_windows_of_group<kFormat>(hi, lo, in, count, windows, at, digit_count, base, onto);
     empty = false;
-    base += 8 * count_of_digits;
+    base += 8 * digit_count;
+  }
+}
+
+// The factors of eight groups, a lane each, that `add_group_vnni` would find one by one. In a model's uploads those of
+// one group differ by a few binades and have few bits, so that nearly always one window has them all: then they are
+// here, aligned to the largest of them. `fits` tells for which groups.
+template <Format kFormat>
+struct Strip {
+  static constexpr int64_t kGroups = 8;
+
+  PARABLOCK_INLINE Strip(const Contribution* in, int64_t count, int64_t at) {
+    const __m512i implicit = _mm512_set1_epi64(int64_t{1} << 52);
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* const scales = reinterpret_cast<const __m128i*>(in[i].planes.scales + at / group_size(kFormat) * 2);
+      const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(scales)), 16);
+      const __m512d value = _mm512_mul_pd(_mm512_set1_pd(in[i].weight), _mm512_cvtps_pd(_mm256_castsi256_ps(bits)));
+      const __m512d size = _mm512_abs_pd(value);
+      negative[i] = _mm512_cmp_pd_mask(value, _mm512_setzero_pd(), _CMP_LT_OQ);
+      const __mmask8 counts = _mm512_cmp_pd_mask(size, _mm512_set1_pd(kFactorLimit), _CMP_LT_OQ);  // no NaN does
+      const __m512i exponent = _mm512_srli_epi64(_mm512_maskz_mov_epi64(counts, _mm512_castpd_si512(size)), 52);
+      const __mmask8 normal = _mm512_test_epi64_mask(exponent, exponent);
+      const __m512i fraction = _mm512_and_si512(_mm512_castpd_si512(size), _mm512_set1_epi64((int64_t{1} << 52) - 1));
+      exponents[i] = exponent;
+      frames[i] = _mm512_maskz_slli_epi64(normal, _mm512_or_si512(fraction, implicit), 11);
+      top = _mm512_max_epu64(top, exponent);
+    }
+    __m512i any = _mm512_setzero_si512();
+    __mmask8 cut_off = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512i down = _mm512_sub_epi64(top, exponents[i]);
+      const __m512i aligned = _mm512_srlv_epi64(frames[i], down);
+      cut_off |= _mm512_cmpneq_epi64_mask(_mm512_sllv_epi64(aligned, down), frames[i]);
+      frames[i] = aligned;
+      any = _mm512_or_si512(any, aligned);
+    }
+    alignas(64) int64_t tops[kGroups];
+    alignas(64) uint64_t anys[kGroups];
+    _mm512_store_si512(tops, top);
+    _mm512_store_si512(anys, any);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      empty[g] = anys[g] == 0;
+      zeros[g] = empty[g] ? 0 : __builtin_ctzll(anys[g]);
+      digits[g] = (64 - zeros[g] + 7) / 8;
+      base[g] = static_cast<int>(tops[g]) - kFrameExponent + zeros[g];
+      fits[g] = !(cut_off >> g & 1) && (empty[g] || (digits[g] <= kMostDigits && base[g] >= 0));
+    }
+  }
+
+  PARABLOCK_INLINE void windows_of(int64_t g, int64_t count, Windows& windows) const {
+    for (int64_t i = 0; i < count; ++i) {
+      windows.of[i] = reinterpret_cast<const uint64_t*>(&frames[i])[g] >> zeros[g];
+      windows.negative |= uint64_t{negative[i] >> g & 1u} << i;
+    }
+  }
+
+  // The exponent, as a double has it, of a factor whose highest bit, the 63rd of its frame, is unit 63.
+  static constexpr int kFrameExponent = 1023 - kUnitBits + 63;
+
+  __m512i exponents[kTogether];
+  __m512i frames[kTogether];  // of a contribution: the bits of its factors, the highest of all at the top
+  __mmask8 negative[kTogether];
+  bool empty[kGroups];
+  bool fits[kGroups];
+  int zeros[kGroups];
+  int digits[kGroups];
+  int base[kGroups];
+};
+
+template <Format kFormat>
+void add_strip(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty, bool is_long) {
+  const Strip<kFormat> strip(in, count, at);
+  for (int64_t g = 0; g < strip.kGroups; ++g) {
+    const int64_t here = at + g * group_size(kFormat);
+    if (!strip.fits[g]) {
+      add_group_vnni<kFormat>(hi, lo, in, count, here, empty, is_long);
+    } else if (!strip.empty[g]) {
+      Windows windows;
+      windows.end_at(count);
+      strip.windows_of(g, count, windows);
+      const Onto onto = !empty ? Onto::kSum : is_long ? Onto::kNothingForLong : Onto::kNothing;
+      add_windows_of_group<kFormat>(hi, lo, in, count, windows, here, strip.digits[g], strip.base[g], onto);
+    } else if (empty) {
+      clear(hi, lo, here, here + group_size(kFormat));
+    }
   }
 }
 
 template <Format kFormat>
 void accumulate_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                      bool empty) {
+  constexpr int64_t kStrip = Strip<kFormat>::kGroups * group_size(kFormat);
   const bool aligned = (reinterpret_cast<uintptr_t>(hi) | reinterpret_cast<uintptr_t>(lo)) % sizeof(__m512i) == 0;
   const bool is_long = aligned && count <= kTogether && end - begin >= kLong;
-  for (int64_t at = begin; at < end; at += group_size(kFormat)) {
+  int64_t at = begin;
+  auto add_all = [&](auto add) {
     for (int64_t first = 0; first < count; first += kTogether) {
       const int64_t here = count - first < kTogether ? count - first : kTogether;
-      add_group_vnni<kFormat>(hi, lo, in + first, here, at, empty && first == 0, is_long);
+      add(hi, lo, in + first, here, at, empty && first == 0, is_long);
     }
-  }
+  };
+  for (; at + kStrip <= end; at += kStrip) add_all(&add_strip<kFormat>);
+  for (; at < end; at += group_size(kFormat)) add_all(&add_group_vnni<kFormat>);
 }
 
 }  // namespace

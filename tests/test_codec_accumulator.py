@@ -144,6 +144,37 @@ def test_factors_of_any_length_and_size_add_up_exactly(format: str, count: int) 
         assert mean_bits(held) == mean_bits(accumulator)
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("count", [1, 2, 16, 65])
+def test_a_long_block_adds_up_exactly_whatever_its_groups_have_in_common(format: str, count: int) -> None:
+    """Groups whose factors differ by nothing, by a few binades, by more than any window has, or reach below the sum's
+    unit; groups of zeros, in all contributions and in some; and more groups than are looked at together."""
+    numel = 21 * BLOCK
+    rng = np.random.default_rng(count)
+    groups = numel // 64
+    middle = rng.choice([-60.0, -30.0, -20.0], groups)
+    spread = rng.choice([0.0, 2.0, 12.0, 60.0], groups)
+    zeros = rng.random(groups) < 0.1
+    apart = rng.random(groups) < 0.3  # by more than 64 bits, with nothing in between
+    adds: list[Contribution] = []
+    expected = statement.Accumulator(numel)
+    for _ in range(count):
+        exponents = middle + spread * (rng.random(groups) - 0.5)
+        exponents[apart] = rng.choice([-64.0, 4.0], groups)[apart]
+        exponents[zeros | (rng.random(groups) < 0.1)] = -np.inf
+        x = rng.standard_normal(numel) * np.exp2(exponents).repeat(64)
+        body, _, _ = statement.encode(x.astype(np.float32), np.zeros(numel, np.float32), None, format)
+        adds.append((body, float(rng.choice([1.0, 3.0, 2048.0, rng.uniform(1, 2)])), format))
+        expected.add(*adds[-1])
+    once, twice = summed_at_once(adds, numel), summed_at_once(adds, numel, parts=2)
+    held = codec.Accumulator(numel)
+    hold(held, adds)
+    for accumulator in (once, twice):
+        assert accumulator._halves[0].tolist() == expected.hi
+        assert accumulator._halves[1].tolist() == expected.lo
+        assert mean_bits(accumulator) == mean_bits(held)
+
+
 def test_a_factor_beyond_all_bounds_counts_nothing_where_all_codes_are_0() -> None:
     largest_scale = (0x7F7F).to_bytes(2, "little")
     adds = [(largest_scale + bytes(BLOCK), 2.0**64, "int8"), (int8_body(0x3F80), 3.0, "int8")]

@@ -10,9 +10,12 @@ Mailbox::Callback* Mailbox::callback(std::shared_ptr<void> keep, HostAction acti
   std::lock_guard lock(mutex_);
   if (idle_.empty()) {
     all_.push_back(std::make_unique<Callback>());
+    idle_.reserve(all_.size());
     idle_.push_back(all_.back().get());
-    kept_.reserve(kept_.size() + all_.size());
   }
+  // Here, for `drop` runs in the driver's thread and must find room. A record that is used again before the worker has
+  // let go counts twice, once in each term.
+  kept_.reserve(kept_.size() + all_.size());
   Callback* callback = idle_.back();
   idle_.pop_back();
   *callback = {shared_from_this(), std::move(keep), action, value};
@@ -75,11 +78,12 @@ bool Mailbox::wait(std::vector<std::shared_ptr<HostToDevice>>& arrivals) {
 }
 
 void Mailbox::release() {
-  std::vector<std::shared_ptr<void>> kept;
   {
     std::lock_guard lock(mutex_);
-    kept.swap(kept_);
+    kept_.swap(released_);
+    kept_.reserve(released_.capacity());  // as much room as `callback` has made for those still to come
   }
+  released_.clear();
 }
 
 }  // namespace parablock

@@ -36,7 +36,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   // Blocks the worker until there is something. Moves what is new to the end of `arrivals`, lets go of what callbacks
   // kept, and returns false once it should stop.
   bool wait(std::vector<std::shared_ptr<HostToDevice>>& arrivals);
-  void release();  // lets go of what callbacks kept; not from a callback
+  void release();  // lets go of what callbacks kept; the worker alone, and who has joined it
 
  private:
   std::mutex mutex_;
@@ -45,6 +45,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   bool stopping_ = false;
   std::vector<std::shared_ptr<HostToDevice>> added_;
   std::vector<std::shared_ptr<void>> kept_;
+  std::vector<std::shared_ptr<void>> released_;  // of `release`: its memory and that of `kept_` take turns
   std::vector<std::unique_ptr<Callback>> all_;
   std::vector<Callback*> idle_;
 };

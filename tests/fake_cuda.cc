@@ -1,15 +1,19 @@
 // A stand-in for libcuda.so.1 on a machine without a GPU: streams are threads, device memory is host memory, and every
 // operation runs when its turn in its stream comes, not when it was queued. Delays and failures are injected; what a
-// real driver forbids (calls from a callback, memory that goes while it is pinned) is counted.
+// real driver forbids (calls from a callback, memory that goes while it is pinned) is counted. Where the library is
+// preloaded (LD_PRELOAD), so is what a callback allocates.
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -31,6 +35,7 @@ int64_t unpinned_copies = 0;
 int64_t largest_copy = 0;
 bool broken = false;  // as after an error in a kernel: nothing runs any more
 thread_local bool in_callback = false;
+std::atomic<int64_t> allocations{0};  // in callbacks
 thread_local void* current = nullptr;
 
 int enter(const char* function) {
@@ -160,6 +165,15 @@ void note_copy(const void* host, size_t bytes) {
 }
 
 }  // namespace
+
+// In the place of the library's own for everything that is loaded after this one.
+void* operator new(size_t bytes) {
+  if (in_callback) ++allocations;
+  if (void* memory = std::malloc(std::max<size_t>(bytes, 1))) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 extern "C" {
 
@@ -318,6 +332,7 @@ int64_t fake_pinned_bytes() {
   for (const auto& [memory, bytes] : pinned) total += bytes;
   return static_cast<int64_t>(total);
 }
+int64_t fake_allocations() { return allocations; }
 int fake_priority(void* stream) { return static_cast<Stream*>(stream)->priority; }
 
 }  // extern "C"

@@ -36,8 +36,9 @@ def library() -> str:
 def control() -> ctypes.CDLL:
     """The library's own functions: `fake_delay`, `fake_fail` and the like."""
     fake = ctypes.CDLL(library())
-    for name in ("fake_calls", "fake_violations", "fake_unpinned_copies", "fake_largest_copy", "fake_pinned_bytes"):
-        getattr(fake, name).restype = ctypes.c_int64
+    numbers = ("calls", "violations", "unpinned_copies", "largest_copy", "pinned_bytes", "allocations")
+    for name in numbers:
+        getattr(fake, f"fake_{name}").restype = ctypes.c_int64
     fake.fake_delay.argtypes = [ctypes.c_int64, ctypes.c_uint]
     fake.fake_kernel.argtypes = [ctypes.c_void_p, _KERNEL, ctypes.c_void_p]
     for name in ("cuCtxSetCurrent", "cuStreamSynchronize", "cuStreamDestroy_v2", "fake_priority"):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -315,6 +316,38 @@ def test_a_round_trip_allocates_nothing_and_never_waits_for_a_stream_once_it_is_
             assert tries <= 10
             warm, later, tries = later, rounds(12), tries + 1
         assert fake_device.calls("cuStreamSynchronize") == 0
+
+
+ROUND_TRIPS = """
+import sys
+import fake_device
+fake_device.library = lambda: sys.argv[1]  # the one that is preloaded
+from test_device_staging import CHUNK, NUMEL, Staged, Transport, control
+
+with Transport() as transport, Staged(delay_us=20) as here:
+    pieces = [here.piece(NUMEL, seed) for seed in range(2)]
+    for round in range(30):
+        encoding = here.stager.encode([pieces[round % 2]], "int8", CHUNK, transport)
+        encoding.wait()
+        here.stager.release(encoding)
+        if round == 0:  # the first checksum of a process makes its tables
+            before = control().fake_allocations()
+    print(control().fake_calls(b"cuLaunchHostFunc"), control().fake_allocations() - before)
+"""
+
+
+def test_a_callback_of_the_driver_allocates_nothing() -> None:
+    library = fake_device.library()
+    command = [sys.executable, "-c", ROUND_TRIPS, library]
+    first = os.environ.get("LD_PRELOAD", "")  # a sanitizer's
+    environment = {**os.environ, "LD_PRELOAD": f"{first} {library}".strip()}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    callbacks, allocations = map(int, done.stdout.split())
+    assert callbacks > 300
+    assert allocations == 0
 
 
 def test_the_pack_stream_yields_to_the_training_and_the_copies_do_not(staged: Staged) -> None:

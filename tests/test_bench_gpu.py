@@ -167,6 +167,7 @@ def test_what_copies_and_hand_overs_are_measured_with_runs_to_its_end_on_a_fake_
     monkeypatch.setattr(FakeDevice, "warm_up", lambda *_: None, raising=False)
     monkeypatch.setattr("parablock_rt.staging.device.CudaDevice", lambda device: FakeDevice())
     monkeypatch.setattr(staging, "Timer", HostTimer)
+    monkeypatch.setattr(staging, "SLICE", 1 << 22)  # a real one takes a long time in host memory
     for name, fake in {"current_device": 0, "current_stream": None, "synchronize": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=fake: value)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: handle)

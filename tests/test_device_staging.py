@@ -199,6 +199,17 @@ def test_a_block_is_cut_into_several_launches_of_bounded_number(transport: Trans
         assert here.device.launches == 1
 
 
+@pytest.mark.parametrize(("numel", "slices"), [(218_112_000, 4), (524_288_000, 8), (3 << 20, 3), (128, 1)])
+def test_a_block_has_four_slices_unless_they_would_be_too_large_or_too_small(numel: int, slices: int) -> None:
+    chunk = RunConfig(rounds=1, clients=1).chunk
+    meta = torch.empty(numel, device="meta")
+    elements = device_stager.slot_elements(numel, chunk)
+    cut = device_stager._cut([Piece(meta, meta, None, None)], elements, chunk)
+    assert len(cut) == slices
+    assert sum(part.numel for part in cut) == numel
+    assert elements <= device_stager.SLICE
+
+
 def test_no_copy_of_a_hand_over_is_longer_than_a_piece(transport: Transport) -> None:
     piece_bytes = 700  # of a residual's slice of 4096
     with Staged(copy_bytes=piece_bytes) as here:

@@ -30,7 +30,11 @@ from parablock_rt.staging.pinned import PinnedMemory, buffer_bytes, bytes_needed
 from parablock_rt.staging.stager import ENCODE_DEADLINE_S, Encoding, Landing, Piece, Stager, check_piece
 from parablock_rt.wire.transport import BufferPool, Transport, body_layout
 
-SLICE = 1 << 24  # elements of a slot, at most: some hundred microseconds of copying, some ten launches a large block
+# Elements of a slot, at most. The training's first optimiser step waits until the last slice is encoded, and each
+# encode may have to wait for a matrix product that has all of the GPU, some milliseconds in a large model. So there are
+# as few slices as let copies and encoding overlap: a quarter of a layer of 218 M parameters fits. It bounds the memory
+# that larger blocks take.
+SLICE = 1 << 26
 LEAST_SLICE = 1 << 20
 SLOTS = 2
 _ALIGNMENT = 16  # bytes, of the codes on the device

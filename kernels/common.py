@@ -170,13 +170,35 @@ def zero_counter(device: torch.device) -> torch.Tensor:
     Each begins at a multiple of 16 bytes: triton compiles a kernel once more for a pointer that does not.
     Not for capture in a CUDA graph: a replay would count on in the slot of the capture.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     with _pools_lock:
-        pool = _pools.setdefault((device, stream), [])
-        if not pool:
-            zeros = torch.zeros(_POOL_SLOTS, 2, dtype=torch.int64, device=device)
-            pool.extend(slot[:1] for slot in zeros)
-        return pool.pop()
+        return _pool(device).pop()
+
+
+def make_counters(device: torch.device) -> None:
+    """Makes the current stream's pool of counters, unless it has one: a call that finds it there allocates nothing."""
+    with _pools_lock:
+        _pool(device)
+
+
+def drop_counters(stream: int) -> None:
+    """Lets go of a stream's pool. For a stream that ends; counters that are in use stay."""
+    with _pools_lock:
+        for key in [key for key in _pools if key[1] == stream]:
+            del _pools[key]
+
+
+def _pool(device: torch.device) -> list[torch.Tensor]:
+    """The current stream's counters, at least one. With the lock held."""
+    pool = _pools.setdefault((device, stream_of(device)), [])
+    if not pool:
+        zeros = torch.zeros(_POOL_SLOTS, 2, dtype=torch.int64, device=device)
+        pool.extend(slot[:1] for slot in zeros)
+    return pool
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that this thread launches on."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 # ---- single values, in kernels

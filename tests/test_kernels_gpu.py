@@ -229,6 +229,8 @@ def test_each_operation_is_one_launch() -> None:
         "accumulate": lambda: kernels.accumulate(hi, lo, body, 0.5, format="int8"),
         "fingerprint": lambda: kernels.fingerprint_on_device(ref),
     }
+    # A pool that runs out of counters in the second call would be filled there, with a launch of its own.
+    kernels.common.drop_counters(torch.cuda.current_stream().cuda_stream)
     for name, operation in operations.items():
         operation()
         torch.cuda.synchronize()

@@ -7,7 +7,7 @@ would compile. Nothing is launched, so bodies hold arbitrary bytes here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -55,8 +55,10 @@ class BindingDevice(FakeDevice):
 
     device = torch.device("cpu")
     _pack = None
+    _warm = False
     encode = CudaDevice.encode
     warm_up = CudaDevice.warm_up
+    close = CudaDevice.close
 
 
 @pytest.fixture
@@ -132,6 +134,34 @@ def test_after_the_warm_up_no_round_compiles_anything(format: str, dtype: torch.
         assert asked - warm == set()
     finally:
         stager.close()
+
+
+def test_no_hand_over_makes_counters_and_none_are_left_of_a_device_that_is_closed(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control().fake_reset()
+    device = BindingDevice()
+    monkeypatch.setattr(device, "_pack", device.native.pack, raising=False)
+    streams = [0]  # the current one is the last
+
+    @contextmanager
+    def current(stream: int) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(kernels.common, "stream_of", lambda device: streams[-1])
+    monkeypatch.setattr(kernels.common, "_pools", {})
+    device.warm_up({(torch.float32, torch.float32)}, "int8")
+    assert asked
+    pool = kernels.common._pools[device.device, device.native.pack]
+    before = len(pool)
+    weights, body = torch.zeros(1024), kernels.empty_body(1024, format="int8", device="cpu")
+    device.encode(weights, weights, None, torch.zeros(1024), body, None, "int8")
+    assert len(pool) == before - 1
+    device.close()
+    assert [stream for _, stream in kernels.common._pools] == [0]  # the training's stays
 
 
 def test_an_argument_of_another_alignment_is_seen_to_ask_for_a_compilation(asked: Asked) -> None:

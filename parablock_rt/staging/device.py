@@ -26,11 +26,12 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         """Makes the streams. Raises DeviceError when the driver cannot be used."""
-        self.device = device
         self.driver = _C.Driver()
         with torch.cuda.device(device):
-            torch.zeros(1, device=device)  # the first use makes the context, which the streams belong to
+            # The first use makes the context, which the streams belong to. A tensor's device has a number in any case.
+            self.device = torch.zeros(1, device=device).device
             self.native = _C.Device(self.driver, COPY_BYTES)
+        self._warm = False
         self._pack: torch.cuda.Stream = torch.cuda.ExternalStream(self.native.pack, device=device)  # type: ignore[no-untyped-call]
 
     def training_stream(self) -> int:
@@ -59,7 +60,8 @@ class CudaDevice:
         return counted
 
     def warm_up(self, kinds: set[tuple[torch.dtype, torch.dtype]], format: str) -> None:
-        """Compiles what a round needs, for blocks of these dtypes (trained, reference), so that no round waits for it.
+        """Compiles what a round needs, for blocks of these dtypes (trained, reference), so that no round waits for it,
+        and makes the counters of the pack stream, so that no hand-over allocates them.
 
         Bodies of both alignments of the scales: those of a whole slice and those of a block's last one. With and
         without a residual that earlier packings have left; fp32 leaves none.
@@ -75,7 +77,12 @@ class CudaDevice:
                         codec.encode(now, ref, rest, format=format)
                     codec.apply_(ref, packed.body, format=format)
                     codec.fingerprint(ref)
+            with torch.cuda.stream(self._pack):
+                codec.kernels().common.make_counters(self.device)
+            self._warm = True
 
     def close(self) -> None:
         """Returns when the streams are idle, and gives them up."""
+        if self._warm:  # else the kernels may not even be importable
+            codec.kernels().common.drop_counters(self.native.pack)
         self.native.close()

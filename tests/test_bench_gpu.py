@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -59,10 +60,12 @@ def test_without_a_gpu_it_runs_to_its_end_and_states_no_figure(name: str, tmp_pa
 
 
 class SimulatedGpu:
-    """One host and one stream of a GPU in the place of `torch.cuda`, each with a time of its own."""
+    """One host and one stream of a GPU in the place of `torch.cuda`, each with a time of its own. The stream takes so
+    much work ahead of time."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, depth: int = 10_000) -> None:
         self.host_s = self.stream_s = 0.0
+        self._queued: deque[float] = deque([0.0] * depth, depth)  # when each piece of work ends
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimulatedEvent(self))
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 2e9))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
@@ -71,8 +74,9 @@ class SimulatedGpu:
 
     def launch(self, seconds: float) -> None:
         """Queues work that takes the stream so long, which takes the host 20 microseconds."""
-        self.host_s += 20e-6
+        self.host_s = max(self.host_s, self._queued[0]) + 20e-6
         self.stream_s = max(self.stream_s, self.host_s) + seconds
+        self._queued.append(self.stream_s)
 
     def synchronize(self) -> None:
         self.host_s = max(self.host_s, self.stream_s)
@@ -112,6 +116,20 @@ def test_a_kernel_is_timed_without_its_launch(launches: int, monkeypatch: pytest
     seconds, note = kernels.measure(case, 50)
     assert seconds == pytest.approx([launches * 5e-6] * 50)
     assert note == ""
+
+
+@pytest.mark.parametrize(("by", "launches"), [("kernel", 1), ("eager", 50)])
+def test_a_stream_takes_what_is_timed_on_it_ahead_of_time(
+    by: str, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu(monkeypatch, depth=1000)
+    monkeypatch.setattr(kernels, "GPU", True)
+    case: Any = SimpleNamespace(
+        name="encode", by=by, sets=1, bytes_per_param=8, run=lambda i: [gpu.launch(5e-6) for _ in range(launches)]
+    )
+    found = kernels.measured(case, 128, 30)
+    assert found["note"] == ""
+    assert found["seconds_max"] == pytest.approx(launches * 5e-6)
 
 
 def test_work_that_the_host_waits_for_is_timed_all_the_same_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

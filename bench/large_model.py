@@ -16,7 +16,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import parablock_rt as pb
 from parablock_rt.client import memory
 
+from .pinned import pinned_figures, pinned_needed
 from .process import answer
-from .result import Result, columns, shown
+from .result import Result, columns, keep, shown
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {
@@ -52,6 +53,28 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 GIB = 2**30
 WAIT_S = 600.0
+KEPT_EVERY = 4  # rounds
+FIGURES = (
+    "model_and_training_bytes_a_parameter",
+    "peak_device_bytes",
+    "peak_device_reserved_bytes",
+    "device_in_use_at_the_end_bytes",
+    "beyond_the_prediction_bytes",
+    "client_peak_resident_bytes",
+    "pinned_bytes_needed",
+    "pinned_bytes",
+    "rounds_done",
+    "join_s",
+    "wall_s",
+    "step_s_median",
+    "exposed_s_total",
+    "exposed_s_a_round_median",
+    "bytes_up",
+    "bytes_down",
+    "loss_first",
+    "loss_last",
+)
+"""Of a row; None where there are none yet."""
 
 
 def on_meta(shape: str) -> Any:
@@ -137,13 +160,17 @@ class Watch:
                 self.items[name] = max(self.items.get(name, 0), nbytes)
 
 
-def train(address: str, model: Any, tokens: int) -> tuple[Watch, dict[str, Any]]:
-    """The client: the whole run, on sequences of random tokens."""
+Note = Callable[[dict[str, Any]], None]
+
+
+def train(address: str, model: Any, tokens: int, pinned_memory: int, note: Note) -> str:
+    """The client: the whole run, on sequences of random tokens. Returns its digest; `note` has the figures so far every
+    few rounds and in the end."""
     device = next(model.parameters()).device
     model.train()
     checkpoint = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     checkpoint({"use_reentrant": False})
-    watch, rounds = Watch(), []
+    watch, rounds = Watch(), list[pb.RoundReport]()
     generator = torch.Generator().manual_seed(1)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -152,16 +179,24 @@ def train(address: str, model: Any, tokens: int) -> tuple[Watch, dict[str, Any]]
             yield {"input_ids": ids, "labels": ids}
 
     joined = time.perf_counter()
-    with pb.join(address, model, watch.optimizer, on_round=rounds.append, patience=WAIT_S) as run:
+    with pb.join(
+        address, model, watch.optimizer, on_round=rounds.append, patience=WAIT_S, pinned_memory=pinned_memory
+    ) as run:
         watch.run = run
         began = time.perf_counter()
+        started = {"join_s": began - joined, **pinned_figures(run._stager, pinned_memory)}
         for batch in run.stream(batches()):
-            run.train_step(batch)
-    ended = time.perf_counter()
-    return watch, {
-        "digest": run.digest,
-        "join_s": began - joined,
-        "wall_s": ended - began,
+            report = run.train_step(batch)
+            if report.finished or (report.round_ended and len(rounds) % KEPT_EVERY == 0):
+                note({**started, "wall_s": time.perf_counter() - began, **figures_of(run, rounds), "held": watch.items})
+    assert run.digest is not None
+    return run.digest
+
+
+def figures_of(run: pb.Run, rounds: list[pb.RoundReport]) -> dict[str, Any]:
+    """What a run has to say of itself after these rounds."""
+    return {
+        "rounds_done": len(rounds),
         "step_s_median": statistics.median(r.compute_s for r in rounds) / run.config.local_steps,
         "exposed_s_total": run.exposed_s,
         "exposed_s_a_round_median": statistics.median(r.exposed_s for r in rounds),
@@ -172,8 +207,22 @@ def train(address: str, model: Any, tokens: int) -> tuple[Watch, dict[str, Any]]
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One run and its figures."""
+def taken(held: dict[str, int], parameters: int, predicted: memory.Prediction) -> dict[str, int | float]:
+    """The memory that is or was in use so far, beside the prediction."""
+    resident = sum(held[name] for name in ("weights", "references", "master", "gradients", "optimiser state"))
+    found: dict[str, int | float] = {"model_and_training_bytes_a_parameter": resident / parameters}
+    found["client_peak_resident_bytes"] = peak_resident_bytes()
+    if predicted.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        found["peak_device_bytes"] = peak
+        found["peak_device_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        found["device_in_use_at_the_end_bytes"] = in_use()
+        found["beyond_the_prediction_bytes"] = peak - predicted.peak("device")
+    return found
+
+
+def measure(options: argparse.Namespace, keep_row: Note = lambda row: None) -> dict[str, Any]:
+    """One run and its figures; `keep_row` has the row as far as it is known: the prediction first."""
     cuda = options.device == "cuda"
     model = on_meta(options.shape)
     plan = plan_of(model)
@@ -181,7 +230,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds = options.rounds or len(plan.blocks) + 1  # every block, and the first again
     settings = {"rounds": rounds, "clients": 1, "local_steps": options.local_steps, "staleness": 1}
     settings |= {"format": options.format}
-    predicted = memory.predict(model, plan, pb.RunConfig(**settings), adamw, options.device)
+    config = pb.RunConfig(**settings)
+    predicted = memory.predict(model, plan, config, adamw, options.device)
+    row: dict[str, Any] = {
+        "shape": {"name": options.shape, **SHAPES[options.shape]},
+        "parameters": parameters,
+        "trained_parameters": sum(block.numel for block in plan.blocks),
+        "blocks": len(plan.blocks),
+        "settings": {**settings, "tokens": options.tokens, "optimizer": "AdamW, fused", "dtype": "bf16"},
+        "device": torch.cuda.get_device_name() if cuda else None,
+        "limit_gib": options.limit_gib if cuda else None,
+        "predicted": predicted.to_dict(),
+        "held": {},
+        **dict.fromkeys(FIGURES),
+    }
+    keep_row(row)
+
+    def note(figures: dict[str, Any]) -> None:
+        row.update(figures, **taken(figures["held"], parameters, predicted))
+        keep_row(row)
+
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit_gib * GIB / total))
@@ -193,34 +261,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     there.close()
     try:
         with_memory(model, options.device)
-        watch, figures = train(answer(here, WAIT_S), model, options.tokens)
+        digest = train(answer(here, WAIT_S), model, options.tokens, pinned_needed(plan, config), note)
         server = answer(here, WAIT_S)
     finally:
         process.join(30.0)
         process.kill()
-    if server["digest"] != figures["digest"]:
-        raise RuntimeError(f"the server ended on {server['digest']}, the client on {figures['digest']}")
-    resident = sum(watch.items[name] for name in ("weights", "references", "master", "gradients", "optimiser state"))
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    return {
-        "shape": {"name": options.shape, **SHAPES[options.shape]},
-        "parameters": parameters,
-        "trained_parameters": sum(block.numel for block in plan.blocks),
-        "blocks": len(plan.blocks),
-        "settings": {**settings, "tokens": options.tokens, "optimizer": "AdamW, fused", "dtype": "bf16"},
-        "device": torch.cuda.get_device_name() if cuda else None,
-        "limit_gib": options.limit_gib if cuda else None,
-        "predicted": predicted.to_dict(),
-        "held": watch.items,
-        "model_and_training_bytes_a_parameter": resident / parameters,
-        "peak_device_bytes": peak,
-        "peak_device_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
-        "device_in_use_at_the_end_bytes": in_use() if cuda else None,
-        "beyond_the_prediction_bytes": None if peak is None else peak - predicted.peak("device"),
-        "client_peak_resident_bytes": peak_resident_bytes(),
-        "server_peak_resident_bytes": server["peak_resident_bytes"],
-        **figures,
-    }
+    if server["digest"] != digest:
+        raise RuntimeError(f"the server ended on {server['digest']}, the client on {digest}")
+    return row | {"digest": digest, "server_peak_resident_bytes": server["peak_resident_bytes"]}
 
 
 def in_use() -> int:
@@ -251,7 +299,9 @@ def run(options: argparse.Namespace) -> Result:
     options.tokens = options.tokens or (512 if options.device == "cuda" else 32)
     options.shape = options.shape or ("llama-3-8b" if options.device == "cuda" else "small")
     names = ("device", "shape", "rounds", "local_steps", "tokens", "format", "limit_gib", "server_threads")
-    return {"settings": {name: getattr(options, name) for name in names}, "rows": [measure(options)]}
+    settings = {name: getattr(options, name) for name in names}
+    row = measure(options, lambda row: keep({"settings": settings, "rows": [row]}))
+    return {"settings": settings, "rows": [row]}
 
 
 def tables(result: Result) -> list[Table]:
@@ -262,21 +312,24 @@ def tables(result: Result) -> list[Table]:
     held = columns(title, "held at most", "GB", "predicted, GB")
     for name, nbytes in row["held"].items():
         held.add_row(name, shown(nbytes / 1e9), shown(most.get(name, 0.0)))
-    taken = columns("the run", "", "")
+    run = columns("the run", "", "")
     peak, limit = row["peak_device_bytes"], row["limit_gib"]
     if peak is not None:
-        taken.add_row(f"peak of device memory, activations included, of {limit:g} GiB", f"{peak / GIB:.2f} GiB")
-    taken.add_row("model and what trains, bytes a parameter", shown(row["model_and_training_bytes_a_parameter"]))
-    taken.add_row("a step", f"{row['step_s_median'] * 1e3:.1f} ms")
-    taken.add_row("exposed communication a round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
-    return [held, taken]
+        run.add_row(f"peak of device memory, activations included, of {limit:g} GiB", f"{peak / GIB:.2f} GiB")
+    if (pinned := row["pinned_bytes"]) is not None:
+        needed = row["pinned_bytes_needed"] / GIB
+        run.add_row(f"host memory that is pinned, of {needed:.2f} GiB needed", f"{pinned / GIB:.2f} GiB")
+    run.add_row("model and what trains, bytes a parameter", shown(row["model_and_training_bytes_a_parameter"]))
+    run.add_row("a step", f"{row['step_s_median'] * 1e3:.1f} ms")
+    run.add_row("exposed communication a round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
+    return [held, run]
 
 
 def metrics(result: Result) -> dict[str, float]:
     """Steps a second, and parameters a byte of device memory."""
     row = result["rows"][0]
-    found = {"steps a second": 1 / row["step_s_median"]}
-    peak = row["peak_device_bytes"]
+    step, peak = row["step_s_median"], row["peak_device_bytes"]
+    found = {} if step is None else {"steps a second": 1 / step}
     return found if peak is None else found | {"parameters a byte": row["parameters"] / peak}
 
 

@@ -13,6 +13,15 @@ from bench import large_model
 from parablock_rt import BlockPlan, RunConfig
 from parablock_rt.client import memory
 
+RUN = """
+import sys
+from bench import cli, large_model
+
+kept = []
+large_model.keep = lambda result: kept.append(result["rows"][0]["rounds_done"])
+cli.main(sys.argv[1:])
+print("rounds of what was kept:", kept)
+"""
 WHAT_TRAINS = ("weights", "references", "master", "gradients", "optimiser state")
 
 
@@ -26,8 +35,9 @@ def predicted(shape: str) -> float:
 
 def test_a_small_model_of_the_same_proportions_holds_what_the_large_one_is_predicted_to(tmp_path: Path) -> None:
     arguments = ["--shape", "small", "--device", "cpu", "--local-steps", "1", "--rounds", "7", "--tokens", "8"]
-    command = [sys.executable, "-m", "parablock_rt", "bench", "large-model", *arguments, "--out", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=500, capture_output=True)
+    command = [sys.executable, "-c", RUN, "large-model", *arguments, "--out", str(tmp_path)]
+    done = subprocess.run(command, check=True, timeout=500, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "rounds of what was kept: [None, 4, 7]"  # the first has the prediction
     figures = json.loads((tmp_path / "large-model.json").read_text())["rows"][0]
     assert figures["trained_parameters"] == figures["parameters"]
     assert figures["peak_device_bytes"] is None

@@ -4,8 +4,11 @@ Boundary: a client trains a model of three equal blocks on the GPU, one block be
 the same machine, over loopback. All times are taken between CUDA events on the training stream, from the beginning of
 one step to the beginning of the next. `boundary_s` is by how much the last step of a round and the first of the next
 take longer than steps of the same two blocks in between (what a step takes depends on how far back its gradients go):
-everything that the training stream lost at a boundary, communication and the change of blocks alike. `waited_s` is for
-how long the training thread was blocked on communication. Medians; the first two rounds do not count.
+everything that the training stream lost at a boundary, communication and the change of blocks alike.
+`block_change_s` is the same of the same model after the run, with nobody to communicate with: the block's weights are
+copied, as the reference is, fp32 masters and an optimiser are made, and in the first step the optimiser's state. The
+difference, `exposed_s`, is what communication takes from the training. `waited_s` is for how long the training thread
+was blocked on communication. Medians; the first two rounds do not count.
 
 Beside transfers: the time of a training step while another thread hands a block over again and again, with its error
 feedback, its body goes over loopback and comes back to the GPU, against the time without; in alternating windows. The
@@ -29,10 +32,12 @@ from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C
+from parablock_rt.client.active import ActiveBlock, freeze
 from parablock_rt.errors import ConfigError
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
+from .pinned import pinned_figures, pinned_needed
 from .process import answer
 from .result import Result, columns, keep, shown
 
@@ -42,7 +47,9 @@ BLOCKS = 3
 WARM_UP_ROUNDS = 2
 CHUNK = 1 << 18
 START_S = 300.0
-BOUNDARY = ("step_s", "round_s", "boundary_s", "boundary_share", "waited_s")
+CHANGE_STEPS = 20  # of a round without communication, at most
+BOUNDARY = ("step_s", "round_s", "boundary_s", "block_change_s", "exposed_s", "exposed_share", "waited_s")
+Begin = tuple[int, int, Any]  # of a step: its round, its block, and an event on the training stream
 BESIDE = ("step_s_without", "step_s_with", "ratio", "transfer_gb_per_s")
 
 
@@ -68,14 +75,18 @@ def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def _serve(pipe: Any, width: int, settings: dict[str, Any]) -> None:
     """The server's process. The client's weights come from it."""
     model = make_model(width, "cpu")
-    plan = pb.BlockPlan.from_model(model, [[str(i)] for i in range(BLOCKS)])
-    with pb.serve(model, plan=plan, **settings) as server:
+    with pb.serve(model, plan=plan_of(model), **settings) as server:
         pipe.send(server.address)
         server.wait()
 
 
+def plan_of(model: nn.Module) -> pb.BlockPlan:
+    """Each layer a block."""
+    return pb.BlockPlan.from_model(model, [[str(i)] for i in range(BLOCKS)])
+
+
 def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str, Any]:
-    """The steps of a run, timed on the device."""
+    """The boundaries of a run, and those of the same training without communication, timed on the device."""
     settings = {"rounds": rounds, "clients": 1, "local_steps": local_steps, "staleness": 1, "format": "int8"}
     context = multiprocessing.get_context("spawn")
     pipe, there = context.Pipe(duplex=False)
@@ -83,34 +94,77 @@ def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str
     server.start()
     there.close()
     model, batch = make_model(width, DEVICE), torch.randn(tokens, width, dtype=torch.bfloat16, device=DEVICE)
-    begins: list[tuple[int, int, Any]] = []
+    begins: list[Begin] = []
     waited: list[float] = []
+    needed = pinned_needed(plan_of(model), pb.RunConfig(**settings))
     try:
         address = answer(pipe, START_S)
-        with pb.join(address, model, optimizer, on_round=lambda report: waited.append(report.exposed_s)) as run:
+        with pb.join(
+            address, model, optimizer, on_round=lambda report: waited.append(report.exposed_s), pinned_memory=needed
+        ) as run:
+            pinned = pinned_figures(run._stager, needed)
             while not run.finished:
-                begin = torch.cuda.Event(enable_timing=True) if GPU else None
-                if begin is not None:
-                    begin.record()
+                begin = event_here()
                 report = run.train_step(batch, loss_fn, weight=1.0)
                 begins.append((report.round, report.block, begin))
         server.join(60.0)
     finally:
         server.kill()
-    result: dict[str, Any] = {"params_a_block": width * width, "tokens": tokens, "rounds": rounds}
+    changes = block_changes(model, batch, rounds, min(local_steps, CHANGE_STEPS))
+    result: dict[str, Any] = {"params_a_block": width * width, "tokens": tokens, "rounds": rounds, **pinned}
     result |= {"local_steps": local_steps, **dict.fromkeys(BOUNDARY)}
     if not GPU:
         return result | {"note": "no GPU: a small model ran to the end on the CPU, nothing is timed"}
+    steps, alone = timed(begins), timed(changes)
+    result |= compared(steps, alone, local_steps) | {"waited_s": statistics.median(waited[WARM_UP_ROUNDS:])}
+    seconds = {"steps_s": steps, "steps_without_communication_s": alone}
+    return result | {name: [each.seconds for each in those] for name, those in seconds.items()}
+
+
+def event_here() -> Any:
+    """An event on the training stream; None without a GPU."""
+    if not GPU:
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def block_changes(model: nn.Module, batch: torch.Tensor, rounds: int, local_steps: int) -> list[Begin]:
+    """Trains one block after the other as a run does it, without a server. The beginnings of the steps."""
+    blocks = plan_of(model).materialise(model)
+    freeze(model.parameters())
+    begins: list[Begin] = []
+    for round in range(rounds):
+        flat = blocks[round % BLOCKS]
+        reference = [each.clone() for each in flat.flats]
+        active = ActiveBlock(flat, optimizer, torch.empty(flat.block.flat_numel, device=DEVICE))
+        for _ in range(local_steps):
+            begins.append((round, round % BLOCKS, event_here()))
+            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+            active.step()
+        active.close()
+        del reference, active
+    return begins
+
+
+def timed(begins: list[Begin]) -> list[Step]:
+    """The steps after the warm-up rounds. Waits for the GPU."""
     torch.cuda.synchronize()
-    steps = [
+    return [
         Step(round, block, begin.elapsed_time(end) / 1e3)
         for (round, block, begin), (*_, end) in itertools.pairwise(begins)
         if round >= WARM_UP_ROUNDS
     ]
+
+
+def compared(steps: list[Step], alone: list[Step], local_steps: int) -> dict[str, float]:
+    """What a boundary takes in a run, and of it what it would not take without communication."""
     step, lost = at_the_boundaries(steps)
-    round_s = step * local_steps + lost
-    figures = (step, round_s, lost, lost / round_s, statistics.median(waited[WARM_UP_ROUNDS:]))
-    return result | dict(zip(BOUNDARY, figures, strict=True)) | {"steps_s": [each.seconds for each in steps]}
+    _, change = at_the_boundaries(alone)
+    round_s, exposed = step * local_steps + lost, lost - change
+    figures = {"step_s": step, "round_s": round_s, "boundary_s": lost, "block_change_s": change}
+    return figures | {"exposed_s": exposed, "exposed_share": exposed / round_s}
 
 
 class Step(NamedTuple):
@@ -144,6 +198,7 @@ class Traffic:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.bytes_per_second = 0.0
+        self.pinned: dict[str, int | None] = {}
         self.error: BaseException | None = None
 
     def __enter__(self) -> Traffic:
@@ -162,15 +217,15 @@ class Traffic:
         try:
             if GPU:
                 with torch.cuda.stream(torch.cuda.Stream()):  # not the training's: it is not to be waited for
-                    self._exchange(*_gpu_stager(self._numel))
+                    self._exchange(_gpu_stager(self._numel), "cuda")
             else:
-                self._exchange(Stager(), None)
+                self._exchange(Stager(), "cpu")
         except BaseException as error:
             self.error = error
             self._ready.set()
 
-    def _exchange(self, stager: Any, memory: Any) -> None:
-        device = "cpu" if memory is None else "cuda"
+    def _exchange(self, stager: Any, device: str) -> None:
+        self.pinned = pinned_figures(stager, _pinned_for(self._numel))
         ref = torch.zeros(self._numel, dtype=torch.bfloat16, device=device)
         now = torch.randn(self._numel, device=device)
         old, new = stager.residual(self._numel).zero_(), stager.residual(self._numel)
@@ -202,15 +257,19 @@ class Traffic:
         stager.close()
 
 
-def _gpu_stager(numel: int) -> tuple[Any, Any]:
+def _pinned_for(numel: int) -> int:
+    """Bytes of two residuals and some bodies."""
+    return 14 * numel
+
+
+def _gpu_stager(numel: int) -> Any:
     from parablock_rt.staging.device import CudaDevice
     from parablock_rt.staging.device_stager import DeviceStager
     from parablock_rt.staging.pinned import PinnedMemory
 
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
     device.warm_up({(torch.float32, torch.bfloat16)}, "int8")
-    memory = PinnedMemory(device.driver, 14 * numel, 14 * numel)  # two residuals and some bodies
-    return DeviceStager(device, memory), memory
+    return DeviceStager(device, PinnedMemory(device.driver, _pinned_for(numel), _pinned_for(numel)))
 
 
 def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dict[str, Any]:
@@ -234,13 +293,14 @@ def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dic
 
     window()
     seconds: dict[str, list[float]] = {"without": [], "with": []}
-    rates = []
+    rates, pinned = [], {}
     for _ in range(windows):
         seconds["without"].append(window())
         with Traffic(numel) as traffic:
             seconds["with"].append(window())
         rates.append(traffic.bytes_per_second / 1e9)
-    result: dict[str, Any] = {"params": numel, "windows": windows, "steps": steps, **dict.fromkeys(BESIDE)}
+        pinned = traffic.pinned
+    result: dict[str, Any] = {"params": numel, "windows": windows, "steps": steps, **pinned, **dict.fromkeys(BESIDE)}
     if not GPU:
         return result | {"note": "no GPU: transfers of a small block ran on the CPU, nothing is timed"}
     without, with_transfers = statistics.median(seconds["without"]), statistics.median(seconds["with"])
@@ -285,6 +345,8 @@ def tables(result: Result) -> list[Table]:
         "step, ms",
         "round, s",
         "lost at a boundary, ms",
+        "by the change of blocks, ms",
+        "by communication, ms",
         "of the round",
         "waited for communication, ms",
     )
@@ -293,8 +355,8 @@ def tables(result: Result) -> list[Table]:
             shown(at["params_a_block"] / 1e6, ".0f"),
             shown(at["step_s"] * 1e3, ".2f"),
             shown(at["round_s"]),
-            shown(at["boundary_s"] * 1e3, ".2f"),
-            shown(at["boundary_share"], ".2%"),
+            *(shown(at[name] * 1e3, ".2f") for name in ("boundary_s", "block_change_s", "exposed_s")),
+            shown(at["exposed_share"], ".2%"),
             shown(at["waited_s"] * 1e3, ".2f"),
         )
     beside = columns("a step beside transfers", "without, ms", "with, ms", "ratio", "transfers, GB/s")

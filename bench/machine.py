@@ -27,6 +27,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg(),
         "instruction_set": _C.instruction_set(),

@@ -27,6 +27,7 @@ from bench import cli, gpu_overlap, kernels, page, staging
 from bench.result import keep
 from parablock_rt import codec
 from parablock_rt.errors import ParaBlockError
+from parablock_rt.staging import pinned
 
 GPU_FIGURES = {
     "kernels": kernels.FIGURES,
@@ -243,7 +244,7 @@ def test_a_case_that_fails_is_said_to_have_and_those_behind_it_are_measured() ->
     ]
 
 
-@pytest.mark.parametrize("name", GPU_FIGURES)
+@pytest.mark.parametrize("name", cli.GPU_NAMES)
 def test_a_benchmark_that_is_killed_has_left_what_it_had(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,30 @@ def test_a_benchmark_that_is_killed_has_left_what_it_had(
     assert [file.name for file in tmp_path.iterdir()] == [f"{name}.partial.json"]
 
 
+class JoinedError(Exception):
+    """Has what a benchmark has passed to `join`."""
+
+
+@pytest.mark.parametrize("name", ["gpu-overlap", "large-model"])
+def test_a_client_may_pin_all_that_it_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(address: str, model: Any, optimizer: Any, *, pinned_memory: int, **_: object) -> None:
+        raise JoinedError(pinned_memory)
+
+    benchmark: Any = cli.load(name)
+    monkeypatch.setattr("parablock_rt.join", join)
+    monkeypatch.setattr(benchmark, "answer", lambda *_: "nowhere")
+    monkeypatch.setattr(benchmark, "_serve" if name == "gpu-overlap" else "serve", os.abort)
+    if name == "gpu-overlap":
+        plan = benchmark.plan_of(benchmark.make_model(32, "cpu"))
+        run = partial(benchmark.boundary, 32, 8, 2, 1)
+    else:
+        plan = benchmark.plan_of(benchmark.on_meta("small"))
+        run = partial(benchmark.measure, large_model_options("--tokens", "8", "--rounds", "2"))
+    with pytest.raises(JoinedError) as caught:
+        run()
+    assert caught.value.args == (pinned.bytes_needed(plan.blocks, "int8", 1),)
+
+
 def test_copies_and_hand_overs_are_shown_with_their_ratios() -> None:
     copied = {"case": "device to host", "body_bytes": 16 << 20, "host_codes_beyond_16": 4, "piece_bytes": 4 << 20}
     copied |= {"whole_gb_per_s": 50.0, "chunked_gb_per_s": 49.0}
@@ -280,26 +305,61 @@ def test_copies_and_hand_overs_are_shown_with_their_ratios() -> None:
 
 
 def test_a_boundary_is_shown_with_its_share_of_the_round() -> None:
-    at = {"case": "boundary", "params_a_block": 218_000_000, "step_s": 0.045, "round_s": 3.6, "boundary_s": 0.002}
-    at |= {"boundary_share": 0.002 / 3.6, "waited_s": 0.0001, "steps_s": [0.045] * 4}
+    at = {"case": "boundary", "params_a_block": 218_000_000, "step_s": 0.045, "round_s": 3.6, "boundary_s": 0.003}
+    at |= {"block_change_s": 0.001, "exposed_s": 0.002, "exposed_share": 0.002 / 3.6}
+    at |= {"waited_s": 0.0001, "steps_s": [0.045] * 4}
     along = {"case": "beside transfers", "step_s_without": 0.01, "step_s_with": 0.0101, "ratio": 1.01}
     result = {"rows": [at, along | {"transfer_gb_per_s": 3.0}], "machine": {"gpu": "a GPU"}}
     boundary, beside = gpu_overlap.tables(result)
-    assert cells(boundary) == [["218", "45.00", "3.600", "2.00", "0.06%", "0.10"]]
+    assert cells(boundary) == [["218", "45.00", "3.600", "3.00", "1.00", "2.00", "0.06%", "0.10"]]
     assert cells(beside) == [["10.000", "10.100", "1.010", "3.00"]]
 
 
-def test_a_boundary_is_held_against_steps_of_its_own_two_blocks() -> None:
-    """Whose steps take 10, 20 and 30 ms; each boundary takes 0.5 ms before it and 1.5 ms after it."""
-    usual = [0.01, 0.02, 0.03]
+def large_model_options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.load("large-model").add_arguments(parser)
+    return parser.parse_args(["--device", "cpu", "--shape", "small", *arguments])
+
+
+def steps_with_boundaries(local_steps: int, before: float, after: float) -> list[gpu_overlap.Step]:
+    """Of blocks whose steps take 10, 20 and 30 ms; each boundary takes so many seconds more before and after it."""
+    more = {0: after, local_steps - 1: before}
     steps = [
-        gpu_overlap.Step(round, round % 3, usual[round % 3] + (0.0015 if step == 0 else 0.0005 if step == 9 else 0.0))
+        gpu_overlap.Step(round, round % 3, 0.01 * (round % 3 + 1) + more.get(step, 0.0))
         for round in range(2, 12)
-        for step in range(10)
+        for step in range(local_steps)
     ]
-    step, lost = gpu_overlap.at_the_boundaries(steps[:-1])
+    return steps[:-1]
+
+
+def test_a_boundary_is_held_against_steps_of_its_own_two_blocks() -> None:
+    step, lost = gpu_overlap.at_the_boundaries(steps_with_boundaries(10, 0.0005, 0.0015))
     assert step == pytest.approx(0.02)
     assert lost == pytest.approx(0.002)
+
+
+def test_what_a_boundary_takes_without_communication_is_not_exposed_communication() -> None:
+    steps, alone = steps_with_boundaries(10, 0.0005, 0.0015), steps_with_boundaries(4, 0.0, 0.0008)
+    assert gpu_overlap.compared(steps, alone, 10) == pytest.approx(
+        {
+            "step_s": 0.02,
+            "round_s": 0.202,
+            "boundary_s": 0.002,
+            "block_change_s": 0.0008,
+            "exposed_s": 0.0012,
+            "exposed_share": 0.0012 / 0.202,
+        }
+    )
+
+
+def test_without_communication_each_block_trains_in_its_turn_as_in_a_run() -> None:
+    model = gpu_overlap.make_model(32, "cpu")
+    before = [p.detach().clone() for p in model.parameters()]
+    begins = gpu_overlap.block_changes(model, torch.randn(8, 32, dtype=torch.bfloat16), 2, 3)
+    assert [(round, block) for round, block, _ in begins] == [(0, 0)] * 3 + [(1, 1)] * 3
+    changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert changed == [True, True, False]
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["gpu-overlap", "large-model"])
@@ -308,13 +368,9 @@ def test_a_server_that_dies_is_an_error_at_once(name: str, monkeypatch: pytest.M
         monkeypatch.setattr(gpu_overlap, "_serve", os.abort)  # takes no arguments, and so fails in the other process
         run = partial(gpu_overlap.boundary, 32, 8, 2, 1)
     else:
-        from bench import large_model
-
+        large_model: Any = cli.load(name)
         monkeypatch.setattr(large_model, "serve", os.abort)
-        parser = argparse.ArgumentParser()
-        large_model.add_arguments(parser)
-        options = ["--device", "cpu", "--shape", "small", "--tokens", "8", "--rounds", "1"]
-        run = partial(large_model.measure, parser.parse_args(options))
+        run = partial(large_model.measure, large_model_options("--tokens", "8", "--rounds", "1"))
     with pytest.raises(ParaBlockError, match="the server's process has ended"):
         run()
 

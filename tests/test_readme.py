@@ -19,6 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import parablock_rt as pb
+from bench.cli import GPU_NAMES
 from bench.cli import main as bench_main
 from parablock_rt.cli import app
 from parablock_rt.finetune import models
@@ -170,9 +171,21 @@ def test_every_file_of_the_project_that_is_named_exists() -> None:
 def test_the_tests_that_need_a_gpu_are_those_that_are_named() -> None:
     files = sorted((ROOT / "tests").glob("test_*.py"))
     marked = {f"tests/{f.name}" for f in files if re.search(r"^    pytest\.mark\.gpu,$", f.read_text(), re.MULTILINE)}
-    for place in ("Makefile", "docs/gpu.md"):
+    for place, times in (("Makefile", 1), ("docs/gpu.md", 2)):  # the page has them in one command, and in a plan of two
         commands = re.findall(r"^.*pytest -m gpu (.*)$", (ROOT / place).read_text(), re.MULTILINE)
-        assert [set(command.split()) - {"$(ARGS)"} for command in commands] == [marked], place
+        named = sorted(file for command in commands for file in command.split() if file != "$(ARGS)")
+        assert named == sorted([*marked] * times), place
+
+
+def test_the_plan_for_a_quarter_of_an_hour_takes_no_longer_and_has_every_benchmark() -> None:
+    text = (ROOT / "docs/gpu.md").read_text().split("### In a quarter of an hour")[1]
+    first, second = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[:2]
+    limits = [re.findall(r"^[^#\n]*timeout (\d+) (?!.*&$)", plan, re.MULTILINE) for plan in (first, second)]
+    seconds = [sum(map(int, each)) for each in limits]
+    assert seconds == [int(each) for each in re.findall(r"(\d+) s", text.split(" do all")[0])]
+    assert max(seconds) <= 600
+    assert sum(seconds) <= 900 - 120
+    assert sorted(re.findall(r"parablock bench ([\w-]+)", first + second)) == sorted(GPU_NAMES)
 
 
 def test_a_machine_with_a_gpu_is_given_what_the_project_asks_for() -> None:

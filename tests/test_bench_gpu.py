@@ -353,13 +353,27 @@ def test_what_a_boundary_takes_without_communication_is_not_exposed_communicatio
 
 
 def test_without_communication_each_block_trains_in_its_turn_as_in_a_run() -> None:
-    model = gpu_overlap.make_model(32, "cpu")
+    model = gpu_overlap.make_model(32, gpu_overlap.DEVICE)
     before = [p.detach().clone() for p in model.parameters()]
-    begins = gpu_overlap.block_changes(model, torch.randn(8, 32, dtype=torch.bfloat16), 2, 3)
+    batch = torch.randn(8, 32, dtype=torch.bfloat16, device=gpu_overlap.DEVICE)
+    begins = gpu_overlap.block_changes(model, batch, 2, 3)
     assert [(round, block) for round, block, _ in begins] == [(0, 0)] * 3 + [(1, 1)] * 3
     changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
     assert changed == [True, True, False]
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_step_is_timed_from_its_beginning_to_the_next_ones_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu(monkeypatch)
+    monkeypatch.setattr(gpu_overlap, "GPU", True)
+    begins = []
+    for round in range(4):
+        for _ in range(3):
+            begins.append((round, round % 3, gpu_overlap.event_here()))
+            gpu.launch(0.01 * (round + 1))
+    steps = gpu_overlap.timed(begins)
+    assert [step[:2] for step in steps] == [(2, 2)] * 3 + [(3, 0)] * 2
+    assert [step.seconds for step in steps] == pytest.approx([0.03] * 3 + [0.04] * 2)
 
 
 @pytest.mark.parametrize("name", ["gpu-overlap", "large-model"])

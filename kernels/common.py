@@ -43,7 +43,8 @@ _CODE_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WEIGHT_DTYPES = tuple(_KINDS)
 _POOL_SLOTS = 512
-_pools_lock = threading.Lock()
+# Making a pool may collect garbage, and what is collected may drop another stream's: by the same thread.
+_pools_lock = threading.RLock()
 _pools: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
 
@@ -183,8 +184,9 @@ def make_counters(device: torch.device) -> None:
 def drop_counters(stream: int) -> None:
     """Lets go of a stream's pool. For a stream that ends; counters that are in use stay."""
     with _pools_lock:
-        for key in [key for key in _pools if key[1] == stream]:
-            del _pools[key]
+        for key in list(_pools):
+            if key[1] == stream:
+                _pools.pop(key, None)
 
 
 def _pool(device: torch.device) -> list[torch.Tensor]:

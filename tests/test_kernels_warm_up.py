@@ -6,6 +6,7 @@ would compile. Nothing is launched, so bodies hold arbitrary bytes here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice, control
+from test_staging import DEADLINE_S
 from torch import nn
 
 import parablock_rt as pb
@@ -162,6 +164,24 @@ def test_no_hand_over_makes_counters_and_none_are_left_of_a_device_that_is_close
     assert len(pool) == before - 1
     device.close()
     assert [stream for _, stream in kernels.common._pools] == [0]  # the training's stays
+
+
+def test_counters_can_be_dropped_while_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the garbage that is collected meanwhile has a device in it."""
+    common, gone = kernels.common, 77
+    monkeypatch.setattr(common, "_pools", {(torch.device("cpu"), gone): []})
+    zeros = torch.zeros
+
+    def collecting(*arguments: Any, **more: Any) -> torch.Tensor:
+        common.drop_counters(gone)
+        return zeros(*arguments, **more)
+
+    monkeypatch.setattr(torch, "zeros", collecting)
+    thread = threading.Thread(target=common.make_counters, args=(torch.device("cpu"),), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    assert [stream for _, stream in common._pools] == [0]
 
 
 def test_an_argument_of_another_alignment_is_seen_to_ask_for_a_compilation(asked: Asked) -> None:

@@ -84,5 +84,6 @@ class CudaDevice:
     def close(self) -> None:
         """Returns when the streams are idle, and gives them up."""
         if self._warm:  # else the kernels may not even be importable
+            self._warm = False  # a stream that somebody makes later may have this one's handle
             codec.kernels().common.drop_counters(self.native.pack)
         self.native.close()

@@ -20,8 +20,16 @@ std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
     return *own->second.begin();
   bool full = network_of_.size() >= limits_.strangers || network_of_.size() + proved_.size() >= limits_.links;
   if (!full) return std::nullopt;
-  auto fewer = [](const auto& a, const auto& b) { return a.second.size() < b.second.size(); };
-  return *std::max_element(strangers_.begin(), strangers_.end(), fewer)->second.begin();
+  return oldest_of_most();
+}
+
+// Of networks with equally many, the one whose oldest came first: what a network is called decides nothing.
+uint64_t Admission::oldest_of_most() const {
+  auto goes_later = [](const auto& a, const auto& b) {
+    if (a.second.size() != b.second.size()) return a.second.size() < b.second.size();
+    return *a.second.begin() > *b.second.begin();
+  };
+  return *std::max_element(strangers_.begin(), strangers_.end(), goes_later)->second.begin();
 }
 
 bool Admission::forget_stranger(uint64_t id) {

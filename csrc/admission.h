@@ -35,6 +35,7 @@ class Admission {
 
  private:
   std::optional<uint64_t> to_drop(const std::string& network) const;
+  uint64_t oldest_of_most() const;  // there must be a stranger
   bool forget_stranger(uint64_t id);
 
   AdmissionLimits limits_;

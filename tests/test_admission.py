@@ -115,6 +115,30 @@ def test_a_full_house_of_strangers_loses_those_of_the_network_that_has_most(make
     expect(server, T.CLOSED, count=4)
 
 
+@pytest.mark.parametrize("addresses", [("127.0.0.2", "127.0.0.9"), ("127.0.0.9", "127.0.0.2")])
+def test_of_networks_with_equally_many_strangers_the_oldest_goes_whatever_its_address(
+    make: Make, addresses: tuple[str, str]
+) -> None:
+    server = make(max_strangers=2)
+    port = server.listen("127.0.0.1", 0)
+    with contextlib.ExitStack() as here:
+
+        def come_from(address: str) -> socket.socket:
+            return here.enter_context(
+                socket.create_connection(("127.0.0.1", port), timeout=WAIT_S, source_address=(address, 0))
+            )
+
+        came = []
+        for address in addresses:
+            come_from(address)
+            came.append(next_event(server).link)
+        come_from("127.0.0.3")
+        gone = next_event(server)
+        assert (gone.type, gone.link) == (T.CLOSED, came[0])
+        expect(server, T.CONNECTED)
+    expect(server, T.CLOSED, count=2)
+
+
 def test_who_has_proved_itself_is_never_dropped_for_a_newcomer(make: Make) -> None:
     server, friend = make(max_links=2, max_strangers_per_network=1), make()
     port = server.listen("127.0.0.1", 0)

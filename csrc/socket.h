@@ -29,7 +29,7 @@ constexpr size_t kLeastUnsentBytes = 256 << 10;  // the limit of a new connectio
 
 // All throw std::system_error; its message names the address.
 Fd listen_tcp(const std::string& host, uint16_t port);
-Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // tries every address the name has
+Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // tries each address for a share of it
 Fd connect_to_peer_of(int fd, int64_t timeout_ns);  // another connection to where this one leads
 Fd duplicate(int fd);
 uint16_t local_port(const Fd& fd);

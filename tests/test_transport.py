@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -43,6 +44,16 @@ from parablock_rt.wire.transport import Transport, body_layout, raw_layout
 
 make = pytest.fixture(make_transports)
 listening = pytest.fixture(listen)
+
+
+def loopback_addresses() -> list[str]:
+    """Those of this machine's loopback, in the order in which they are tried."""
+    return [str(info[4][0]) for info in socket.getaddrinfo(None, 0, type=socket.SOCK_STREAM)]
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
 
 # ---- Moving bytes
 
@@ -306,6 +317,24 @@ def test_a_refused_connection_names_the_address_and_the_tries() -> None:
             transport.connect(f"127.0.0.1:{port}", tries=2)
         with pytest.raises(ConnectionRefusedError):
             transport.native.connect("127.0.0.1", port, 5.0)
+
+
+@pytest.mark.skipif(len(loopback_addresses()) < 2, reason="this machine's loopback has one address")
+def test_an_address_that_never_answers_leaves_time_for_the_names_others(make: Make) -> None:
+    """No name at all means this machine, by each of its loopback's addresses."""
+    silent, answers = loopback_addresses()[:2]
+    with contextlib.ExitStack() as full:
+        black_hole = full.enter_context(socket.create_server((silent, 0), family=family_of(silent), backlog=0))
+        port = black_hole.getsockname()[1]
+        for _ in range(3):  # the kernel drops what comes once as many wait as may
+            waiting = full.enter_context(socket.socket(family_of(silent)))
+            waiting.setblocking(False)
+            waiting.connect_ex((silent, port))
+        server, client = make(), make()
+        server.listen(answers, port)
+        client.send_control(client.connect("", port, 4.0), b"hello")
+        expect(server, T.CONNECTED)
+        assert expect(server, T.CONTROL)[0].message == b"hello"
 
 
 def test_an_unresolvable_host_is_an_error_that_names_it() -> None:

@@ -33,6 +33,23 @@ std::string time_of(const ASN1_TIME* time) {
   return in_memory(std::move(text));
 }
 
+// What a stranger calls itself, fit for a terminal and a log.
+std::string printable(const ASN1_STRING* name) {
+  std::string text(reinterpret_cast<const char*>(ASN1_STRING_get0_data(name)),
+                   static_cast<size_t>(ASN1_STRING_length(name)));
+  for (char& c : text)
+    if (c < 0x21 || c > 0x7e) c = '?';
+  return text;
+}
+
+std::string address_of(const ASN1_STRING* address) {
+  const int bytes = ASN1_STRING_length(address);
+  if (bytes != 4 && bytes != 16) return "an address of " + std::to_string(bytes) + " bytes";
+  char text[INET6_ADDRSTRLEN] = "";
+  inet_ntop(bytes == 4 ? AF_INET : AF_INET6, ASN1_STRING_get0_data(address), text, sizeof text);
+  return text;
+}
+
 // The hosts that a certificate is for, as a reader would write them.
 std::string hosts_of(X509* certificate) {
   std::string hosts;
@@ -41,15 +58,8 @@ std::string hosts_of(X509* certificate) {
       static_cast<GENERAL_NAMES*>(X509_get_ext_d2i(certificate, NID_subject_alt_name, nullptr, nullptr));
   for (int i = 0; i < sk_GENERAL_NAME_num(names); ++i) {
     const GENERAL_NAME* name = sk_GENERAL_NAME_value(names, i);
-    if (name->type == GEN_DNS) {
-      add({reinterpret_cast<const char*>(ASN1_STRING_get0_data(name->d.dNSName)),
-           static_cast<size_t>(ASN1_STRING_length(name->d.dNSName))});
-    } else if (name->type == GEN_IPADD) {
-      char text[INET6_ADDRSTRLEN] = "";
-      int family = ASN1_STRING_length(name->d.iPAddress) == 4 ? AF_INET : AF_INET6;
-      inet_ntop(family, ASN1_STRING_get0_data(name->d.iPAddress), text, sizeof text);
-      add(text);
-    }
+    if (name->type == GEN_DNS) add(printable(name->d.dNSName));
+    if (name->type == GEN_IPADD) add(address_of(name->d.iPAddress));
   }
   GENERAL_NAMES_free(names);
   return hosts.empty() ? "no host at all" : hosts;
@@ -81,9 +91,9 @@ std::string refusal(X509_STORE_CTX* store, const std::string& host, const std::s
     case X509_V_ERR_CERT_NOT_YET_VALID:
       return whose + " is valid from " + time_of(X509_get0_notBefore(at)) + ": check the clocks of both machines";
     case X509_V_ERR_HOSTNAME_MISMATCH:
-    case X509_V_ERR_IP_ADDRESS_MISMATCH:
+    case X509_V_ERR_IP_ADDRESS_MISMATCH:  // before the signature is looked at: anybody may have written these names
       return "expected a certificate for " + host + ", found one for " + hosts_of(at) +
-             ": connect by one of these names, or have one made for " + host;
+             ": check the address; if it is right, its server needs a certificate for " + host;
     case X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT:
     case X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN:
     case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import resource
@@ -10,8 +11,14 @@ import select
 import signal
 import socket
 import struct
+import tempfile
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from tls_cases import client_tls, deployment, needs_tls, server_tls
 from transport_cases import (
     DEADLINE_S,
     HEADER_BYTES,
@@ -35,6 +42,7 @@ from transport_cases import (
 
 from parablock_rt import _C
 from parablock_rt._C import Buffer
+from parablock_rt.wire import certs
 
 make = pytest.fixture(make_transports)
 listening = pytest.fixture(listen)
@@ -111,6 +119,58 @@ def test_a_peer_of_another_version_gets_a_frame_that_names_ours(listening: tuple
         assert answer[:5] == b"PBLK" + bytes([_C.PROTOCOL_VERSION])
     (closed,) = expect(transport, T.CLOSED)
     assert f"version {_C.PROTOCOL_VERSION + 1}, this side version {_C.PROTOCOL_VERSION}" in closed.text
+
+
+def forged(hosts: bytes) -> certs.Issued:
+    """A certificate in the name of our CA, signed by nobody, whose hosts are these bytes (DER)."""
+    ca = deployment().ca.certificate
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = x509.CertificateBuilder(
+        issuer_name=ca.subject,
+        subject_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "anybody")]),
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - datetime.timedelta(days=1),
+        not_valid_after=now + datetime.timedelta(days=1),
+        extensions=[
+            x509.Extension(
+                x509.SubjectAlternativeName.oid,
+                False,
+                x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, hosts),
+            )
+        ],
+    ).sign(key, hashes.SHA256())
+    folder = Path(tempfile.mkdtemp(prefix="parablock-forged-"))
+    issued = certs.Issued(made, key, folder / "forged.pem", folder / "forged.key")
+    pem = serialization.Encoding.PEM
+    issued.certificate_file.write_bytes(made.public_bytes(pem))
+    issued.key_file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return issued
+
+
+@needs_tls
+@pytest.mark.parametrize(
+    ("hosts", "shown"),
+    [
+        (bytes.fromhex("30028700"), "an address of 0 bytes"),
+        (bytes.fromhex("3003870101"), "an address of 1 bytes"),
+        (bytes.fromhex("30138711") + bytes(17), "an address of 17 bytes"),
+        (bytes.fromhex("300c820a") + b"\x1b[31m\nERR!", "?[31m?ERR!"),
+        (bytes.fromhex("3005820361ff20"), "a??"),
+    ],
+    ids=["empty address", "one-byte address", "long address", "control characters", "no ascii"],
+)
+def test_hosts_in_a_forged_certificate_are_shown_harmlessly_and_not_recommended(
+    make: Make, hosts: bytes, shown: str
+) -> None:
+    client, server = make(tls=client_tls().for_client()), make(tls=server_tls(forged(hosts)).for_server())
+    client.connect("127.0.0.1", server.listen("127.0.0.1", 0), 5.0)
+    (closed,) = expect(client, T.CLOSED)
+    assert closed.text == (
+        f"expected a certificate for 127.0.0.1, found one for {shown}: check the address; "
+        "if it is right, its server needs a certificate for 127.0.0.1"
+    )
 
 
 def test_a_silent_peer_is_closed_after_the_idle_timeout(make: Make) -> None:

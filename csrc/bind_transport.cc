@@ -45,6 +45,8 @@ void bind_data(py::module_& m) {
 
   py::class_<Layout>(m, "Layout")
       .def(py::init([](uint64_t units, uint32_t scale, uint32_t code, uint32_t chunk_units) {
+             if (chunk_units == 0)
+               throw std::invalid_argument("a transfer needs at least one unit a chunk, found 0");
              return Layout{.units = units, .scale_bytes = scale, .code_bytes = code, .chunk_units = chunk_units};
            }),
            py::arg("units"), py::arg("scale_bytes"), py::arg("code_bytes"), py::arg("chunk_units"))
@@ -62,7 +64,7 @@ void bind_data(py::module_& m) {
       .def(py::init([](std::shared_ptr<Buffer> buffer, const Layout& layout, bool complete) {
         layout.check(buffer->size());
         return std::make_shared<Source>(std::move(buffer), layout, complete ? layout.chunks() : 0, [] {});
-      }))
+      }), py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("raise_watermark", &Source::raise)
       .def_property_readonly("ready_chunks", &Source::ready_chunks);
 }
@@ -116,7 +118,7 @@ void bind_encoder(py::module_& m) {
                                                key_of(kind, round, block));
         encoder.submit(job);
         return job;
-      }, py::arg("pieces"), py::arg("format"), py::arg("source"), py::arg("kind") = 0, py::arg("round") = 0,
+      }, py::arg("pieces"), py::arg("format"), py::arg("source").none(false), py::arg("kind") = 0, py::arg("round") = 0,
            py::arg("block") = 0);
 }
 

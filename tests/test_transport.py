@@ -458,6 +458,15 @@ def test_layouts_cut_bodies_and_raw_blocks_as_agreed() -> None:
     assert raw_layout(256, 1).chunks == 1
     with pytest.raises(ValueError, match="128"):
         body_layout("int4", 100, 256)
+    with pytest.raises(ValueError, match="at least one unit a chunk, found 0"):
+        _C.Layout(1, 0, 1, 0)
+
+
+def test_what_needs_a_buffer_or_a_source_refuses_to_go_without() -> None:
+    with pytest.raises(TypeError):
+        Source(None, flat(10), True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        _C.Encoder().submit([], 0, None)  # type: ignore[arg-type]
 
 
 def test_a_buffer_shares_its_memory_and_starts_as_zeros() -> None:

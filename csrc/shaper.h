@@ -27,11 +27,13 @@ class Shaper {
   int64_t transmit(size_t bytes, int64_t now_ns, bool waited) {
     int64_t start = waited ? free_at_ : std::max(free_at_, now_ns);
     double seconds = bytes_per_second_ > 0 ? static_cast<double>(bytes) / bytes_per_second_ : 0.0;
-    free_at_ = start + static_cast<int64_t>(1e9 * seconds);
+    free_at_ = start + static_cast<int64_t>(1e9 * std::min(seconds, kMostSeconds));
     return free_at_ + delay_ns_;
   }
 
  private:
+  static constexpr double kMostSeconds = 3.2e7;  // a year: whatever takes longer does so for ever
+
   double bytes_per_second_ = 0;
   int64_t delay_ns_ = 0;
   int64_t free_at_ = 0;

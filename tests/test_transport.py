@@ -279,6 +279,15 @@ def test_a_shaper_without_limits_lets_everything_through_at_once() -> None:
     assert [delayed.transmit(10**9, now_ns=now, waited=False) for now in (5, 5, 6)] == [105, 105, 106]
 
 
+@pytest.mark.parametrize("rate", [1e-9, 1e-300])
+def test_a_rate_at_which_nothing_ever_leaves_is_a_time_in_the_far_future(rate: float) -> None:
+    shaper = _C.Shaper(bytes_per_second=rate, delay_ns=0)
+    day_ns = 86_400 * 10**9
+    assert shaper.transmit(44, now_ns=10, waited=False) > 365 * day_ns
+    first = shaper.free_at
+    assert shaper.transmit(44, now_ns=first, waited=True) > first + 365 * day_ns
+
+
 @pytest.mark.parametrize(
     "options", [{"bytes_per_second": 50e6}, {"delay": 0.003}, {"bytes_per_second": 50e6, "delay": 0.003}]
 )

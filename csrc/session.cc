@@ -48,8 +48,9 @@ void Session::send_control(std::string message) {
   outbox_.control({.type = FrameType::kControl, .key = {}}, std::move(message));
 }
 
+// While one is out, further ones are signs of life alone: or a round trip longer than their distance is never measured.
 void Session::ping(int64_t now_ns) {
-  ping_ns_ = now_ns;
+  if (ping_ns_ == 0) ping_ns_ = now_ns;
   outbox_.control(ping_header(now_ns), {});
   owes_sign_of_life_.fill(true);
 }

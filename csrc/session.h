@@ -73,7 +73,7 @@ class Session {
 
   bool expects_data() const { return receiver_.expects_data(); }
   bool ping_under_way() const { return ping_ns_ != 0; }
-  int64_t round_trip_ns() const { return round_trip_ns_; }  // of the last ping answered; 0 before
+  int64_t round_trip_ns() const { return round_trip_ns_; }  // as measured last; 0 before
   // Payload that has come, and payload that the peer has said to have.
   uint64_t moved_bytes() const { return receiver_.moved_bytes() + sender_.moved_bytes(); }
   uint64_t corrupt_chunks() const { return receiver_.corrupt_chunks(); }  // that failed their checksum here
@@ -91,8 +91,8 @@ class Session {
   std::array<FrameReader, kMaxLanes> readers_;
   bool heard_ = false;  // a whole header
   std::optional<std::string> attach_key_;
-  std::array<bool, kMaxLanes> owes_sign_of_life_{};  // on the lanes beside the first: the last ping has not left there
-  int64_t ping_ns_ = 0;  // of the last ping sent, until its answer is here: no other is believed; 0: none
+  std::array<bool, kMaxLanes> owes_sign_of_life_{};  // on the lanes beside the first: a ping has yet to leave there
+  int64_t ping_ns_ = 0;  // of the ping that measures, until its answer is here: no other is believed; 0: none
   int64_t round_trip_ns_ = 0;
 };
 

@@ -165,7 +165,7 @@ def test_control_overtakes_data_and_an_empty_message_is_one() -> None:
     assert event.message == b""
 
 
-def test_ping_measures_the_round_trip_and_only_the_last_answer_counts() -> None:
+def test_ping_measures_the_round_trip_and_only_its_own_answer_counts() -> None:
     a, b = Session(), Session()
     a.ping(1000)
     b.feed(a.next_frame() or b"")
@@ -174,6 +174,23 @@ def test_ping_measures_the_round_trip_and_only_the_last_answer_counts() -> None:
     assert a.round_trip_ns == 0
     a.feed(pong, 1500)
     assert a.round_trip_ns == 500
+
+
+def test_a_round_trip_longer_than_the_time_between_pings_is_measured() -> None:
+    a, b = Session(), Session()
+    for at in (1000, 2000, 3000):
+        a.ping(at)
+        b.feed(a.next_frame() or b"")
+    pongs = [b.next_frame() or b"" for _ in range(3)]
+    a.feed(pongs[0], 3500)
+    assert a.round_trip_ns == 2500
+    a.feed(pongs[1], 9000)  # of no further use
+    assert a.round_trip_ns == 2500
+    a.ping(10_000)
+    b.feed(a.next_frame() or b"")
+    a.feed(pongs[2], 10_001)
+    a.feed(b.next_frame() or b"", 10_700)
+    assert a.round_trip_ns == 700
 
 
 # ---- Credit and watermark

@@ -2,6 +2,7 @@
 // thread, but for `stats`.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -64,6 +65,11 @@ class Lane {
 
   int64_t heard_ns() const { return heard_ns_; }  // the last sign of life on it
   void heard(int64_t now_ns) { heard_ns_ = now_ns; }
+  void forgive(int64_t ns, int64_t now_ns) {
+    since_ns_ = std::min(since_ns_ + ns, now_ns);
+    heard_ns_ = std::min(heard_ns_ + ns, now_ns);
+  }
+
 
   bool ended() const { return ended_; }      // the peer will send nothing more on it
   bool blocked() const { return blocked_; }  // the socket was full, or it was others' turn

@@ -49,6 +49,11 @@ class Link {
   // Nothing is read, and the peer's silence not counted, while the program is behind with this link's events.
   void pause_reads(bool paused) { reads_paused_ = paused; }
 
+  // For so long nothing could be read, by this side's own fault: nobody's silence, nor a late handshake.
+  void forgive(int64_t ns, int64_t now_ns) {
+    for (auto& lane : lanes_) lane->forgive(ns, now_ns);
+  }
+
   // What the loop should watch for.
   Interest interest(const Lane& lane) const {
     return {.reads = !lane.ended() && (closing_ || !reads_paused_), .writes = lane.wants_socket()};

@@ -15,6 +15,7 @@ namespace {
 // Listener tokens count up from here, those of lanes from 1.
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
+constexpr int64_t kAbsentNs = 1'000'000'000;  // by which the loop wakes too late, before it has been absent
 constexpr int kAcceptsPerTurn = 64;
 // After a turn that moved this much on a fast link the next is due within the time that falling asleep and being woken
 // takes. On a slow one turns that move so much are few, and so is the time that is spent in vain.
@@ -411,8 +412,17 @@ void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
   over_.clear();
 }
 
+// This process was stopped, or got no processor: what came meanwhile lies in the sockets, more than the kernel reports
+// at once, and none of it is a peer's silence.
+void Transport::forgive_own_absence(int64_t now_ns) {
+  const int64_t away_ns = now_ns - std::exchange(last_turn_ns_, now_ns);
+  if (away_ns <= kHousekeepingNs + kAbsentNs) return;
+  for (auto& [id, link] : links_) link->forgive(away_ns, now_ns);
+}
+
 void Transport::run() {
   std::vector<Loop::Ready> ready;
+  last_turn_ns_ = monotonic_ns();
   while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
     int64_t wake_at = monotonic_ns() + kHousekeepingNs;
     for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
@@ -420,8 +430,10 @@ void Transport::run() {
     const bool conversing = std::exchange(conversing_, false);
     loop_.wait(wake_at, busy || conversing ? kAlertNs : 0, ready);
     commands_.carry_out();
+    const int64_t now_ns = monotonic_ns();
+    forgive_own_absence(now_ns);
     try {
-      service(monotonic_ns(), ready);
+      service(now_ns, ready);
     } catch (const std::exception& error) {  // beyond one link: this process or the kernel is out of memory
       for (auto& [id, link] : links_) link->fail(error.what());
       drop_all();

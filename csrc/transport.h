@@ -84,6 +84,7 @@ class Transport {
   };
 
   void run();
+  void forgive_own_absence(int64_t now_ns);
   void push_on_link(uint64_t link, std::function<void(Link&)> action);
   Fd duplicate_of(uint64_t link);
   void accept_some(int listener, int64_t now_ns);
@@ -122,6 +123,8 @@ class Transport {
 
   uint64_t moved_ = 0;           // bytes of frames, in and out
   bool conversing_ = false;      // a message came or left in this turn
+
+  int64_t last_turn_ns_ = 0;     // when it began
 
   bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,49 @@ def test_a_peer_that_is_stopped_for_longer_than_the_idle_time_is_closed_and_find
         os.kill(peer.pid, signal.SIGCONT)
     peer.join(DEADLINE_S)
     assert peer.exitcode == 0
+
+
+def _hear_everybody_again(pipe: Connection, links: int) -> None:
+    """Takes a message of each of its links, twice; says which of them ended before."""
+    transport = _C.Transport(idle_timeout=3.0)
+    pipe.send(transport.listen("127.0.0.1", 0))
+    heard, ended = 0, []
+    while heard < 2 * links and not ended:
+        event = transport.next_event(DEADLINE_S)
+        assert event is not None
+        heard += event.type == T.CONTROL
+        if event.type == T.CLOSED and "nothing was heard" in event.text:
+            ended.append(event.text)
+        if heard == links and event.type == T.CONTROL:
+            pipe.send("all heard")
+    pipe.send(ended)
+    os._exit(0)
+
+
+def test_what_came_while_this_process_was_stopped_is_read_before_silence_is_judged(make: Make) -> None:
+    links = 150  # more than the kernel reports at once
+    pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_hear_everybody_again, args=(theirs, links))
+    process.start()
+    assert process.pid is not None
+    with contextlib.ExitStack() as here:
+        port = pipe.recv()
+        clock = make(idle_timeout=5.0)  # longer than theirs
+        clock.connect("127.0.0.1", port, 5.0)
+        strangers = [here.enter_context(stranger_to(port)) for _ in range(links)]
+        for stranger in strangers:
+            stranger.sendall(frame(1, b"here"))
+        assert pipe.recv() == "all heard"
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            for stranger in strangers:
+                stranger.sendall(frame(1, b"still here"))
+            assert "nothing was heard" in expect(clock, T.CLOSED)[0].text
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        assert pipe.recv() == []
+    process.join(DEADLINE_S)
+    assert process.exitcode == 0
 
 
 # ---- Slow readers

@@ -129,6 +129,14 @@ void Lane::follow_rate(int64_t now_ns) {
   set_unsent_limit(fd(), ahead);
 }
 
+void Lane::refuse() {
+  refused_ = true;
+  ended_ = true;
+  blocked_ = false;
+  departing_.clear();
+  departing_bytes_ = front_written_ = 0;
+}
+
 Lane::End Lane::write(int64_t now_ns) {
   follow_rate(now_ns);
   while (true) {

@@ -54,7 +54,7 @@ class Lane {
 
   void put(OutFrame frame, int64_t ready_at_ns);  // it leaves no earlier: the shaper's word
   void record(Recorder recorder) { recorder_ = recorder; }
-  bool empty() const { return departing_.empty() && !channel_.unsent(); }
+  bool empty() const { return departing_.empty() && (refused_ || !channel_.unsent()); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
   size_t ahead() const { return ahead_; }  // bytes to hand to the socket at once, and as many may wait in it unsent
   int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
@@ -70,6 +70,15 @@ class Lane {
     heard_ns_ = std::min(heard_ns_ + ns, now_ns);
   }
 
+  // Asks the peer to take it for a lane. It may refuse, so nothing else is to be put on it before the first answer.
+  void ask(OutFrame attach) {
+    asked_ = true;
+    put(std::move(attach), 0);
+  }
+  bool unanswered() const { return asked_ && bytes_in() == 0; }
+  // The peer did, or never answered: the link goes on without it.
+  bool refused() const { return refused_; }
+  void refuse();
 
   bool ended() const { return ended_; }      // the peer will send nothing more on it
   bool blocked() const { return blocked_; }  // the socket was full, or it was others' turn
@@ -110,6 +119,8 @@ class Lane {
   int64_t last_sent_ns_ = 0;    // when the socket had taken the last byte of the frame before
   bool blocked_ = false;
   bool ended_ = false;
+  bool asked_ = false;
+  bool refused_ = false;
 };
 
 }  // namespace parablock

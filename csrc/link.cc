@@ -50,6 +50,7 @@ LinkStats Link::stats() const {
   stats.moved_bytes = moved_bytes_.load(std::memory_order_relaxed);
   stats.corrupt_chunks = corrupt_chunks_.load(std::memory_order_relaxed);
   for (const auto& lane : lanes_) {
+    if (lane->fd() < 0) continue;  // it was refused, or has become a lane of another link
     stats.lanes.push_back(lane->stats());
     stats.bytes_in += stats.lanes.back().bytes_in;
     stats.bytes_out += stats.lanes.back().bytes_out;
@@ -65,6 +66,13 @@ uint64_t Link::bytes_moved() const {
 
 // ---- In
 
+std::vector<Lane*> Link::refused_lanes() {
+  std::vector<Lane*> refused;
+  for (auto& lane : lanes_)
+    if (lane->refused() && lane->fd() >= 0) refused.push_back(lane.get());
+  return refused;
+}
+
 bool Link::all_lanes_ended() const {
   return std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->ended(); });
 }
@@ -76,7 +84,10 @@ bool Link::read(Lane& lane, int64_t now_ns) {
   }
   uint64_t before = lane.bytes_in();
   try {
-    if (Lane::End end = lane.read(session_, now_ns)) return fail(*end);
+    Lane::End end = lane.read(session_, now_ns);
+    if (lane.unanswered() && (end || lane.ended())) lane.refuse();
+    if (lane.refused()) return true;
+    if (end) return fail(*end);
   } catch (const VersionError& error) {
     // Our own header carries our version: it is the only thing such a peer can read.
     session_.ping(now_ns);
@@ -84,6 +95,10 @@ bool Link::read(Lane& lane, int64_t now_ns) {
     close_after_flush(now_ns + kLingerNs, error.what());
     return true;
   } catch (const ChannelError& error) {
+    if (lane.unanswered()) {
+      lane.refuse();
+      return true;
+    }
     misfit_ = error.misfit;
     close_after_flush(now_ns + kLingerNs, error.what());  // the peer should learn why: an alert is on its way
     return true;
@@ -102,7 +117,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 
 // Puts the next frame on a lane; false when there is none or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
-  if (lane.index() > 0 && lane.opening()) return false;  // lane 0 can take it
+  if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
   if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : lane.ahead())) return false;
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
@@ -142,8 +157,13 @@ bool Link::flush(int64_t now_ns) {
     ++first_lane_;
     for (size_t i = 0; i < lanes_.size(); ++i) {
       Lane* lane = lanes_[(first_lane_ + i) % lanes_.size()].get();
-      if (lane->blocked()) continue;
-      if (Lane::End end = lane->write(now_ns)) return fail_writing(*end, now_ns);
+      if (lane->blocked() || lane->refused()) continue;
+      Lane::End end = lane->write(now_ns);
+      if (end && lane->unanswered()) {
+        lane->refuse();
+        continue;
+      }
+      if (end) return fail_writing(*end, now_ns);
       if (turn == kTurns) lane->set_blocked(true);
       if (lane->blocked()) line_was_busy_ = false;  // it is the socket that frames wait for
       while (pull_frame(*lane, now_ns)) moved = true;
@@ -165,7 +185,7 @@ bool Link::write(int64_t now_ns) {
 // was just written.
 void Link::shut_write(int64_t now_ns) {
   for (auto& lane : lanes_) {
-    if (lane->channel().shut_write()) continue;
+    if (lane->refused() || lane->channel().shut_write()) continue;
     lane->set_blocked(true);
     return;
   }
@@ -173,17 +193,26 @@ void Link::shut_write(int64_t now_ns) {
   close_deadline_ns_ = std::min(close_deadline_ns_, now_ns + kLingerNs);
 }
 
+// Why this lane is not waited for any longer; empty: it is.
+std::string Link::overdue(const Lane& lane, int64_t now_ns) const {
+  if (lane.opening() && now_ns - lane.since_ns() >= opening_timeout_ns_)
+    return "the TLS handshake was not over after " + seconds(opening_timeout_ns_);
+  if (now_ns - lane.heard_ns() > idle_timeout_ns_)
+    return "nothing was heard from the peer for " + seconds(idle_timeout_ns_) +
+           (lane.index() > 0 ? " on one of the link's lanes" : "");
+  return "";
+}
+
 bool Link::on_time(int64_t now_ns) {
   if (closing_ && now_ns >= close_deadline_ns_) return fail("closed");
   if (closing_) return true;
-  auto is_late = [&](const auto& lane) { return lane->opening() && now_ns - lane->since_ns() >= opening_timeout_ns_; };
-  if (std::any_of(lanes_.begin(), lanes_.end(), is_late))
-    return fail("the TLS handshake was not over after " + seconds(opening_timeout_ns_));
   for (auto& lane : lanes_) {
+    if (lane->refused()) continue;
     if (reads_paused_) lane->heard(now_ns);
-    if (now_ns - lane->heard_ns() > idle_timeout_ns_)
-      return fail("nothing was heard from the peer for " + seconds(idle_timeout_ns_) +
-                  (lane->index() > 0 ? " on one of the link's lanes" : ""));
+    std::string why = overdue(*lane, now_ns);
+    if (why.empty()) continue;
+    if (!lane->unanswered()) return fail(std::move(why));
+    lane->refuse();  // it may still be in the backlog of a server that has no room
   }
   if (first_end_ns_ != 0 && now_ns - first_end_ns_ >= kLingerNs) return fail("the peer closed one of the link's lanes");
   bool measure = session_.expects_data() && !session_.ping_under_way() &&
@@ -202,7 +231,8 @@ bool Link::on_time(int64_t now_ns) {
 
 int64_t Link::wake_at() const {
   int64_t at = last_ping_ns_ + ping_every_ns_;
-  for (const auto& lane : lanes_) at = std::min(at, lane->heard_ns() + idle_timeout_ns_ + 1);
+  for (const auto& lane : lanes_)
+    if (!lane->refused()) at = std::min(at, lane->heard_ns() + idle_timeout_ns_ + 1);
   if (first_end_ns_ != 0) at = std::min(at, first_end_ns_ + kLingerNs);
   if (closing_) at = close_deadline_ns_;
   for (const auto& lane : lanes_) {

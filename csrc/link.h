@@ -46,6 +46,9 @@ class Link {
   bool write(int64_t now_ns);  // keep-alive and deadlines, then writes what may leave
   bool fail(std::string reason);  // returns false; the first reason stays
 
+  // Lanes that the peer refused, if their connections are still open; the transport closes these.
+  std::vector<Lane*> refused_lanes();
+
   // Nothing is read, and the peer's silence not counted, while the program is behind with this link's events.
   void pause_reads(bool paused) { reads_paused_ = paused; }
 
@@ -71,6 +74,7 @@ class Link {
   bool misfit() const { return misfit_; }  // another connection between the same two would end alike
 
  private:
+  std::string overdue(const Lane& lane, int64_t now_ns) const;
   bool on_time(int64_t now_ns);
   bool fail_writing(std::string reason, int64_t now_ns);
   bool flush(int64_t now_ns);

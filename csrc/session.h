@@ -52,6 +52,7 @@ class Session {
   void cancel_receive(const TransferKey& key);
   void refuse_receive(const TransferKey& key) { receiver_.refuse(key); }
   void ping(int64_t now_ns);
+  void greet(size_t lane) { owes_sign_of_life_[lane] = true; }  // a new one beside the first: the peer waits for it
   void report_stalled(int64_t now_ns);
 
   // Where a lane's next bytes go, in order. Never empty; valid until the next call of any kind.

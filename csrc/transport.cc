@@ -159,7 +159,7 @@ void Transport::attach_lanes(uint64_t id, const std::string& key, size_t count, 
   push_on_link(id, [this, key, opened](Link& link) {
     for (Fd& fd : *opened) {
       add_lane(link, open_channel(std::move(fd), link.host()));
-      link.lane(link.lanes() - 1).put(attach_frame(key), 0);
+      link.lane(link.lanes() - 1).ask(attach_frame(key));
     }
   });
 }
@@ -317,7 +317,10 @@ void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   std::unique_lock lock(links_mutex_);  // others ask what the newcomer's channel is
   Channel channel = std::move(newcomer.lane(0).channel());
   lock.unlock();
-  add_lane(*links_.at(*owner), std::move(channel));
+  Link& link = *links_.at(*owner);
+  add_lane(link, std::move(channel));
+  link.session().greet(link.lanes() - 1);
+  loop_.wake();  // the peer uses the lane once it hears something on it
   newcomer.fail("it became a lane of link " + std::to_string(*owner));
 }
 
@@ -337,7 +340,7 @@ void Transport::drop(uint64_t id) {
   // Closing alone does neither while a process that was forked holds the descriptors, too.
   for (size_t i = 0; i < found->second->lanes(); ++i) {
     const int fd = found->second->lane(i).fd();
-    if (fd < 0) continue;  // it has become a lane of another link
+    if (fd < 0) continue;  // it was refused, or has become a lane of another link
     loop_.remove(fd);
     shutdown(fd, SHUT_RDWR);
   }
@@ -376,6 +379,7 @@ void Transport::service_link(Link& link, int64_t now_ns) {
       going_on = false;
     }
     going_on = going_on && link.write(now_ns);
+    close_refused_lanes(link);
     if (going_on) watch(link);
   } catch (const std::exception& error) {
     going_on = link.fail(error.what());
@@ -384,9 +388,19 @@ void Transport::service_link(Link& link, int64_t now_ns) {
   if (!going_on) over_.push_back(link.id());
 }
 
+void Transport::close_refused_lanes(Link& link) {
+  for (Lane* lane : link.refused_lanes()) {
+    loop_.remove(lane->fd());
+    shutdown(lane->fd(), SHUT_RDWR);
+    std::lock_guard lock(links_mutex_);  // others read the link's stats
+    Channel closed = std::move(lane->channel());
+  }
+}
+
 void Transport::watch(Link& link) {
   for (size_t index = 0; index < link.lanes(); ++index) {
     Lane& lane = link.lane(index);
+    if (lane.refused()) continue;
     Interest interest = link.interest(lane);
     if (interest == lane.watched) continue;
     lane.watched = interest;

@@ -95,6 +95,7 @@ class Transport {
   void attach(Link& newcomer, const std::string& key, int64_t now_ns);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
   void service_link(Link& link, int64_t now_ns);
+  void close_refused_lanes(Link& link);
   void watch(Link& link);
   void drop(uint64_t link);
   void drop_all();

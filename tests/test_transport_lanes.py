@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from federations import Case, assert_equal
+from tls_cases import client_tls, needs_tls, server_tls
 from transport_cases import (
     DEADLINE_S,
     HEADER_BYTES,
@@ -148,6 +149,107 @@ def test_keys_that_open_nothing_are_refused_and_the_link_goes_on(make: Make) -> 
     expect(b, T.CONTROL)
 
 
+@pytest.mark.parametrize("encrypted", [False, pytest.param(True, marks=needs_tls)], ids=["in the clear", "in TLS"])
+@pytest.mark.parametrize("why", ["no room", "a wrong key"])
+def test_a_lane_that_the_server_refuses_goes_and_the_link_works_without_it(
+    make: Make, why: str, encrypted: bool
+) -> None:
+    ours = {"tls": client_tls().for_client()} if encrypted else {}
+    theirs = {"tls": server_tls().for_server()} if encrypted else {}
+    a, b = make(**ours), make(max_links=1 if why == "no room" else 9, **theirs)
+    link, other = join(a, b)
+    b.trust(other, 7, MIB)
+    key = b.offer_lanes(other, 2)
+    buffer, content = filled(16 * MIB)
+    target = Buffer(16 * MIB)
+    b.receive(other, 1, 0, 0, target, flat(16 * MIB))
+    a.send(link, 1, 0, 0, a.make_source(buffer, flat(16 * MIB), True))
+    a.attach_lanes(link, key if why == "no room" else os.urandom(32), 2, 5.0)
+    a.send_control(link, b"with what was opened")  # which has become part of the link before
+    seen: list[_C.Event] = []
+    while not {T.RECEIVED, T.CONTROL} <= {event.type for event in seen}:
+        seen.append(next_event(b))
+    assert other not in [event.link for event in seen if event.type == T.CLOSED]
+    assert bytes(memoryview(target)) == content
+    expect(a, T.SENT)
+    deadline = time.monotonic() + DEADLINE_S
+    while len(a.stats(link).lanes) > 1:
+        assert time.monotonic() < deadline
+        assert a.next_event(0.01) is None
+    a.send_control(link, b"still there")
+    while (event := next_event(b)).type != T.CONTROL:
+        assert event.link != other
+    assert event.message == b"still there"
+    a.close_link(link, "done")
+    assert expect(a, T.CLOSED)[0].text == "done"
+
+
+def test_chunks_wait_for_a_lane_to_be_answered_and_take_the_others_meanwhile(make: Make) -> None:
+    """A connection that waits in a server's backlog may be refused yet: what is put on it would be lost."""
+    client = make()
+    nbytes = 16 * MIB
+    buffer, content = filled(nbytes)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = client.connect("127.0.0.1", server.getsockname()[1], 5.0)
+        first, _ = server.accept()
+        client.attach_lanes(link, bytes(32), 1, 5.0)
+        lane, _ = server.accept()
+        with first, lane:
+            read_exactly(lane, HEADER_BYTES + 32)
+            client.send(link, 1, 0, 0, client.make_source(buffer, flat(nbytes), True))
+            first.sendall(frame_of(ACK, (1, 0, 0), payload=struct.pack("<Q", nbytes)))
+            chunks = nbytes // 65536
+            arrived = [read_data(first) for _ in range(chunks)]
+            assert b"".join(arrived) == content
+            lane.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                lane.recv(1)
+
+
+def test_a_lane_that_is_never_answered_goes_and_the_link_works_without_it(make: Make) -> None:
+    """As in the backlog of a server that has no descriptors left."""
+    client = make(idle_timeout=3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = client.connect("127.0.0.1", server.getsockname()[1], 5.0)
+        first, _ = server.accept()
+        with first:
+            client.attach_lanes(link, bytes(32), 1, 5.0)
+            client.send_control(link, b"with the lane")
+            read_exactly(first, HEADER_BYTES + 13)
+            deadline = time.monotonic() + DEADLINE_S
+            while len(client.stats(link).lanes) > 1:
+                assert time.monotonic() < deadline
+                assert client.next_event(0.05) is None
+                first.sendall(frame_of(PING))
+            first.sendall(frame_of(1, payload=b"still here"))
+            assert expect(client, T.CONTROL)[0].message == b"still here"
+
+
+def read_data(peer: socket.socket) -> bytes:
+    """The payload of the next chunk."""
+    while True:
+        header = read_exactly(peer, HEADER_BYTES)
+        payload = read_exactly(peer, struct.unpack_from("<I", header, 32)[0])
+        if header[5] == DATA:
+            return payload
+
+
+def test_a_server_answers_on_a_new_lane_without_waiting_for_its_next_ping(listening: tuple[_C.Transport, int]) -> None:
+    transport, port = listening
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        with raw_lane(port, transport.offer_lanes(connected.link, 1)) as lane:
+            assert read_exactly(lane, HEADER_BYTES)[5] == PING
+            first.setblocking(False)
+            with pytest.raises(BlockingIOError):  # a ping would leave here, too
+                first.recv(1)
+            first.setblocking(True)
+            lane.shutdown(socket.SHUT_WR)
+            expect(transport, T.CONNECTED, T.CLOSED, count=2)
+            expect(transport, T.CLOSED)
+            read_to_end(first)
+
+
 def test_the_key_of_a_link_that_ended_opens_nothing(make: Make) -> None:
     a, b = make(), make()
     port = b.listen("127.0.0.1", 0)
@@ -170,6 +272,7 @@ def test_a_lane_that_dies_ends_the_whole_link_with_a_reason(listening: tuple[_C.
         expect(transport, T.CONNECTED, T.CLOSED, count=2)
         if how == "reset":
             lane.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        read_exactly(lane, HEADER_BYTES)  # closing with unread input resets
         lane.close()
         (closed,) = expect(transport, T.CLOSED)
         assert closed.link == connected.link

@@ -237,7 +237,7 @@ int64_t Link::wake_at() const {
   if (closing_) at = close_deadline_ns_;
   for (const auto& lane : lanes_) {
     if (unread(*lane)) return 0;
-    if (lane->opening()) at = std::min(at, lane->since_ns() + opening_timeout_ns_);
+    if (!closing_ && !lane->refused() && lane->opening()) at = std::min(at, lane->since_ns() + opening_timeout_ns_);
   }
   if (write_shut_) return at;
   bool blocked = false;

@@ -26,6 +26,7 @@ from transport_cases import (
     MIB,
     Make,
     T,
+    cpu_s_of_transports,
     expect,
     filled,
     flat,
@@ -427,6 +428,18 @@ def test_what_came_while_this_process_was_stopped_is_read_before_silence_is_judg
         assert pipe.recv() == []
     process.join(DEADLINE_S)
     assert process.exitcode == 0
+
+
+@needs_tls
+def test_a_link_that_closes_in_the_handshake_waits_for_its_end_asleep(make: Make) -> None:
+    server = make(tls=server_tls().for_server(), opening_timeout=0.5)
+    with stranger_to(server.listen("127.0.0.1", 0)):
+        (connected,) = expect(server, T.CONNECTED)
+        server.send_control(connected.link, b"can leave only in TLS")
+        before = cpu_s_of_transports()
+        server.close_link(connected.link, "enough", 3.0)
+        expect(server, T.CLOSED)
+        assert cpu_s_of_transports() - before < 0.5
 
 
 # ---- Slow readers

@@ -7,6 +7,7 @@ import resource
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from parablock_rt import _C
@@ -71,6 +72,12 @@ def resident_bytes() -> int:
     """What this process holds of the machine's memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def cpu_s_of_transports() -> float:
+    """The processor's time that the transport threads of this process have taken."""
+    threads = [task for task in Path("/proc/self/task").iterdir() if "pb-transport" in (task / "comm").read_text()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in threads) / 1e9
 
 
 def freed_memory_is_used_again() -> bool:

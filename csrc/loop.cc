@@ -27,6 +27,7 @@ epoll_event event_for(uint64_t token, Interest interest) {
   epoll_event event{};
   if (interest.reads) event.events |= EPOLLIN;
   if (interest.writes) event.events |= EPOLLOUT;
+  if (event.events == 0) event.events = EPOLLET;  // the kernel tells of an end or an error all the same: once will do
   event.data.u64 = token;
   return event;
 }

@@ -19,6 +19,7 @@ from transport_cases import (
     MIB,
     Make,
     T,
+    cpu_s_of_transports,
     expect,
     filled,
     flat,
@@ -278,6 +279,36 @@ def test_a_lane_that_dies_ends_the_whole_link_with_a_reason(listening: tuple[_C.
         assert closed.link == connected.link
         assert ("Connection reset" if how == "reset" else "closed one of the link's lanes") in closed.text
         read_to_end(first)
+
+
+def pass_time(make: Make, seconds: float) -> None:
+    """Until a link to nobody has been silent for so long."""
+    clock = make(idle_timeout=seconds)
+    with stranger_to(clock.listen("127.0.0.1", 0)):
+        expect(clock, T.CONNECTED)
+        expect(clock, T.CLOSED)
+
+
+def test_a_lane_that_ends_while_the_program_is_behind_loses_nothing_of_the_others(make: Make) -> None:
+    """What the program has not taken stops the reading; what lies in the sockets then is no less sent."""
+    transport = make()
+    port = transport.listen("127.0.0.1", 0)
+    message = frame_of(1, payload=bytes(4096))
+    count = 2 * MIB // 4096  # half of it is more than the program may leave lying
+    with stranger_to(port) as first:
+        (connected,) = expect(transport, T.CONNECTED)
+        with raw_lane(port, transport.offer_lanes(connected.link, 1)) as lane:
+            expect(transport, T.CONNECTED, T.CLOSED, count=2)
+            read_exactly(lane, HEADER_BYTES)
+            lane.shutdown(socket.SHUT_WR)
+            first.sendall(message * count)
+            expect(transport, T.CONTROL)  # so the end of the lane has been read, too
+            lane.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        before = cpu_s_of_transports()
+        pass_time(make, 2.0)
+        assert cpu_s_of_transports() - before < 0.5  # a connection that is over wakes nobody again and again
+        expect(transport, T.CONTROL, count=count - 1)
+        assert "closed one of the link's lanes" in expect(transport, T.CLOSED)[0].text
 
 
 def test_a_lane_that_falls_silent_ends_the_link_though_the_others_are_alive(make: Make) -> None:

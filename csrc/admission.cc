@@ -23,6 +23,13 @@ std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
   return oldest_of_most();
 }
 
+std::optional<uint64_t> Admission::make_room() {
+  if (network_of_.empty()) return std::nullopt;
+  const uint64_t goes = oldest_of_most();
+  leave(goes);
+  return goes;
+}
+
 // Of networks with equally many, the one whose oldest came first: what a network is called decides nothing.
 uint64_t Admission::oldest_of_most() const {
   auto goes_later = [](const auto& a, const auto& b) {

@@ -28,6 +28,8 @@ class Admission {
 
   // A new connection. Ids grow with time.
   Answer enter(uint64_t id, const std::string& network);
+  // For a newcomer that cannot be let in for want of something else than a place.
+  std::optional<uint64_t> make_room();  // this stranger must be dropped, as above; nullopt: all are proved
   void prove(uint64_t id);  // a stranger no more; no-op for ids unknown, as `leave`
   void leave(uint64_t id);
 

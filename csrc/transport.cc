@@ -1,5 +1,6 @@
 #include "transport.h"
 
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -27,6 +28,15 @@ constexpr size_t kRememberedKeys = 4096;  // of one trusted peer
 constexpr size_t kMostEvents = 4096;      // that nobody has taken, before newcomers wait in the kernel's backlog
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
+
+bool lacks_descriptors(int error) { return error == EMFILE || error == ENFILE; }
+
+Fd try_to_accept(int listener) { return Fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC)); }
+
+bool somebody_waits(int listener) {
+  pollfd waiting{listener, POLLIN, 0};
+  return poll(&waiting, 1, 0) > 0;
+}
 
 uint64_t token_of(uint64_t link, size_t lane) { return link * kMaxLanes + lane; }
 
@@ -230,6 +240,22 @@ std::shared_ptr<const TlsInfo> Transport::tls_info(uint64_t id) const {
 
 // ---- The loop thread
 
+// One that has not said who it is gives its descriptor to a newcomer, if none is left: no more than one, because others
+// may take what it leaves. `errno` is that of the last try.
+Fd Transport::accept_one(int listener) {
+  Fd fd = try_to_accept(listener);
+  if (fd.get() >= 0 || !lacks_descriptors(errno)) return fd;
+  if (!somebody_waits(listener)) {  // the kernel looks for a descriptor first
+    errno = EAGAIN;
+    return fd;
+  }
+  std::optional<uint64_t> goes = admission_.make_room();
+  if (!goes) return fd;
+  links_.at(*goes)->fail("closed for a newcomer: no descriptor is left, and it has not said who it is");
+  drop(*goes);
+  return try_to_accept(listener);
+}
+
 void Transport::accept_some(int listener, int64_t now_ns) {
   for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
     // Each connection is an event when it comes and when it ends, however little the program takes of them.
@@ -238,10 +264,10 @@ void Transport::accept_some(int listener, int64_t now_ns) {
       accept_again_ns_ = now_ns + kHousekeepingNs;
       return;
     }
-    Fd fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    Fd fd = accept_one(listener);
     if (fd.get() < 0) {
       // The connection stays in the backlog and would wake the loop for ever.
-      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+      if (lacks_descriptors(errno) || errno == ENOBUFS || errno == ENOMEM) {
         accept_again(false);
         accept_again_ns_ = now_ns + kHousekeepingNs;
       }

@@ -87,6 +87,7 @@ class Transport {
   void forgive_own_absence(int64_t now_ns);
   void push_on_link(uint64_t link, std::function<void(Link&)> action);
   Fd duplicate_of(uint64_t link);
+  Fd accept_one(int listener);
   void accept_some(int listener, int64_t now_ns);
   void accept_again(bool on);
   Channel open_channel(Fd fd, const std::string& host) const;

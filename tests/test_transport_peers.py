@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -224,26 +225,53 @@ def test_a_flood_that_nobody_reads_stops_at_a_bound_and_other_links_go_on(
             taken += 1
 
 
+@contextlib.contextmanager
+def no_descriptor_free() -> Iterator[None]:
+    """For this process; whatever it closes meanwhile is one that it may use again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_server_out_of_descriptors_accepts_again_when_some_are_free(listening: tuple[_C.Transport, int]) -> None:
     transport, port = listening
     first = stranger_to(port)
-    expect(transport, T.CONNECTED)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    stranger = socket.socket()
-    try:
-        lowest_free = os.dup(stranger.fileno())
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
-        stranger.connect(("127.0.0.1", port))  # the kernel completes it; accepting it needs a descriptor
-        first.sendall(frame(1, b"while none is free"))
-        (message,) = expect(transport, T.CONTROL)
-        assert message.message == b"while none is free"
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    expect(transport, T.CONNECTED)
-    stranger.close()
+    (known,) = expect(transport, T.CONNECTED)
+    transport.trust(known.link, 0, 4096)  # or it would go for the newcomer
+    with socket.socket() as stranger:
+        with no_descriptor_free():
+            stranger.connect(("127.0.0.1", port))  # the kernel completes it; accepting it needs a descriptor
+            first.sendall(frame(1, b"while none is free"))
+            (message,) = expect(transport, T.CONTROL)
+            assert message.message == b"while none is free"
+        expect(transport, T.CONNECTED)
     first.close()
     expect(transport, T.CLOSED, count=2)
+
+
+def test_a_server_out_of_descriptors_drops_the_oldest_stranger_for_a_newcomer(
+    listening: tuple[_C.Transport, int],
+) -> None:
+    transport, port = listening
+    known, *strangers = [stranger_to(port) for _ in range(3)]
+    links = [event.link for event in expect(transport, T.CONNECTED, count=3)]
+    transport.trust(links[0], 0, 4096)
+    with socket.socket() as newcomer, no_descriptor_free():
+        newcomer.connect(("127.0.0.1", port))
+        gone = next_event(transport)
+        assert (gone.type, gone.link) == (T.CLOSED, links[1])
+        assert gone.text == "closed for a newcomer: no descriptor is left, and it has not said who it is"
+        expect(transport, T.CONNECTED)
+        newcomer.sendall(frame(1, b"in"))
+        assert expect(transport, T.CONTROL)[0].message == b"in"
+    for each in (known, *strangers):
+        each.close()
+    expect(transport, T.CLOSED, count=3)
 
 
 # ---- Broken frames and broken connections

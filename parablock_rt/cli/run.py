@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,6 +73,7 @@ from parablock_rt.wire.transport import DEFAULT_LANES, MAX_LANES, Shape
 commands = typer.Typer()
 _SETTINGS = "settings.json"  # of a durable run, in its folder
 _STATE = "state"  # likewise
+_OPEN_FILES = 8192  # four connections for each of 1,024 clients, strangers, and what else a server opens
 
 
 def _read_resumed(context: typer.Context, path: Path | None) -> Path | None:
@@ -228,6 +231,7 @@ def serve(
         console.print(demo.round_line(closed, rounds, plan.blocks[closed.block].name))
 
     after = None
+    _allow_open_files()
     server = start_server(
         net,
         run_config,
@@ -357,6 +361,16 @@ def join(
 
 def _run_folder(path: Path | None, kind: str) -> RunFolder:
     return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _allow_open_files() -> None:
+    """Raises this process's own limit, which is often 1,024, as far as the system allows and connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):  # then it works with fewer
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _save(net: Any, tokenizer: Any, folder: RunFolder) -> None:

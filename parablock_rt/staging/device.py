@@ -71,7 +71,7 @@ class CudaDevice:
                 for numel in (codec.ALIGNMENT, 8 * codec.ALIGNMENT):
                     now = torch.zeros(numel, dtype=now_dtype, device=self.device)
                     ref = torch.zeros(numel, dtype=ref_dtype, device=self.device)
-                    rest = None if format == "fp32" else torch.zeros(numel, device=self.device)
+                    rest = None if format == "fp32" else torch.zeros(numel, dtype=torch.float32, device=self.device)
                     packed = codec.encode(now, ref, None, format=format, residual_out=rest)
                     if rest is not None:
                         codec.encode(now, ref, rest, format=format)

@@ -30,7 +30,7 @@ DELAYS_S = (0.0, 0.01, 0.05)
 LONG_RATE = 100e6 / 8  # bytes a second
 LONG_DELAY_S = 0.05  # one way
 ROUND_TRIPS = 3000
-FAN_IN = ((1, None), (16, None), (16, 2**29))  # links, and bytes of uploads that the server may hold (None: default)
+FAN_IN = (1, 16, 32)  # links; of up to 16, the server holds all uploads of a round until it closes
 CASES = ("lanes", "long", "control", "fan-in")
 
 
@@ -232,9 +232,7 @@ def control_case() -> list[Row]:
 # ---- Many links into one server
 
 
-def serve_uploads(
-    result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None
-) -> None:
+def serve_uploads(result: Connection, peer: Connection, side: int, rounds: int, clients: int) -> None:
     """The real server, on a model of one block. Reports when each round's last upload was folded, and how long its
     closing took from then on."""
     import torch
@@ -245,7 +243,7 @@ def serve_uploads(
     model = torch.nn.Linear(side, side, bias=False)
     plan = pb.BlockPlan.from_model(model, [["weight"]])
     settings = {"rounds": rounds, "clients": clients, "local_steps": 1, "staleness": 0}
-    with pb.serve(model, plan=plan, upload_budget=budget, **settings) as server:
+    with pb.serve(model, plan=plan, **settings) as server:
         base = memory_bytes("VmRSS")
         begin = cpu_seconds()
         peer.send((server.address, {k: v.clone() for k, v in model.state_dict().items()}))
@@ -263,7 +261,7 @@ def serve_uploads(
     result.send({"folded_ns": folded, "closing_s": closing, "cpu": used, "peak_beyond_start_mib": peak})
 
 
-def upload_all(result: Connection, peer: Connection, side: int, rounds: int, clients: int, budget: int | None) -> None:
+def upload_all(result: Connection, peer: Connection, side: int, rounds: int, clients: int) -> None:
     """All clients, each on a link of its own, in one process. In each round they send at once."""
     import torch
 
@@ -298,10 +296,10 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
     result.send({"started_ns": started, "bytes": body.numel()})
 
 
-def fan_in_row(side: int, rounds: int, clients: int, budget: int | None) -> Row:
+def fan_in_row(side: int, rounds: int, clients: int) -> Row:
     """One server, so many rounds after one that warms up: from the moment at which all clients send to that at which
     the last upload is folded."""
-    served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients, budget)
+    served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients)
     pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
     return {
         "upload_mib": sent["bytes"] / MIB,
@@ -318,19 +316,18 @@ def fan_in_case(side: int, rounds: int, repetitions: int) -> list[Row]:
     compared with, so that a neighbour makes the ratio smaller and not larger."""
     body = side * side + side * side // 128 * 2
     alone: list[float] = []
-    runs: dict[tuple[int, int | None], list[Row]] = {each: [] for each in FAN_IN}
+    runs: dict[int, list[Row]] = {clients: [] for clients in FAN_IN}
     for _ in range(repetitions):
-        alone.append(transfer_row(max(clients for clients, _ in FAN_IN) * body, 0.0, 0.0, 1)["mib_per_s"])
-        for (clients, budget), done in runs.items():
-            done.append(fan_in_row(side, rounds, clients, budget))
+        alone.append(transfer_row(16 * body, 0.0, 0.0, 1)["mib_per_s"])
+        for clients, done in runs.items():
+            done.append(fan_in_row(side, rounds, clients))
     rows = []
-    for (clients, budget), done in runs.items():
+    for clients, done in runs.items():
         moved = clients * done[0]["upload_mib"]
         rates = [moved / statistics.median(run["seconds"]) for run in done]
         rows.append(
             {
                 "links": clients,
-                "upload_budget": budget,
                 "rounds": rounds,
                 "upload_mib": done[0]["upload_mib"],
                 "mib_per_s": statistics.median(rates),
@@ -382,7 +379,6 @@ def tables(result: Result) -> list[Table]:
     fan_in = columns(
         "uploads folded by one server",
         "links",
-        "held uploads, MiB",
         "MiB an upload",
         "MiB/s in all",
         "/ one link's fastest turn, no fold",
@@ -403,9 +399,8 @@ def tables(result: Result) -> list[Table]:
             size, rate = shown(row["upload_mib"], ".1f"), shown(row["mib_per_s"], ".0f")
             peak = shown(row["peak_beyond_start_mib"], ".0f")
             part, cpu = shown(row["part_of_one_link"]), shown(row["server_cpu_s_per_gib"], ".2f")
-            budget = "default" if row["upload_budget"] is None else str(row["upload_budget"] // MIB)
             closing = shown(row["closing_s"] * 1e3, ".0f")
-            fan_in.add_row(str(row["links"]), budget, size, rate, part, closing, cpu, peak)
+            fan_in.add_row(str(row["links"]), size, rate, part, closing, cpu, peak)
     return [lanes, long, control, fan_in]
 
 
@@ -420,8 +415,7 @@ def metrics(result: Result) -> dict[str, float]:
         elif row["case"] == "control":
             found[f"messages there and back a second, {row['system']}"] = 1e6 / row["median_us"]
         else:
-            room = "" if row["upload_budget"] is None else f", {row['upload_budget'] // MIB} MiB held"
-            found[f"MiB/s folded, {row['links']} links{room}"] = row["mib_per_s"]
+            found[f"MiB/s folded, {row['links']} links"] = row["mib_per_s"]
     return found
 
 

@@ -184,7 +184,7 @@ def test_scale_counts_every_byte_and_states_how_memory_and_time_grow(tmp_path: P
 
 
 def test_the_fan_in_has_every_round_of_every_link_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "FAN_IN", ((3, None), (2, 2**20)))
+    monkeypatch.setattr(links, "FAN_IN", (3, 2))
     for row, count in zip(links.fan_in_case(128, rounds=8, repetitions=1), (3, 2), strict=True):
         assert (row["links"], row["rounds"]) == (count, 8)
         assert row["upload_mib"] * 2**20 == 128 * 128 + 128 * 2

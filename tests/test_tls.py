@@ -86,20 +86,21 @@ def test_both_directions_at_once_do_not_wait_for_each_other(pair: Pair, lanes: i
     link, there = join(client, server)
     if lanes > 1:
         client.attach_lanes(link, server.offer_lanes(there, lanes - 1), lanes - 1, 10.0)
-    buffer, content = filled(128 * MIB)
-    targets = {there: Buffer(buffer.nbytes), link: Buffer(buffer.nbytes)}
-    layout = flat(buffer.nbytes, 2**18)
-    for receiver, at in ((server, there), (client, link)):
-        receiver.receive(at, 1, 0, 0, targets[at], layout)
-    for sender, at in ((client, link), (server, there)):
-        sender.send(at, 1, 0, 0, sender.make_source(buffer, layout, True))
+    ends = ((client, link), (server, there))
+    sent = [filled(128 * MIB, seed) for seed in range(2)]
+    targets = [Buffer(128 * MIB) for _ in range(2)]
+    layout = flat(128 * MIB, 2**18)
+    for (end, at), target in zip(ends, targets, strict=True):
+        end.receive(at, 1, 0, 0, target, layout)
+    for (end, at), (buffer, _) in zip(ends, sent, strict=True):
+        end.send(at, 1, 0, 0, end.make_source(buffer, layout, True))
     for each in pair:
         done: list[Event.Type] = []
         while set(done) != {T.RECEIVED, T.SENT}:
             event = next_event(each)
             assert event.type in (T.RECEIVED, T.SENT, T.CONNECTED) or "became a lane" in event.text, event.text
             done += [event.type] if event.type in (T.RECEIVED, T.SENT) else []
-    assert all(bytes(memoryview(target)) == content for target in targets.values())
+    assert [bytes(memoryview(target)) for target in targets] == [sent[1][1], sent[0][1]]
 
 
 def test_a_message_is_heard_while_what_this_side_has_to_say_waits_for_the_socket(make: Make) -> None:

@@ -54,7 +54,7 @@ def test_an_optimiser_of_the_whole_model_trains_the_block_where_it_trains_in_pla
 
 
 def test_a_function_that_returns_no_optimiser_is_refused() -> None:
-    with serve() as server, pytest.raises(ConfigError, match=r"return a torch\.optim\.Optimizer; found a NoneType"):
+    with serve() as server, pytest.raises(ConfigError, match=r"an optimiser like torch.*found a NoneType"):
         join(server, lambda parameters: None)
 
 
@@ -143,13 +143,71 @@ def test_a_join_that_fails_lets_go_of_the_model() -> None:
 # ---- Gradients
 
 
-def test_a_step_without_any_gradient_is_an_error() -> None:
-    with (
-        serve() as server,
-        join(server) as run,
-        pytest.raises(ParaBlockError, match=r"no parameter of block.*loss\.backward"),
-    ):
+def test_a_round_without_any_gradient_is_an_error() -> None:
+    with serve(local_steps=2) as server, join(server) as run:
         run.step()
+        with pytest.raises(ParaBlockError, match=r"no parameter of block.*loss\.backward"):
+            run.step()
+
+
+def test_a_round_may_have_steps_that_leave_its_block_out() -> None:
+    """As a model does that drops layers at random."""
+    with serve(local_steps=3, rounds=2) as server, join(server) as run:
+        while not run.finished:
+            run.step()
+            one_step(run)
+            run.step()
+
+
+def test_an_optimiser_that_steps_in_the_backward_pass_trains() -> None:
+    """It leaves no gradient behind."""
+
+    def eager(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        def step_at_once(parameter: Tensor) -> None:
+            with torch.no_grad():
+                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+            parameter.grad = None
+
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(step_at_once)
+        return sgd(parameters)
+
+    digests = []
+    for optimizer in (eager, sgd):
+        with serve(rounds=1) as server, join(server, optimizer) as run:
+            to_the_end(run)
+            digests.append(run.digest)
+    assert digests[0] == digests[1] is not None
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)
+
+
+def test_a_module_may_be_wrapped_during_the_run() -> None:
+    with serve(rounds=4) as server, join(server) as run:
+        one_step(run)
+        run.model.layers[0] = Wrapper(run.model.layers[0])  # type: ignore[operator, index]
+        to_the_end(run)
+        assert run.digest == server.wait(WAIT_S).digest
+
+
+def test_a_run_does_not_go_on_after_a_boundary_that_was_refused() -> None:
+    with serve() as server, join(server) as run:
+        layer: Any = run.model.layers[0]  # type: ignore[index]
+        kept = layer.weight
+        layer.weight = nn.Parameter(kept.detach().clone())
+        layer(torch.ones(1, WIDTH)).sum().backward()
+        with pytest.raises(PlanError, match="was replaced"):
+            run.step()
+        layer.weight = kept
+        with pytest.raises(ParaBlockError, match="boundary after round 0 was interrupted by PlanError"):
+            one_step(run)
 
 
 def test_parameters_without_a_gradient_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,9 @@ class FlatBlock:
     params: list[nn.Parameter]
 
     def check_homed(self, model: nn.Module | None = None) -> None:
-        """Raises PlanError when a parameter is not a view of the flat buffers any more, or not the model's."""
+        """Raises PlanError when a parameter is not a view of the flat buffers any more, or not the model's (under any
+        name: somebody may have wrapped its module)."""
+        own = None if model is None else {id(parameter) for parameter in model.parameters()}
         for segment, flat in zip(self.block.segments, self.flats, strict=True):
             for i, slot in self.block.segment_slots(segment):
                 place = flat.data_ptr() + (slot.offset - segment.start) * flat.element_size()
@@ -34,7 +36,7 @@ class FlatBlock:
                         "moved, cast or planned anew, or something has put another tensor into its .data; change "
                         "weights in place, and give every join and serve a model of its own"
                     )
-                if model is not None and model.get_parameter(slot.name) is not self.params[i]:
+                if own is not None and id(self.params[i]) not in own:
                     raise PlanError(
                         f"parameter {slot.name!r} was replaced during the run, by load_state_dict(..., assign=True) or "
                         "an assignment; copy into it instead"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,18 +72,22 @@ class ActiveBlock:
                 )
 
     def without_gradient(self) -> list[str]:
-        """The names of the block's parameters that have no gradient now. Raises ParaBlockError if none has one."""
-        missing = [
+        """The names of the block's parameters that have no gradient now."""
+        return [
             slot.name
             for slot, parameter in zip(self.flat.block.slots, self._model_params, strict=True)
             if parameter.grad is None
         ]
-        if len(missing) == len(self._model_params):
+
+    def require_change(self, ref: list[Tensor]) -> None:
+        """Raises ParaBlockError when the weights are what they were, `ref`. For a round without any gradient, which
+        an optimiser may have trained all the same, in the backward pass."""
+        if all(torch.equal(now, start) for now, start in zip(self.flat.flats, ref, strict=True)):
             raise ParaBlockError(
-                f"no parameter of block {self.flat.block.name!r} has a gradient: call loss.backward() before each "
-                "step, on a loss of this run's own model (not of a copy), outside of torch.no_grad"
+                f"no parameter of block {self.flat.block.name!r} had a gradient in the whole round: call "
+                "loss.backward() before each step, on a loss of this run's own model (not of a copy), outside of "
+                "torch.no_grad"
             )
-        return missing
 
     def step(self) -> None:
         """One optimiser step from the gradients that the backward pass left; then the gradients are gone."""
@@ -133,11 +138,12 @@ class ActiveBlock:
         del self.optimizer
 
 
-def _check_optimizer(made: object, wanted: list[nn.Parameter], *, in_place: bool) -> None:
+def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -> None:
     """`in_place`: the model's own parameters are trained, so that others, which are frozen, do no harm."""
-    if not isinstance(made, torch.optim.Optimizer):
+    if not all(hasattr(made, name) for name in ("step", "param_groups", "state")):
         raise ConfigError(
-            f"expected the optimizer function to return a torch.optim.Optimizer; found a {type(made).__name__}"
+            f"expected the optimizer function to return an optimiser like torch's, with step, param_groups and state; "
+            f"found a {type(made).__name__}"
         )
     found = {id(parameter) for group in made.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in wanted}

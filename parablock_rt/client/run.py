@@ -92,6 +92,7 @@ class _Round:
     steps: int = 0
     weight: float | Tensor = 0.0  # of the steps so far; on the GPU if what was added was
     loss_sum: float | Tensor = 0.0
+    had_gradients: bool = False
 
 
 class Run:
@@ -258,9 +259,10 @@ class Run:
         the boundary when it is on a GPU.
 
         Raises:
-            ConfigError: a weight that no contribution can have, unless it is on a GPU: then the server refuses the
-                round's upload.
-            ParaBlockError: there is no gradient; the run has ended, was closed, or an earlier boundary failed.
+            ConfigError: a weight that no contribution can have; of one on a GPU at the boundary, and of all steps
+                together.
+            ParaBlockError: a whole round has changed nothing, for want of gradients; the run has ended, was closed, or
+                an earlier boundary failed.
             PlanError: the block's parameters are not where they were when the round began.
         """
         round = self._require_round()
@@ -365,6 +367,7 @@ class Run:
 
     def _look_at_gradients(self, round: _Round) -> None:
         missing = round.active.without_gradient()
+        round.had_gradients |= len(missing) < len(round.active.flat.params)
         if missing and not self._told_of_missing_gradients:
             self._told_of_missing_gradients = True
             log.warning(
@@ -410,8 +413,10 @@ class Run:
 
         On a GPU it waits for the round's computation, once, after everything that can run without it has been queued.
         """
-        round.active.check_homed(self.model)
         self._round = None
+        round.active.check_homed(self.model)
+        if not round.had_gradients:
+            round.active.require_change(round.ref)
         steps_ended_ns = time.monotonic_ns()
         waited_s = self._exchange.wait_for_verdict(round.block, round.index)
         extremes = self._replica.extremes(round.block)

@@ -102,8 +102,11 @@ class Closing:
         self._durability.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
         self._say_verdicts(round)
         for member in receivers:
-            waited_s, fold_s = round.waited_s(member.seat, start_ns), round.fold_s(member.seat)
-            self._roster.say(member, msgspec.structs.replace(update, wait_s=waited_s, fold_s=fold_s))
+            own = update
+            if member.first_round <= round.index:  # else an upload of this seat is its former holder's
+                waited_s, fold_s = round.waited_s(member.seat, start_ns), round.fold_s(member.seat)
+                own = msgspec.structs.replace(update, wait_s=waited_s, fold_s=fold_s)
+            self._roster.say(member, own)
         self._downlink.keep(update, encoding)
         behind = [m.applied for m in self._roster.members if m.begun and m.goodbye is None]
         self._downlink.backlog.drop_through(min(behind, default=round.index))

@@ -4,8 +4,8 @@ The server is a process of its own, fresh for each number of clients. A light cl
 conversation without a model: what it uploads was recorded once, from one local step on each block, and what it gets it
 acknowledges. So a round has no computation, and all that is measured is the server and the loopback. Two statements
 come out: whether more than sixteen clients take no more of the server's memory than up to sixteen do, within 5 %, and
-whether a round's time grows with the bytes it moves, and no faster. Fewer than sixteen take less: their uploads are held
-until a round closes, and there is no sum.
+whether a round's time grows with the bytes it moves, and no faster. Fewer than sixteen take less: their uploads are
+held until a round closes, and there is no sum.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows say: of memory relative to the most that up to `HELD` clients take, of time relative to the row with
-    the fewest clients."""
+    """What the rows say: of memory relative to the most that up to `HELD` clients take, of time relative to the row
+    with the fewest clients."""
     first = rows[0]
     bound = _memory_of_few(rows)
     memory = {row["clients"]: row["peak_memory_mib"] / bound for row in rows}

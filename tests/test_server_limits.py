@@ -281,26 +281,28 @@ def test_of_those_who_left_only_the_last_are_listed() -> None:
 # ---- Room
 
 
-def test_uploads_that_are_announced_and_never_sent_lose_their_room_to_those_that_wait(
+def test_an_upload_that_is_announced_and_never_sent_loses_its_room_to_one_that_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two clients hold all the room there is. Nobody need wait for the deadline, which is far away."""
+    """One client holds all the room there is. Nobody need wait for the deadline, which is far away."""
     monkeypatch.setattr("parablock_rt.server.participants._SILENT_S", 0.3)
-    room = 2 * len(good_body())
-    settings = {"clients": 4, "rounds": 1, "quorum": 2, "deadline": 300.0, "upload_budget": room}
+    settings = {"clients": 2, "rounds": 1, "quorum": 1, "deadline": 300.0, "upload_budget": len(good_body())}
     with start_server(**settings) as running, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(RawClient(running.address)) for _ in range(4)]
+        clients = [stack.enter_context(RawClient(running.address)) for _ in range(2)]
         seated(clients)
         for each in clients:
             each.hear(protocol.Begin)
-            each.say(announcement(0))
-        for each in clients[2:]:
-            each.send_body(0, good_body())
-        for each in clients[:2]:
-            assert "nothing of it came" in each.hear(protocol.Verdict).reason
-        for each in clients[2:]:
-            assert each.hear(protocol.Verdict).accepted
-            assert each.hear(protocol.Update).contributions == 2
+        members = sorted(running._coordinator._roster.members, key=lambda member: member.seat)
+        assert settles(lambda: any(0 in member.posted for member in members))
+        seat = next(member.seat for member in members if 0 in member.posted)
+        holder, other = clients[seat], clients[1 - seat]
+        holder.say(announcement(0))
+        assert settles(lambda: 0 in members[seat].announced)
+        other.say(announcement(0))
+        other.send_body(0, good_body())
+        assert "nothing of it came" in holder.hear(protocol.Verdict).reason
+        assert other.hear(protocol.Verdict).accepted
+        assert other.hear(protocol.Update).contributions == 1
 
 
 def test_a_round_that_closes_without_those_who_wait_for_room_takes_no_memory_for_them() -> None:

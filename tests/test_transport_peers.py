@@ -238,11 +238,18 @@ def no_descriptor_free() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def trust_now(transport: _C.Transport, link: int, peer: socket.socket) -> None:
+    """Returns when the loop has done so, and has come to the end of its accepting."""
+    transport.trust(link, 0, 4096)
+    peer.sendall(frame(1, b"trusted"))
+    assert expect(transport, T.CONTROL)[0].message == b"trusted"
+
+
 def test_a_server_out_of_descriptors_accepts_again_when_some_are_free(listening: tuple[_C.Transport, int]) -> None:
     transport, port = listening
     first = stranger_to(port)
     (known,) = expect(transport, T.CONNECTED)
-    transport.trust(known.link, 0, 4096)  # or it would go for the newcomer
+    trust_now(transport, known.link, first)  # or it would go for the newcomer
     with socket.socket() as stranger:
         with no_descriptor_free():
             stranger.connect(("127.0.0.1", port))  # the kernel completes it; accepting it needs a descriptor
@@ -260,7 +267,7 @@ def test_a_server_out_of_descriptors_drops_the_oldest_stranger_for_a_newcomer(
     transport, port = listening
     known, *strangers = [stranger_to(port) for _ in range(3)]
     links = [event.link for event in expect(transport, T.CONNECTED, count=3)]
-    transport.trust(links[0], 0, 4096)
+    trust_now(transport, links[0], known)
     with socket.socket() as newcomer, no_descriptor_free():
         newcomer.connect(("127.0.0.1", port))
         gone = next_event(transport)

@@ -1,5 +1,5 @@
 // Whose certificate is it, and is it the right one: what the peer's certificate says, and why it is refused if it is.
-// Knows no socket, no record and no state of a connection. For tls.cc, in a build with OpenSSL.
+// Knows no socket, no record and no state of a connection. For tls_stream.cc, in a build with OpenSSL.
 #pragma once
 
 #ifdef PARABLOCK_TLS

@@ -1,5 +1,5 @@
 // TLS 1.3 over one non-blocking socket: bytes in the clear on this side, records on the other. Which library does it,
-// tls.cc and certificate.cc alone know; in a build without one, `make_tls` says so. Knows no frames, links or tokens.
+// tls*.cc and certificate.cc alone know; in a build without one, `make_tls` says so. Knows no frames, links or tokens.
 #pragma once
 
 #include <sys/types.h>

@@ -5,6 +5,8 @@
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 
+#include "tls.h"
+
 namespace parablock {
 
 std::string library_error(unsigned long code) {
@@ -54,6 +56,12 @@ std::string explain(unsigned long code, bool opening) {
     case SSL_R_TLSV1_ALERT_DECODE_ERROR: return "the peer found the connection cut in the middle of TLS";
     default: return "TLS failed: " + library_error(code);
   }
+}
+
+[[noreturn]] void unusable(const std::string& what) {
+  std::string why = library_error(ERR_peek_last_error());
+  ERR_clear_error();
+  throw TlsError(what + " (" + why + ")");
 }
 
 }  // namespace parablock

@@ -23,7 +23,7 @@ GARBAGE = 0xA5
 
 
 @functools.cache
-def library() -> str:
+def driver_file() -> str:
     """The path of the built library."""
     folder = Path(tempfile.mkdtemp(prefix="fake-cuda-"))
     path = folder / "libfakecuda.so"
@@ -35,7 +35,7 @@ def library() -> str:
 @functools.cache
 def control() -> ctypes.CDLL:
     """The library's own functions: `fake_delay`, `fake_fail` and the like."""
-    fake = ctypes.CDLL(library())
+    fake = ctypes.CDLL(driver_file())
     numbers = ("calls", "violations", "unpinned_copies", "largest_copy", "pinned_bytes", "allocations")
     for name in numbers:
         getattr(fake, f"fake_{name}").restype = ctypes.c_int64
@@ -79,7 +79,7 @@ class FakeDevice:
 
     def __init__(self, copy_bytes: int = 1 << 12) -> None:
         control().cuCtxSetCurrent(1)
-        self.driver = _C.Driver(library())
+        self.driver = _C.Driver(driver_file())
         self.native = _C.Device(self.driver, copy_bytes)
         self.training = 0
         self.launches = 0

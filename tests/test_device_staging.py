@@ -332,7 +332,7 @@ def test_a_round_trip_allocates_nothing_and_never_waits_for_a_stream_once_it_is_
 ROUND_TRIPS = """
 import sys
 import fake_device
-fake_device.library = lambda: sys.argv[1]  # the one that is preloaded
+fake_device.driver_file = lambda: sys.argv[1]  # the one that is preloaded
 from test_device_staging import CHUNK, NUMEL, Staged, Transport, control
 
 with Transport() as transport, Staged(delay_us=20) as here:
@@ -348,10 +348,10 @@ with Transport() as transport, Staged(delay_us=20) as here:
 
 
 def test_a_callback_of_the_driver_allocates_nothing() -> None:
-    library = fake_device.library()
-    command = [sys.executable, "-c", ROUND_TRIPS, library]
+    driver = fake_device.driver_file()
+    command = [sys.executable, "-c", ROUND_TRIPS, driver]
     first = os.environ.get("LD_PRELOAD", "")  # a sanitizer's
-    environment = {**os.environ, "LD_PRELOAD": f"{first} {library}".strip()}
+    environment = {**os.environ, "LD_PRELOAD": f"{first} {driver}".strip()}
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
     )
@@ -538,7 +538,7 @@ def test_a_device_without_a_context_is_refused() -> None:
     control().fake_reset()
     control().cuCtxSetCurrent(None)
     with pytest.raises(_C.DeviceError, match="expected a CUDA context, found none"):
-        _C.Device(_C.Driver(fake_device.library()), 1)
+        _C.Device(_C.Driver(fake_device.driver_file()), 1)
 
 
 # ---- Pinned memory
@@ -547,7 +547,7 @@ def test_a_device_without_a_context_is_refused() -> None:
 def _driver() -> _C.Driver:
     control().fake_reset()
     control().cuCtxSetCurrent(1)
-    return _C.Driver(fake_device.library())
+    return _C.Driver(fake_device.driver_file())
 
 
 def test_refused_pinning_falls_back_to_ordinary_memory_with_one_warning(
@@ -650,10 +650,10 @@ def test_buffers_outlive_the_slab_they_were_cut_from() -> None:
 FORK = """
 import os, sys
 from parablock_rt import _C
-from fake_device import control, library
+from fake_device import control, driver_file
 
 control().cuCtxSetCurrent(1)
-slab = _C.Slab(_C.Driver(library()), 1 << 22)
+slab = _C.Slab(_C.Driver(driver_file()), 1 << 22)
 buffer = slab.take(1 << 20)
 memoryview(buffer)[:4] = b"here"
 

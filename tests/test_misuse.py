@@ -24,6 +24,12 @@ WAIT_S = 60.0
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    layers = model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
 def join(server: pb.Server, optimizer: Any = sgd, model: nn.Module | None = None, **options: Any) -> pb.Run:
     return pb.join(server.address, model or Net(), optimizer, **options)
 
@@ -164,8 +170,9 @@ def test_an_optimiser_that_steps_in_the_backward_pass_trains() -> None:
 
     def eager(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         def step_at_once(parameter: Tensor) -> None:
+            assert parameter.grad is not None
             with torch.no_grad():
-                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+                parameter -= 0.1 * parameter.grad
             parameter.grad = None
 
         for parameter in parameters:
@@ -192,14 +199,15 @@ class Wrapper(nn.Module):
 def test_a_module_may_be_wrapped_during_the_run() -> None:
     with serve(rounds=4) as server, join(server) as run:
         one_step(run)
-        run.model.layers[0] = Wrapper(run.model.layers[0])  # type: ignore[operator, index]
+        layers = layers_of(run.model)
+        layers[0] = Wrapper(layers[0])
         to_the_end(run)
         assert run.digest == server.wait(WAIT_S).digest
 
 
 def test_a_run_does_not_go_on_after_a_boundary_that_was_refused() -> None:
     with serve() as server, join(server) as run:
-        layer: Any = run.model.layers[0]  # type: ignore[index]
+        layer = layers_of(run.model)[0]
         kept = layer.weight
         layer.weight = nn.Parameter(kept.detach().clone())
         layer(torch.ones(1, WIDTH)).sum().backward()
@@ -260,7 +268,7 @@ class FailsOnce(torch.autograd.Function):
 
 def test_a_backward_pass_that_fails_leaves_none_of_its_gradients() -> None:
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        early, late = model.layers  # type: ignore[misc]
+        early, late = layers_of(model)
         return late(torch.relu(FailsOnce.apply(early(batch)) + early(batch))).square().sum()
 
     digests = []
@@ -425,7 +433,7 @@ def test_an_error_feedback_that_is_not_fp32_is_refused() -> None:
 
 
 def test_a_model_with_batch_statistics_joins_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    def model() -> nn.Module:
+    def model() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
 
@@ -435,7 +443,7 @@ def test_a_model_with_batch_statistics_joins_with_a_warning(caplog: pytest.LogCa
         assert "module 1 keeps running statistics" in caplog.text
         caplog.clear()
         frozen = model()
-        frozen[1].eval()  # type: ignore[index]
+        frozen[1].eval()
         join(server, model=frozen).close()
         assert "running statistics" not in caplog.text
 

@@ -43,7 +43,6 @@ class Round:
     refused: dict[int, str] = field(default_factory=dict)  # why, by client
     arrived_at: dict[int, float] = field(default_factory=dict)  # seconds of any one clock, by client
     fold_span_ns: dict[int, tuple[int, int]] = field(default_factory=dict)  # when it was folded, by client
-    waiting: list[int] = field(default_factory=list)  # whose upload is to be folded yet
 
     def take(self, delivery: Delivery, format: str) -> str:
         """Takes in what a client delivered, for the next pass. Returns why not, or an empty text when it counts.
@@ -64,8 +63,12 @@ class Round:
             return str(error)
         self.uploads[client] = upload
         self.arrived_at[client] = delivery.at
-        self.waiting.append(client)
         return ""
+
+    @property
+    def waiting(self) -> list[int]:
+        """Whose upload is to be folded yet, in the order of arrival."""
+        return [client for client in self.uploads if client not in self.fold_span_ns]
 
     def fold(self) -> None:
         """Folds what waits, in one pass over the sum."""
@@ -82,10 +85,10 @@ class Round:
 
     def _note_folded(self, start_ns: int) -> None:
         """Gives each of those that waited an equal share of the pass, as if one had followed the other."""
-        share_ns = (time.monotonic_ns() - start_ns) // max(1, len(self.waiting))
-        for i, client in enumerate(self.waiting):
+        waited = self.waiting
+        share_ns = (time.monotonic_ns() - start_ns) // max(1, len(waited))
+        for i, client in enumerate(waited):
             self.fold_span_ns[client] = start_ns + i * share_ns, start_ns + (i + 1) * share_ns
-        self.waiting.clear()
 
     def fold_s(self, client: int) -> float:
         """Seconds that folding a client's upload took; 0 if it has none."""

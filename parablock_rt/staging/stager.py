@@ -193,7 +193,9 @@ class Stager:
 
     def close(self) -> None:
         """Returns when nothing reads a job's tensors any more."""
-        for entry in [] if exits.is_inherited(self) else self._running:
+        if exits.is_inherited(self):
+            return
+        for entry in self._running:
             if entry.job is not None:
                 entry.job.wait(ENCODE_DEADLINE_S)
 

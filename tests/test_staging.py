@@ -180,9 +180,18 @@ def test_a_pool_hands_a_buffer_out_again_once_it_is_given_back() -> None:
     first = pool.take(1000)
     assert pool.take(1000) is not first
     pool.give_back(first)
-    assert pool.take(1001) is not first  # too small
     assert pool.take(900) is first
-    assert pool.allocated_bytes == 3001
+    assert pool.allocated_bytes == 2000
+
+
+def test_a_pool_never_keeps_more_buffers_than_were_in_use_at_once_whatever_their_sizes() -> None:
+    pool = BufferPool()
+    used = [pool.take(1000) for _ in range(3)]
+    for nbytes in (2000, 500, 3000, 1000, 3000):
+        for buffer in used:
+            pool.give_back(buffer)
+        used = [pool.take(nbytes) for _ in range(3)]
+    assert pool.allocated_bytes == 3 * 3000
 
 
 def test_a_pool_never_hands_out_a_buffer_that_native_code_still_owns() -> None:

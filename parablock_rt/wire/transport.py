@@ -59,7 +59,8 @@ class BufferPool:
     """Buffers that are used again, so that a run in steady state allocates nothing.
 
     `give_back` may come while native code still reads the buffer (a cancelled transfer drains): it is handed out again
-    only when nobody else owns it.
+    only when nobody else owns it. There are never more than were in use at once: one that is too small for what is
+    wanted makes room for one that is not.
     """
 
     def __init__(self, allocate: Callable[[int], _C.Buffer] = _C.Buffer) -> None:
@@ -71,11 +72,14 @@ class BufferPool:
 
     def take(self, nbytes: int) -> _C.Buffer:
         """A buffer of at least `nbytes` bytes; its contents are arbitrary."""
-        fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes and buffer.owners == 1]
-        if fitting:
-            smallest = min(reversed(fitting), key=lambda buffer: buffer.nbytes)  # the last that came back: it is warm
-            self._free.remove(smallest)
-            return smallest
+        idle = self._idle()
+        for buffer in idle:
+            if buffer.nbytes >= nbytes:
+                self._free.remove(buffer)
+                return buffer
+        if idle:
+            self._free.remove(idle[0])
+            self.allocated_bytes -= idle.pop(0).nbytes
         buffer = self._allocate(max(nbytes, self._least))
         self.allocated_bytes += buffer.nbytes
         return buffer
@@ -89,6 +93,10 @@ class BufferPool:
         self._least = nbytes
         self.allocated_bytes -= sum(buffer.nbytes for buffer in self._free)
         self._free = []
+
+    def _idle(self) -> list[_C.Buffer]:
+        """What nobody uses, the smallest first; of the same size the last that came back, which is warm."""
+        return sorted((b for b in reversed(self._free) if b.owners == 1), key=lambda b: b.nbytes)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ class Traffic:
                     if event is None or event.type == _C.Event.Type.CLOSED:
                         raise RuntimeError(f"a transfer did not end: {event and event.text}")
                 landing.body()
-                stager.leave(landing)
+                stager.release_landing(landing)
                 stager.release(encoding)
                 moved += 1
                 if moved == 1:  # compiled and warm

@@ -28,11 +28,11 @@ from typing import Any
 from rich.table import Table
 
 from parablock_rt.blocks.plan import BlockPlan
-from parablock_rt.config import parse_delay, parse_rate
 from parablock_rt.errors import ConfigError
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.report import figures
 from parablock_rt.report.folder import Recorded
+from parablock_rt.units import parse_delay, parse_rate
 
 from . import baselines
 from .federation import Federation, Link, federation

@@ -5,9 +5,9 @@
 namespace parablock {
 
 Admission::Answer Admission::enter(uint64_t id, const std::string& network) {
-  Answer answer{.goes = to_drop(network)};
-  if (answer.goes) leave(*answer.goes);
-  if (network_of_.size() + proved_.size() >= limits_.links) return {.admitted = false, .goes = {}};  // all are proved
+  Answer answer{.evicted = to_drop(network)};
+  if (answer.evicted) leave(*answer.evicted);
+  if (network_of_.size() + proved_.size() >= limits_.links) return {.admitted = false, .evicted = {}};  // all are proved
   strangers_[network].insert(id);
   network_of_.emplace(id, network);
   return answer;
@@ -25,9 +25,9 @@ std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
 
 std::optional<uint64_t> Admission::make_room() {
   if (network_of_.empty()) return std::nullopt;
-  const uint64_t goes = oldest_of_most();
-  leave(goes);
-  return goes;
+  const uint64_t evicted = oldest_of_most();
+  leave(evicted);
+  return evicted;
 }
 
 // Of networks with equally many, the one whose oldest came first: what a network is called decides nothing.

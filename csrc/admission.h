@@ -23,7 +23,7 @@ class Admission {
 
   struct Answer {
     bool admitted = true;
-    std::optional<uint64_t> goes;  // this stranger must be dropped; it has left the books already
+    std::optional<uint64_t> evicted;  // this stranger must be dropped; it has left the books already
   };
 
   // A new connection. Ids grow with time.

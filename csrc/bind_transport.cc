@@ -90,7 +90,7 @@ void bind_event(py::module_& m) {
         return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace"));
       })
       .def_property_readonly("unfinished", [](const Event& e) { return resume_points(e.unfinished); })
-      .def_readonly("misfit", &Event::misfit)
+      .def_readonly("permanent", &Event::permanent)
       .def_readonly("at_ns", &Event::at_ns)
       .def_readonly("first_byte_ns", &Event::first_byte_ns);
 }

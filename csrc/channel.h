@@ -31,7 +31,7 @@ class Channel {
   bool unread() const { return tls_ && tls_->unread(); }  // the next read gives bytes, though the socket may be empty
 
   std::string failure(int error) const;  // what an errno of `read` or `write` means
-  bool misfit() const { return tls_ && tls_->misfit(); }  // likewise
+  bool permanent() const { return tls_ && tls_->permanent(); }
   std::shared_ptr<const TlsInfo> tls() const { return tls_ ? tls_->info() : nullptr; }  // any thread
 
  private:

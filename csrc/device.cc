@@ -46,7 +46,7 @@ void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream
 
 // A stream that runs a host function stands still meanwhile. So the copies' stream only records an event, and a second
 // stream waits for it and runs the function, while the next copy goes on.
-void Device::tell(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
+void Device::notify_host(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
                   uint64_t value) {
   Mailbox::Callback* callback = mailbox_->callback(std::move(keep), action, value);
   try {
@@ -77,7 +77,7 @@ void Device::copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddr
     driver_->copy_to_host(host_codes + at * layout.code_bytes, codes + (at - first) * layout.code_bytes,
                           (next - at) * layout.code_bytes, down());
     uint64_t ready = next == layout.units ? layout.chunks() : next / layout.chunk_units;
-    tell(kDownSignal, kDown, down_event_, to_host,
+    notify_host(kDownSignal, kDown, down_event_, to_host,
          [](void* object, uint64_t value) { static_cast<DeviceToHost*>(object)->copied(value); }, ready);
     at = next;
   }
@@ -85,7 +85,7 @@ void Device::copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddr
 
 void Device::finish(const std::shared_ptr<DeviceToHost>& to_host) {
   ContextScope scope(*driver_, context_);
-  tell(kDownSignal, kDown, down_event_, to_host,
+  notify_host(kDownSignal, kDown, down_event_, to_host,
        [](void* object, uint64_t) { static_cast<DeviceToHost*>(object)->finished(); }, 0);
 }
 
@@ -160,7 +160,7 @@ bool Device::advance(const std::shared_ptr<HostToDevice>& pointer) {
   bool complete = arrival.units_done_ == layout.units;
   if (!complete && !arrival.cancelled_) return false;
   // The buffer must outlive the copies.
-  if (arrival.units_done_ > 0) tell(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
+  if (arrival.units_done_ > 0) notify_host(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
   if (complete) arrival.finished(mark(up()));
   return true;
 }

@@ -57,7 +57,7 @@ class Device {
  private:
   enum Stream { kPack, kDown, kDownSignal, kUp, kUpSignal, kStreams };
 
-  void tell(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
+  void notify_host(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
             uint64_t value);
   void work();
   bool advance(const std::shared_ptr<HostToDevice>& arrival);  // true when it is over

@@ -37,8 +37,8 @@ size_t EventQueue::size() const {
 }
 
 std::optional<Event> EventQueue::next(int64_t timeout_ns) {
-  const int64_t alert_until_ns = timeout_ns > 0 ? alert_until_ns_.load(std::memory_order_relaxed) : 0;
-  while (!any_.load(std::memory_order_relaxed) && monotonic_ns() < alert_until_ns) sched_yield();
+  const int64_t spin_until_ns = timeout_ns > 0 ? spin_until_ns_.load(std::memory_order_relaxed) : 0;
+  while (!any_.load(std::memory_order_relaxed) && monotonic_ns() < spin_until_ns) sched_yield();
   std::unique_lock lock(mutex_);
   ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return !events_.empty(); });
   if (events_.empty()) return std::nullopt;

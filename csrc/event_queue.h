@@ -26,7 +26,7 @@ class EventQueue {
   // The oldest event, or nothing after `timeout_ns`. Any other thread, as the next.
   std::optional<Event> next(int64_t timeout_ns);
   // An answer to what was said may come any moment: until then one who waits looks for it before falling asleep.
-  void stay_alert(int64_t until_ns) { alert_until_ns_.store(until_ns, std::memory_order_relaxed); }
+  void spin_until(int64_t until_ns) { spin_until_ns_.store(until_ns, std::memory_order_relaxed); }
 
  private:
   Loop& loop_;
@@ -35,7 +35,7 @@ class EventQueue {
   std::deque<Event> events_;
   std::map<uint64_t, size_t> unread_;  // bytes of a link's events that nobody took yet
   std::atomic<bool> any_{false};  // whether there are events, without the lock, for one who looks again and again
-  std::atomic<int64_t> alert_until_ns_{0};
+  std::atomic<int64_t> spin_until_ns_{0};
 };
 
 }  // namespace parablock

@@ -47,7 +47,7 @@ Lane::End Lane::read(Session& session, int64_t now_ns) {
     if (count < 0) {
       if (errno == EINTR) continue;
       if (is_later(errno)) return std::nullopt;
-      if (errno == EPROTO) throw ChannelError(channel_.failure(errno), channel_.misfit());
+      if (errno == EPROTO) throw ChannelError(channel_.failure(errno), channel_.permanent());
       return "reading failed: " + channel_.failure(errno);
     }
     bytes_in_.fetch_add(static_cast<uint64_t>(count), std::memory_order_relaxed);
@@ -124,13 +124,13 @@ void Lane::follow_rate(int64_t now_ns) {
   rate_bytes_ += bytes;
   const double taken = static_cast<double>(bytes) * kAheadNs / static_cast<double>(span_ns);
   const size_t ahead = std::bit_floor(std::clamp<size_t>(static_cast<size_t>(taken), kLeastUnsentBytes, kMostUnsentBytes));
-  if (ahead == ahead_) return;
-  ahead_ = ahead;
+  if (ahead == batch_bytes_) return;
+  batch_bytes_ = ahead;
   set_unsent_limit(fd(), ahead);
 }
 
-void Lane::refuse() {
-  refused_ = true;
+void Lane::drop() {
+  dropped_ = true;
   ended_ = true;
   blocked_ = false;
   departing_.clear();

@@ -29,10 +29,10 @@ struct LaneStats {
   uint32_t unsent_bytes = 0;  // handed to the socket, not yet sent
 };
 
-// What protects the bytes has failed. `misfit`: it would again.
+// TLS has failed. `permanent`: see TlsStream::permanent.
 struct ChannelError : std::runtime_error {
-  ChannelError(const std::string& why, bool is_misfit) : std::runtime_error(why), misfit(is_misfit) {}
-  bool misfit;
+  ChannelError(const std::string& why, bool is_permanent) : std::runtime_error(why), permanent(is_permanent) {}
+  bool permanent;
 };
 
 class Lane {
@@ -54,9 +54,9 @@ class Lane {
 
   void put(OutFrame frame, int64_t ready_at_ns);  // it leaves no earlier: the shaper's word
   void record(Recorder recorder) { recorder_ = recorder; }
-  bool empty() const { return departing_.empty() && (refused_ || !channel_.unsent()); }
+  bool empty() const { return departing_.empty() && (dropped_ || !channel_.unsent()); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
-  size_t ahead() const { return ahead_; }  // bytes to hand to the socket at once, and as many may wait in it unsent
+  size_t batch_bytes() const { return batch_bytes_; }  // bytes to hand to the socket at once, and as many may wait in it unsent
   int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
 
   bool opening() const { return channel_.opening(); }
@@ -77,8 +77,8 @@ class Lane {
   }
   bool unanswered() const { return asked_ && bytes_in() == 0; }
   // The peer did, or never answered: the link goes on without it.
-  bool refused() const { return refused_; }
-  void refuse();
+  bool dropped() const { return dropped_; }
+  void drop();
 
   bool ended() const { return ended_; }      // the peer will send nothing more on it
   bool blocked() const { return blocked_; }  // the socket was full, or it was others' turn
@@ -110,7 +110,7 @@ class Lane {
 
   std::deque<Departing> departing_;
   size_t departing_bytes_ = 0;
-  size_t ahead_ = kLeastUnsentBytes;
+  size_t batch_bytes_ = kLeastUnsentBytes;
   int64_t rate_since_ns_ = 0;   // when it was measured last, and what had left by then
   uint64_t rate_bytes_ = 0;
   size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
@@ -120,7 +120,7 @@ class Lane {
   bool blocked_ = false;
   bool ended_ = false;
   bool asked_ = false;
-  bool refused_ = false;
+  bool dropped_ = false;
 };
 
 }  // namespace parablock

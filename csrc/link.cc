@@ -69,7 +69,7 @@ uint64_t Link::bytes_moved() const {
 std::vector<Lane*> Link::refused_lanes() {
   std::vector<Lane*> refused;
   for (auto& lane : lanes_)
-    if (lane->refused() && lane->fd() >= 0) refused.push_back(lane.get());
+    if (lane->dropped() && lane->fd() >= 0) refused.push_back(lane.get());
   return refused;
 }
 
@@ -85,21 +85,21 @@ bool Link::read(Lane& lane, int64_t now_ns) {
   uint64_t before = lane.bytes_in();
   try {
     Lane::End end = lane.read(session_, now_ns);
-    if (lane.unanswered() && (end || lane.ended())) lane.refuse();
-    if (lane.refused()) return true;
+    if (lane.unanswered() && (end || lane.ended())) lane.drop();
+    if (lane.dropped()) return true;
     if (end) return fail(*end);
   } catch (const VersionError& error) {
     // Our own header carries our version: it is the only thing such a peer can read.
     session_.ping(now_ns);
-    misfit_ = true;
+    permanent_ = true;
     close_after_flush(now_ns + kLingerNs, error.what());
     return true;
   } catch (const ChannelError& error) {
     if (lane.unanswered()) {
-      lane.refuse();
+      lane.drop();
       return true;
     }
-    misfit_ = error.misfit;
+    permanent_ = error.permanent;
     close_after_flush(now_ns + kLingerNs, error.what());  // the peer should learn why: an alert is on its way
     return true;
   }
@@ -118,7 +118,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 // Puts the next frame on a lane; false when there is none or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
-  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : lane.ahead())) return false;
+  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : lane.batch_bytes())) return false;
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
     return false;
@@ -157,10 +157,10 @@ bool Link::flush(int64_t now_ns) {
     ++first_lane_;
     for (size_t i = 0; i < lanes_.size(); ++i) {
       Lane* lane = lanes_[(first_lane_ + i) % lanes_.size()].get();
-      if (lane->blocked() || lane->refused()) continue;
+      if (lane->blocked() || lane->dropped()) continue;
       Lane::End end = lane->write(now_ns);
       if (end && lane->unanswered()) {
-        lane->refuse();
+        lane->drop();
         continue;
       }
       if (end) return fail_writing(*end, now_ns);
@@ -185,7 +185,7 @@ bool Link::write(int64_t now_ns) {
 // was just written.
 void Link::shut_write(int64_t now_ns) {
   for (auto& lane : lanes_) {
-    if (lane->refused() || lane->channel().shut_write()) continue;
+    if (lane->dropped() || lane->channel().shut_write()) continue;
     lane->set_blocked(true);
     return;
   }
@@ -207,12 +207,12 @@ bool Link::on_time(int64_t now_ns) {
   if (closing_ && now_ns >= close_deadline_ns_) return fail("closed");
   if (closing_) return true;
   for (auto& lane : lanes_) {
-    if (lane->refused()) continue;
+    if (lane->dropped()) continue;
     if (reads_paused_) lane->heard(now_ns);
     std::string why = overdue(*lane, now_ns);
     if (why.empty()) continue;
     if (!lane->unanswered()) return fail(std::move(why));
-    lane->refuse();  // it may still be in the backlog of a server that has no room
+    lane->drop();  // it may still be in the backlog of a server that has no room
   }
   // While nothing is read the other lanes cannot give what they still have.
   if (first_end_ns_ != 0 && reads_paused_) first_end_ns_ = now_ns;
@@ -234,12 +234,12 @@ bool Link::on_time(int64_t now_ns) {
 int64_t Link::wake_at() const {
   int64_t at = last_ping_ns_ + ping_every_ns_;
   for (const auto& lane : lanes_)
-    if (!lane->refused()) at = std::min(at, lane->heard_ns() + idle_timeout_ns_ + 1);
+    if (!lane->dropped()) at = std::min(at, lane->heard_ns() + idle_timeout_ns_ + 1);
   if (first_end_ns_ != 0) at = std::min(at, first_end_ns_ + kLingerNs);
   if (closing_) at = close_deadline_ns_;
   for (const auto& lane : lanes_) {
     if (unread(*lane)) return 0;
-    if (!closing_ && !lane->refused() && lane->opening()) at = std::min(at, lane->since_ns() + opening_timeout_ns_);
+    if (!closing_ && !lane->dropped() && lane->opening()) at = std::min(at, lane->since_ns() + opening_timeout_ns_);
   }
   if (write_shut_) return at;
   bool blocked = false;

@@ -71,7 +71,7 @@ class Link {
   // Let what is queued leave, then close; at `deadline_ns` at the latest.
   void close_after_flush(int64_t deadline_ns, std::string reason);
   const std::string& reason() const { return reason_; }
-  bool misfit() const { return misfit_; }  // another connection between the same two would end alike
+  bool permanent() const { return permanent_; }  // see TlsStream::permanent
 
  private:
   std::string overdue(const Lane& lane, int64_t now_ns) const;
@@ -107,7 +107,7 @@ class Link {
   bool write_shut_ = false;
   int64_t close_deadline_ns_ = 0;
   std::string reason_;
-  bool misfit_ = false;
+  bool permanent_ = false;
 };
 
 }  // namespace parablock

@@ -55,9 +55,9 @@ void Loop::change(int fd, uint64_t token, Interest interest) {
 void Loop::remove(int fd) { epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
 
 // How many events there are, of sockets, the timer and `wake` alike.
-int Loop::look(int64_t alert_ns, Events& events) {
+int Loop::look(int64_t spin_ns, Events& events) {
   const int most = static_cast<int>(events.size());
-  const int64_t until_ns = alert_ns > 0 ? monotonic_ns() + alert_ns : 0;
+  const int64_t until_ns = spin_ns > 0 ? monotonic_ns() + spin_ns : 0;
   for (int64_t now_ns = 0; now_ns < until_ns; now_ns = monotonic_ns()) {
     if (int count = epoll_wait(epoll_.get(), events.data(), most, 0); count != 0) return count;
     sched_yield();
@@ -65,11 +65,11 @@ int Loop::look(int64_t alert_ns, Events& events) {
   return epoll_wait(epoll_.get(), events.data(), most, -1);
 }
 
-void Loop::wait(int64_t deadline_ns, int64_t alert_ns, std::vector<Ready>& ready) {
+void Loop::wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready) {
   ready.clear();
   set_timer(std::max<int64_t>(deadline_ns, 1));
   Events events;
-  int count = look(alert_ns, events);
+  int count = look(spin_ns, events);
   for (int i = 0; i < count; ++i) {
     uint64_t token = events[i].data.u64;
     if (token == kWakeToken) {

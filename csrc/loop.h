@@ -34,9 +34,9 @@ class Loop {
   void change(int fd, uint64_t token, Interest interest);
   void remove(int fd);
 
-  // Waits for sockets, for `wake` or until `deadline_ns`. For the first `alert_ns` it does not sleep but looks again and
+  // Waits for sockets, for `wake` or until `deadline_ns`. For the first `spin_ns` it does not sleep but looks again and
   // again, and lets other threads have the core in between. Loop thread only.
-  void wait(int64_t deadline_ns, int64_t alert_ns, std::vector<Ready>& ready);
+  void wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready);
 
   // Any thread, also before and after `wait`; never blocks.
   void wake();
@@ -44,7 +44,7 @@ class Loop {
  private:
   using Events = std::array<epoll_event, 64>;
 
-  int look(int64_t alert_ns, Events& events);
+  int look(int64_t spin_ns, Events& events);
   void set_timer(int64_t at_ns);
 
   static constexpr uint64_t kWakeToken = ~uint64_t{0};

@@ -33,7 +33,7 @@ struct Event {
   uint64_t link = 0;
   TransferKey key;
   std::string text;
-  bool misfit = false;      // kClosed: for a reason that will be the same at the next try
+  bool permanent = false;      // kClosed: do not retry; see TlsStream::permanent
   int64_t at_ns = 0;        // CLOCK_MONOTONIC
   int64_t first_byte_ns = 0;  // kReceived, kSent: when the first byte came or left
   std::vector<std::pair<TransferKey, uint64_t>> unfinished = {};  // kClosed: posted receives, and where to resume them

@@ -16,7 +16,7 @@
 
 namespace parablock {
 
-// What a thread was doing. The numbers are known to parablock_rt/timeline.py, too. A stage that can happen inside
+// What a thread was doing. The numbers are known to parablock_rt/observe/timeline.py, too. A stage that can happen inside
 // another one comes after it.
 enum class Stage : uint8_t {
   kCompute,       // training: the local steps of a round
@@ -51,7 +51,7 @@ struct Record {
   uint16_t lane = 0;
   uint32_t unused = 0;
 };
-static_assert(sizeof(Record) == 48, "parablock_rt/timeline.py reads records by this layout");
+static_assert(sizeof(Record) == 48, "parablock_rt/observe/timeline.py reads records by this layout");
 
 class Ring {
  public:

@@ -52,7 +52,7 @@ void Session::send_control(std::string message) {
 void Session::ping(int64_t now_ns) {
   if (ping_ns_ == 0) ping_ns_ = now_ns;
   outbox_.control(ping_header(now_ns), {});
-  owes_sign_of_life_.fill(true);
+  ping_due_.fill(true);
 }
 
 void Session::send(const TransferKey& key, std::shared_ptr<Source> source) { sender_.post(key, std::move(source)); }
@@ -75,7 +75,7 @@ void Session::drop_data_of(const TransferKey& key) {
 std::optional<OutFrame> Session::next_frame(int64_t now_ns, size_t lane) {
   if (lane == 0) {
     if (std::optional<OutFrame> control = outbox_.next_control()) return control;
-  } else if (std::exchange(owes_sign_of_life_[lane], false)) {
+  } else if (std::exchange(ping_due_[lane], false)) {
     return outbox_.bare(ping_header(ping_ns_));
   }
   return sender_.next_chunk(now_ns);

@@ -52,7 +52,7 @@ class Session {
   void cancel_receive(const TransferKey& key);
   void refuse_receive(const TransferKey& key) { receiver_.refuse(key); }
   void ping(int64_t now_ns);
-  void greet(size_t lane) { owes_sign_of_life_[lane] = true; }  // a new one beside the first: the peer waits for it
+  void owe_ping(size_t lane) { ping_due_[lane] = true; }  // a new one beside the first: the peer waits for it
   void report_stalled(int64_t now_ns);
 
   // Where a lane's next bytes go, in order. Never empty; valid until the next call of any kind.
@@ -92,7 +92,7 @@ class Session {
   std::array<FrameReader, kMaxLanes> readers_;
   bool heard_ = false;  // a whole header
   std::optional<std::string> attach_key_;
-  std::array<bool, kMaxLanes> owes_sign_of_life_{};  // on the lanes beside the first: a ping has yet to leave there
+  std::array<bool, kMaxLanes> ping_due_{};  // on the lanes beside the first: a ping has yet to leave there
   int64_t ping_ns_ = 0;  // of the ping that measures, until its answer is here: no other is believed; 0: none
   int64_t round_trip_ns_ = 0;
 };

@@ -55,7 +55,7 @@ class TlsStream {
   virtual bool unsent() const = 0;
   virtual bool unread() const = 0;  // bytes have left the socket that `read` has not given out: it will not wake for them
   virtual const std::string& failure() const = 0;
-  virtual bool misfit() const = 0;  // the failure lies in what the two sides are, not in the network between them
+  virtual bool permanent() const = 0;  // the failure lies in the two sides (certificates, versions), not in the network: do not retry
 
   virtual std::shared_ptr<const TlsInfo> info() const = 0;  // nullptr while opening. Any thread.
 };

@@ -173,8 +173,8 @@ bool OpenSslStream::flush() {
   return true;
 }
 
-void OpenSslStream::fail(std::string why, bool misfit) {
-  misfit_ = misfit;
+void OpenSslStream::fail(std::string why, bool permanent) {
+  permanent_ = permanent;
   opening_ = false;
   starved_ = true;
   failure_ = std::move(why);

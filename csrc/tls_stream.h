@@ -34,7 +34,7 @@ class OpenSslStream final : public TlsStream {
     return failure_to_tell || (!starved_ && SSL_has_pending(ssl_.get()) == 1);
   }
   const std::string& failure() const override { return failure_; }
-  bool misfit() const override { return misfit_; }
+  bool permanent() const override { return permanent_; }
   std::shared_ptr<const TlsInfo> info() const override { return info_.load(); }
 
   bool verify(X509_STORE_CTX* store);
@@ -53,7 +53,7 @@ class OpenSslStream final : public TlsStream {
   ssize_t seal(const iovec* vectors, size_t count, size_t skip);
   ssize_t read_records(const iovec* vectors, size_t count);
   ssize_t not_now(int result);
-  void fail(std::string why, bool misfit);
+  void fail(std::string why, bool permanent);
   void note_info();
 
   const TlsSettings& settings_;
@@ -71,7 +71,7 @@ class OpenSslStream final : public TlsStream {
   uint64_t sealed_records_ = 0;
   std::string refused_;  // why the peer's certificate was
   std::string failure_;
-  bool misfit_ = false;
+  bool permanent_ = false;
   bool failure_told_ = false;
   std::atomic<std::shared_ptr<const TlsInfo>> info_;
 };

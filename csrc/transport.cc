@@ -22,7 +22,7 @@ constexpr int kAcceptsPerTurn = 64;
 // takes. On a slow one turns that move so much are few, and so is the time that is spent in vain.
 // A message is often answered at once, and messages are few, so that after one the thread stays awake as long.
 constexpr uint64_t kBusyBytes = 64 << 10;
-constexpr int64_t kAlertNs = 50'000;
+constexpr int64_t kSpinNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;  // of control frames to one trusted peer, at least
 constexpr size_t kRememberedKeys = 4096;  // of one trusted peer
 constexpr size_t kMostEvents = 4096;      // that nobody has taken, before newcomers wait in the kernel's backlog
@@ -107,7 +107,7 @@ void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
 }
 
 void Transport::send_control(uint64_t link, std::string message) {
-  events_.stay_alert(monotonic_ns() + kAlertNs);
+  events_.spin_until(monotonic_ns() + kSpinNs);
   push_on_link(link, [this, message = std::move(message)](Link& l) {
     conversing_ = true;
     l.session().send_control(message);
@@ -249,10 +249,10 @@ Fd Transport::accept_one(int listener) {
     errno = EAGAIN;
     return fd;
   }
-  std::optional<uint64_t> goes = admission_.make_room();
-  if (!goes) return fd;
-  links_.at(*goes)->fail("closed for a newcomer: no descriptor is left, and it has not said who it is");
-  drop(*goes);
+  std::optional<uint64_t> evicted = admission_.make_room();
+  if (!evicted) return fd;
+  links_.at(*evicted)->fail("closed for a newcomer: no descriptor is left, and it has not said who it is");
+  drop(*evicted);
   return try_to_accept(listener);
 }
 
@@ -275,9 +275,9 @@ void Transport::accept_some(int listener, int64_t now_ns) {
     }
     uint64_t id = next_link_++;
     Admission::Answer answer = admission_.enter(id, peer_network(fd.get()));
-    if (answer.goes) {
-      links_.at(*answer.goes)->fail("closed for a newcomer: too many connections have not said who they are");
-      drop(*answer.goes);
+    if (answer.evicted) {
+      links_.at(*answer.evicted)->fail("closed for a newcomer: too many connections have not said who they are");
+      drop(*answer.evicted);
     }
     if (!answer.admitted) continue;
     Event connected;
@@ -345,7 +345,7 @@ void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   lock.unlock();
   Link& link = *links_.at(*owner);
   add_lane(link, std::move(channel));
-  link.session().greet(link.lanes() - 1);
+  link.session().owe_ping(link.lanes() - 1);
   loop_.wake();  // the peer uses the lane once it hears something on it
   newcomer.fail("it became a lane of link " + std::to_string(*owner));
 }
@@ -360,7 +360,7 @@ void Transport::drop(uint64_t id) {
   closed.type = Event::Type::kClosed;
   closed.link = id;
   closed.text = found->second->reason();
-  closed.misfit = found->second->misfit();
+  closed.permanent = found->second->permanent();
   closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
   // Closing alone does neither while a process that was forked holds the descriptors, too.
@@ -426,7 +426,7 @@ void Transport::close_refused_lanes(Link& link) {
 void Transport::watch(Link& link) {
   for (size_t index = 0; index < link.lanes(); ++index) {
     Lane& lane = link.lane(index);
-    if (lane.refused()) continue;
+    if (lane.dropped()) continue;
     Interest interest = link.interest(lane);
     if (interest == lane.watched) continue;
     lane.watched = interest;
@@ -468,7 +468,7 @@ void Transport::run() {
     for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
     const bool busy = std::exchange(moved_, 0) >= kBusyBytes;
     const bool conversing = std::exchange(conversing_, false);
-    loop_.wait(wake_at, busy || conversing ? kAlertNs : 0, ready);
+    loop_.wait(wake_at, busy || conversing ? kSpinNs : 0, ready);
     commands_.carry_out();
     const int64_t now_ns = monotonic_ns();
     forgive_own_absence(now_ns);

@@ -232,7 +232,7 @@ class Accumulator:
         Raises what `check` and `hold` do.
         """
         self.hold(self.check(body, weight, format))
-        self.settle()
+        self.fold()
 
     def check(self, body: torch.Tensor, weight: float, format: str = "int8") -> Contribution:
         """Look at all of a body (uint8, [body_bytes]) that a stranger may have made.
@@ -261,7 +261,7 @@ class Accumulator:
         return Contribution(body, weight, format, bad_groups)
 
     def hold(self, contribution: Contribution) -> None:
-        """Count what was checked. Its body must stay as it is until `settle` or `reset`.
+        """Count what was checked. Its body must stay as it is until `fold` or `reset`.
 
         Raises CodecError if there would be more than `MAX_CONTRIBUTIONS`.
         """
@@ -273,7 +273,7 @@ class Accumulator:
         self._weight += Fraction(contribution.weight)
         self.bad_groups += contribution.bad_groups
 
-    def settle(self) -> None:
+    def fold(self) -> None:
         """Add all that is held to the sum, in one pass over it."""
         if not self._held:
             return

@@ -90,7 +90,7 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
     finally:
         demo.folder.write_json("summary.json", summaries)
         demo.folder.write_json("trace.json", trace_merge.merge(traces))
-        report.leave(demo.folder.path)
+        report.write(demo.folder.path)
         if "speedup" not in summaries:
             console.print(f"Stopped before the end. What there is of it is in {escape(str(demo.folder.path))}")
     console.print(_table(summaries))

@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each message says what was expected, what was found and what to do."""
+"""The errors of the package. Each message says what was expected, what was found and what to do."""
 
 from __future__ import annotations
 

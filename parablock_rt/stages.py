@@ -59,7 +59,7 @@ class StageClock:
 
     def take(self) -> StageSeconds:
         """The seconds of what has ended since the last call."""
-        self._settle()
+        self._merge()
         taken = StageSeconds(**self._window)
         for name in STAGES:
             self._before[name] += self._window[name]
@@ -68,10 +68,10 @@ class StageClock:
 
     def total(self) -> StageSeconds:
         """The seconds of everything so far."""
-        self._settle()
+        self._merge()
         return StageSeconds(**{name: self._before[name] + self._window[name] for name in STAGES})
 
-    def _settle(self) -> None:
+    def _merge(self) -> None:
         for name, stretches in self._stretches.items():
             for start, end in sorted(stretches):
                 fresh = max(start, self._counted_to_ns[name])

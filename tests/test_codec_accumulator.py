@@ -53,7 +53,7 @@ def summed_at_once(adds: list[Contribution], numel: int = NUMEL, parts: int = 1)
     accumulator = codec.Accumulator(numel)
     for part in range(parts):
         hold(accumulator, adds[part::parts])
-        accumulator.settle()
+        accumulator.fold()
     return accumulator
 
 
@@ -103,7 +103,7 @@ def test_what_is_held_until_the_mean_gives_the_bits_of_what_was_added(
     assert partly_held.total_weight == added.total_weight
     assert partly_held.bad_groups == added.bad_groups
     assert mean_bits(partly_held) == mean_bits(partly_held) == mean_bits(added)
-    partly_held.settle()
+    partly_held.fold()
     assert mean_bits(partly_held) == mean_bits(added)
 
 
@@ -118,7 +118,7 @@ def test_a_sum_whose_contributions_are_held_until_its_mean_takes_no_memory() -> 
     hold(accumulator, [(body_of([2.0]) * 2, 1.0, "fp32")])
     assert (to_numpy(accumulator.mean()) == 2.0).all()
     assert accumulator._halves == ()
-    accumulator.settle()
+    accumulator.fold()
     assert len(accumulator._halves) == 2
 
 
@@ -197,7 +197,7 @@ def test_more_than_a_sum_can_hold_changes_nothing() -> None:
     one = accumulator.check(to_body(body_of([2.0])), 1.0, "fp32")
     for _ in range(codec.MAX_CONTRIBUTIONS - 1):
         accumulator.hold(one)
-    accumulator.settle()
+    accumulator.fold()
     accumulator.hold(one)
     before = mean_bits(accumulator)
     with pytest.raises(CodecError, match="at most 4095"):

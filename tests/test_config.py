@@ -16,7 +16,7 @@ from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import config
-from parablock_rt.config import RunConfig, parse_address, parse_delay, parse_rate, read_toml
+from parablock_rt.config import RunConfig, parse_address, read_toml
 from parablock_rt.errors import ConfigError, HandshakeError
 from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune.loop import Workload
@@ -158,44 +158,6 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_per_s"),
-    [
-        ("50mbit", 6.25e6),
-        (" 1 Gbit ", 1.25e8),
-        ("800kbit", 1e5),
-        ("0.5mbit", 62500.0),
-        ("9600", 1200.0),
-        ("8bit", 1.0),
-        ("0", 0.0),
-        ("none", 0.0),
-        ("", 0.0),
-        ("unlimited", 0.0),
-    ],
-)
-def test_rates(text: str, bytes_per_s: float) -> None:
-    assert parse_rate(text) == bytes_per_s
-
-
-@pytest.mark.parametrize("text", ["fast", "-1mbit", "50mb", "mbit", "nan", "inf", "1e400", "50 mbit/s", "50mbitmbit"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError) as failure:
-        parse_rate(text)
-    assert str(failure.value) == f"a rate looks like 50mbit, 1gbit or 800kbit; found {text!r}"
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("40ms", 0.04), ("0.5s", 0.5), ("2", 2.0), (" 0MS ", 0.0), ("5s", 5.0)])
-def test_delays(text: str, seconds: float) -> None:
-    assert parse_delay(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "soon", "-1ms", "61s", "nan", "40 m", "ms", "1h"])
-def test_what_is_no_delay_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError) as failure:
-        parse_delay(text)
-    assert str(failure.value) == f"a delay looks like 40ms or 0.5s and is at most 5s; found {text!r}"
-
-
-@pytest.mark.parametrize(
     ("text", "address"),
     [
         ("host:7070", ("host", 7070)),
@@ -217,18 +179,9 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 
 @given(st.text())
-def test_any_text_is_a_number_in_its_bounds_or_refused(text: str) -> None:
-    for parse, largest in ((parse_rate, math.inf), (parse_delay, 60.0), (lambda t: parse_address(t)[1], 65535)):
-        with contextlib.suppress(ConfigError):
-            value = parse(text)
-            assert 0 <= value <= largest
-            assert math.isfinite(value)
-
-
-@given(st.floats(min_value=0, max_value=1e12), st.sampled_from(["kbit", "mbit", "gbit", "bit", ""]))
-def test_a_rate_is_its_number_times_its_unit(number: float, unit: str) -> None:
-    scale = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}.get(unit, 1.0)
-    assert parse_rate(f"{number!r}{unit}") == number * scale / 8
+def test_any_text_is_an_address_or_refused(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert 0 <= parse_address(text)[1] <= 65535
 
 
 # ---- Files
@@ -252,16 +205,3 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
         read_toml(file)
     assert message in str(failure.value)
     assert str(file) in str(failure.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"), [("8gib", 8 << 30), ("1.5MiB", 3 << 19), ("64 kib", 64 << 10), ("4096", 4096), ("0", 0)]
-)
-def test_amounts_of_memory_are_read(text: str, nbytes: int) -> None:
-    assert config.parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "lots", "-1gib", "infgib", "8gb"])
-def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="an amount of memory looks like 8gib"):
-        config.parse_bytes(text)

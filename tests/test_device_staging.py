@@ -296,7 +296,7 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
             body, copy = landing.body(), torch.empty(layout.nbytes, dtype=torch.uint8)
             addresses.add(body.data_ptr())
             here.device.launch(training.handle, lambda b=body, c=copy: c.copy_(b))
-            here.stager.leave(landing)
+            here.stager.release_landing(landing)
             expected.append(as_tensor(outgoing, layout.nbytes))
             applied.append(copy)
         training.synchronise()
@@ -316,7 +316,7 @@ def test_a_round_trip_allocates_nothing_and_never_waits_for_a_stream_once_it_is_
                 encoding = here.stager.encode(pieces[round % 2], "int8", CHUNK, transport)
                 landing = here.stager.landing(NUMEL, "int8", CHUNK)
                 landing.cancel()
-                here.stager.leave(landing)
+                here.stager.release_landing(landing)
                 encoding.wait()
                 here.stager.release(encoding)
             return fake_device.calls("cuEventCreate"), here.memory.used, here.stager.buffers.allocated_bytes

@@ -167,7 +167,7 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
             addresses.add(device_body.data_ptr())
             sleep(LATE_S)
             copy.copy_(device_body)
-            stager.leave(landing)
+            stager.release_landing(landing)
             bodies.append(body)
         assert len(addresses) == 1
         for copy, body in zip(copies, bodies, strict=True):
@@ -182,7 +182,7 @@ def test_a_hand_over_and_a_landing_never_wait_for_the_device(stager: Any, transp
         encoding.before_writing()
         landing = stager.landing(NUMEL, "int8", CHUNK)
         landing.cancel()
-        stager.leave(landing)
+        stager.release_landing(landing)
         return encoding
 
     for _ in range(2):  # compiles, and allocates what is used again

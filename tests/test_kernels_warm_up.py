@@ -114,7 +114,7 @@ def run_rounds(stager: DeviceStager, replica: Replica, format: str) -> None:
             landing = stager.landing(block.flat_numel, format, CHUNK)
             replica.apply(round, handover.block, landing._body, 0)
             landing.cancel()
-            stager.leave(landing)
+            stager.release_landing(landing)
             stager.release(encoding)
 
 

@@ -48,7 +48,7 @@ def test_a_recorded_return_to_a_seat_is_refused_when_it_is_replayed() -> None:
             assert failure.error == "HandshakeError"
             assert "seat 0 is not this client's" in failure.reason
             returning.say(protocol.Rejoin(applied=-1, handed_over=-1, held=[], undecided=[0]))
-            resume = returning.hear(protocol.Resume)
+            resume = returning.hear(protocol.RejoinAnswer)
             assert (resume.updates_from, resume.snapshots, resume.uploads) == (0, [], {0: 0})
             returning.say(protocol.Rejoin(applied=-1, handed_over=-1, held=[], undecided=[0]))
             assert "Rejoin has no place here" in returning.hear(protocol.Failure).reason

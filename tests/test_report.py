@@ -18,7 +18,7 @@ from run_folders import EXCHANGE_MS, write_run
 
 from parablock_rt import cli
 from parablock_rt.errors import ConfigError
-from parablock_rt.report import figures, folder, leave, render
+from parablock_rt.report import figures, folder, render, write
 from parablock_rt.report.figures import covered, length
 from parablock_rt.report.page import embeddable
 from parablock_rt.report.verdict import percent, verdict
@@ -351,10 +351,10 @@ def test_embedded_json_means_the_same_and_has_no_angle_brackets(content: Any) ->
 
 
 def test_leaving_a_report_never_fails_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    leave(tmp_path / "nowhere")
+    write(tmp_path / "nowhere")
     assert "no report was written" in caplog.text
     write_run(tmp_path / "r")
-    leave(tmp_path / "r")
+    write(tmp_path / "r")
     assert "97" in data_of((tmp_path / "r" / "report.html").read_text())["runs"][0]["verdict"]
 
 

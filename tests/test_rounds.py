@@ -120,7 +120,7 @@ class Gathering:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, uploads: int) -> None:
         self.due: dict[int, tuple[bool, bool]] = {}
-        settle = Coordinator._settle
+        settle = Coordinator._after_events
 
         def settle_then_gather(server: Coordinator, *, idle: bool = False) -> None:
             settle(server, idle=idle)
@@ -136,7 +136,7 @@ class Gathering:
                         uplink.is_worth_a_pass(1, idle=True),
                     )
 
-        monkeypatch.setattr(Coordinator, "_settle", settle_then_gather)
+        monkeypatch.setattr(Coordinator, "_after_events", settle_then_gather)
 
 
 def federate(

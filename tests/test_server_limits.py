@@ -29,7 +29,7 @@ from parablock_rt.schedule import Schedule
 from parablock_rt.server import journal
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.members import Posted
+from parablock_rt.server.members import UploadSlot
 from parablock_rt.server.participants import Participants
 from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
@@ -118,13 +118,13 @@ def test_a_client_that_comes_back_and_never_says_where_it_stands_may_come_back_o
             better.claim(welcome.client, welcome.secret)
             better.hear(protocol.WelcomeBack)
             better.say(protocol.Rejoin(applied=-1, handed_over=-1, held=[], undecided=[]))
-            better.hear(protocol.Resume)
+            better.hear(protocol.RejoinAnswer)
         assert running.outcome.left == []
 
 
 def test_a_server_that_was_stopped_takes_nobody_for_silent() -> None:
     """Nor does the time count in which nobody waited for room."""
-    posted = Posted(0, 0, _C.Buffer(1), 1)
+    posted = UploadSlot(0, 0, _C.Buffer(1), 1)
     holder = SimpleNamespace(link=1, announced={0: None}, posted={0: posted})
     waits = SimpleNamespace(link=2, announced={0: None}, posted={})
     roster: Any = SimpleNamespace(here=[holder, waits])

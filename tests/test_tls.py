@@ -55,7 +55,7 @@ def refused(client: _C.Transport, server: _C.Transport, host: str = "127.0.0.1")
     (there,) = expect(client, T.CLOSED)
     expect(server, T.CONNECTED)
     (here,) = expect(server, T.CLOSED)
-    assert there.misfit
+    assert there.permanent
     return there.text, here.text
 
 
@@ -230,7 +230,7 @@ def test_what_was_queued_leaves_before_the_end_and_the_end_is_no_truncation(pair
     assert [expect(server, T.CONTROL)[0].message[0] for _ in range(200)] == list(range(200))
     (closed,) = expect(server, T.CLOSED)
     assert closed.text == "the peer closed the connection"
-    assert not closed.misfit
+    assert not closed.permanent
 
 
 # ---- Who is believed
@@ -416,7 +416,7 @@ def test_a_stream_that_is_cut_is_told_apart_from_one_that_ends(pair: Pair, nbyte
         "the connection was cut: expected TLS's own end, found none, so that bytes may be missing",
     )
     assert closed.text.endswith("handshake") == (nbytes == 100)
-    assert not closed.misfit  # the next connection may well hold
+    assert not closed.permanent  # the next connection may well hold
     middle.close()
 
 

@@ -138,7 +138,10 @@ def test_every_counter_that_is_drawn_is_documented_and_the_other_way_round(feder
 
 
 def test_what_the_telemetry_measured_becomes_counters(tmp_path: Path) -> None:
-    samples = [trace.Sample(1_500, {"gpu.0.utilization": 0.5}), trace.Sample(2_000, {"gpu.0.utilization": 1.0})]
+    samples = [
+        trace.CounterSample(1_500, {"gpu.0.utilization": 0.5}),
+        trace.CounterSample(2_000, {"gpu.0.utilization": 1.0}),
+    ]
     assert trace.write(tmp_path / "t.json", Timeline("p", "main"), samples) == 3
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert [(e["name"], e["ts"], e["args"]["value"]) for e in events if e["ph"] == "C"] == [

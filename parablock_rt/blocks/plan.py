@@ -23,6 +23,7 @@ from parablock_rt.blocks.flat import FlatBlock, check_no_hidden_sharing, home
 from parablock_rt.blocks.layout import DTYPE_NAMES, Block, BlockSpec, ParameterSpec, PlanSpec, lay_out
 from parablock_rt.blocks.partition import by_count, by_layers, by_patterns
 from parablock_rt.errors import ConfigError, PlanError, PlanMismatchError
+from parablock_rt.units import format_bytes
 
 
 class BlockPlan:
@@ -196,8 +197,8 @@ class BlockPlan:
         frozen. Raises ConfigError for an unknown format."""
         rows = [["block", "parameters", "elements", *formats]]
         for b in self.blocks:
-            rows.append([b.name, str(len(b.slots)), f"{b.numel:,}", *(_size(b.wire_bytes(f)) for f in formats)])
-        totals = [_size(sum(b.wire_bytes(f) for b in self.blocks)) for f in formats]
+            rows.append([b.name, str(len(b.slots)), f"{b.numel:,}", *(format_bytes(b.wire_bytes(f)) for f in formats)])
+        totals = [format_bytes(sum(b.wire_bytes(f) for b in self.blocks)) for f in formats]
         slots, numel = sum(len(b.slots) for b in self.blocks), sum(b.numel for b in self.blocks)
         rows.append([f"total: {len(self.blocks)} blocks", str(slots), f"{numel:,}", *totals])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -228,14 +229,6 @@ def _show(spec: ParameterSpec | None) -> str:
 
 def _clip(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "...")
-
-
-def _size(count: int) -> str:
-    """Bytes for a reader, in decimal units as network rates are."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"
 
 
 def _all_names(model: nn.Module) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from parablock_rt import config, doctor, link_check, planner, report, top
+from parablock_rt import config, doctor, link_check, planner, report, top, units
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.cli.options import (
     BatchSize,
@@ -74,7 +74,7 @@ def show_plan(
 ) -> None:
     """Show how a model is cut into blocks, what they weigh and take in memory, and what hides their transfer."""
     workload = Workload.for_model(model, dtype=dtype, batch_size=batch_size, seq_len=seq_len, row_limit=row_limit)
-    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     seconds = seconds_of(step_time)
     kind = memory.device_kind(device)
     trained = optimizers.by_name(optimizer)

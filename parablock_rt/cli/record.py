@@ -33,4 +33,4 @@ class Record:
         """Writes what there is to say once the run is over."""
         self._folder.write_json("summary.json", summary)
         self._folder.write_trace(timeline, self.telemetry.counters())
-        report.leave(self._folder.path)
+        report.write(self._folder.path)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-from parablock_rt import config, demo
+from parablock_rt import config, demo, units
 from parablock_rt.cli.options import (
     BatchSize,
     Blocks,
@@ -126,7 +126,7 @@ def run_demo(
     }
     # A wrong setting is found before a model is loaded.
     config.RunConfig(**settings)
-    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     folder = _run_folder(run_dir, "demo")
     plan = demo.Demo(workload, shape.rate, shape.delay, folder, blocks, settings, encrypted=tls)
     deliver(demo.run(plan, console), summary, as_json)
@@ -213,7 +213,7 @@ def serve(
     )
     token = handshake.read_token(token_file)
     tls = server_tls(tls_cert, tls_key, tls_client_ca, tls_clients)
-    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     config.parse_address(address)
     past = [] if resume is None else Checkpoint.closed_rounds(resume / _STATE)
     folder = _run_folder(run_dir, "serve")
@@ -301,7 +301,7 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Take part in a run as a client, with this machine's shard of the data."""
-    pinned = None if pinned_memory is None else config.parse_bytes(pinned_memory)
+    pinned = None if pinned_memory is None else units.parse_bytes(pinned_memory)
     workload = Workload.for_model(
         model,
         task=task,
@@ -314,7 +314,7 @@ def join(
     )
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
-    shape = Shape(config.parse_rate(rate), config.parse_delay(delay))
+    shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     config.parse_address(address)
     folder = _run_folder(run_dir, "join")
     record = Record(folder, telemetry, prometheus, report_to)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
 
-# Called with the parameters to train and, as keywords, with what it has arguments for: see `told`.
+# Called with the parameters to train and, as keywords, with what it has arguments for: see `with_context`.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-def told(factory: OptimizerFactory, *, round: int, names: Sequence[str]) -> OptimizerFactory:
+def with_context(factory: OptimizerFactory, *, round: int, names: Sequence[str]) -> OptimizerFactory:
     """What makes a round's optimiser: the factory, told the `round` and the parameters' `names`, in their order, if it
     has arguments called so."""
     try:

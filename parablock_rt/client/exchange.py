@@ -104,7 +104,7 @@ class Exchange:
         Encoding has had the whole first forward and backward pass of the round; waiting for it here bounds the memory.
         """
         start = time.monotonic_ns()
-        waited = [self._stager.let_inputs_go(handover.encoding) for handover in self._in_flight]
+        waited = [self._stager.release_inputs(handover.encoding) for handover in self._in_flight]
         if any(waited):
             self.exposed_s += (time.monotonic_ns() - start) / 1e9
 
@@ -150,7 +150,7 @@ class Exchange:
                 if not self._replica.on_gpu:
                     self._report_applied()
             self._link.passed(round)
-            self._stager.leave(arrival.landing)
+            self._stager.release_landing(arrival.landing)
             self._applied = round
             self._retire()
             self._post_updates()
@@ -192,7 +192,7 @@ class Exchange:
         for round, block in self._link.spoiled():
             numel = self._plan.blocks[block].flat_numel
             landing = self._stager.landing(numel, self._config.format, self._config.chunk)
-            self._stager.leave(self._link.renew(round, landing))
+            self._stager.release_landing(self._link.renew(round, landing))
 
     def _report_applied(self) -> None:
         """Compares what was applied with the server's fingerprints and says so to it.

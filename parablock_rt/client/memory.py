@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from parablock_rt.blocks.layout import Block
 from parablock_rt.blocks.plan import BlockPlan
-from parablock_rt.client.active import OptimizerFactory, told
+from parablock_rt.client.active import OptimizerFactory, with_context
 from parablock_rt.client.optimizers import Footprint, footprint
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, DeviceMemoryError
 from parablock_rt.schedule import block_of
 from parablock_rt.staging.device_stager import SLOTS, slot_bytes, slot_elements
+from parablock_rt.units import format_bytes
 
 DeviceKind = Literal["cuda", "cpu"]
 Place = Literal["device", "pinned", "host"]
@@ -113,9 +114,9 @@ class Prediction:
     def render(self) -> str:
         """A table for a reader."""
         rows: list[tuple[str, ...]] = [("memory of a client", "place", *MOMENTS)]
-        rows += [(item.name, item.place, *map(_size, item.nbytes)) for item in self.items]
+        rows += [(item.name, item.place, *map(format_bytes, item.nbytes)) for item in self.items]
         rows += [
-            (f"{place} total", place, *map(_size, self.total(place)))
+            (f"{place} total", place, *map(format_bytes, self.total(place)))
             for place in dict.fromkeys(item.place for item in self.items)
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -155,7 +156,7 @@ class Predictor:
         narrow = any(segment.dtype != torch.float32 for segment in block.segments)
         shapes = tuple(slot.shape for slot in block.slots)
         if shapes not in self._footprints:
-            factory = told(self._optimizer, round=0, names=block.parameters)
+            factory = with_context(self._optimizer, round=0, names=block.parameters)
             self._footprints[shapes] = footprint(factory, shapes, self._device)
         optimizer = self._footprints[shapes]
         return BlockMemory(
@@ -313,8 +314,9 @@ def require_room(device: torch.device, prediction: Callable[[], Prediction]) -> 
     needed = predicted.peak("device") - predicted.item("weights")
     if needed > free:
         raise DeviceMemoryError(
-            f"expected {_size(needed)} of free memory on {device} beside the model's weights, found {_size(free)}; "
-            f"use smaller blocks, an optimiser with less state, a lower staleness or a smaller model:\n"
+            f"expected {format_bytes(needed)} of free memory on {device} beside the model's weights, "
+            f"found {format_bytes(free)}; use smaller blocks, an optimiser with less state, a lower staleness or a "
+            f"smaller model:\n"
             f"{predicted.render()}"
         )
 
@@ -327,10 +329,3 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _steady(name: str, place: Place, nbytes: int) -> Item:
     return Item(name, place, (nbytes, nbytes, nbytes, nbytes))
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"

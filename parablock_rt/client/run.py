@@ -22,7 +22,7 @@ from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
-from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, told
+from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, with_context
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
@@ -404,7 +404,7 @@ class Run:
         flat.check_homed(self.model)
         self._exchange.wait_encoded(block)
         ref = self._replica.begin(block)
-        factory = told(self._optimizer, round=index, names=flat.block.parameters)
+        factory = with_context(self._optimizer, round=index, names=flat.block.parameters)
         active = ActiveBlock(flat, factory, self._take_master(flat))
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 

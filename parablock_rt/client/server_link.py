@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from parablock_rt import _C, exits
-from parablock_rt.client.transit import Arrival, Transit, Upload
+from parablock_rt.client.transit import Arrival, PendingUpload, Transit
 from parablock_rt.errors import (
     HandshakeError,
     ParaBlockError,
@@ -141,7 +141,7 @@ class ServerLink:
                 refusal = protocol.Verdict(round=message.round, block=message.block, accepted=False, reason=late)
                 self._verdicts.append(refusal)
                 return
-            upload = Upload(message, encoding.source, encoding.nbytes)
+            upload = PendingUpload(message, encoding.source, encoding.nbytes)
             self._transit.uploads[message.round] = upload
             if self._open:
                 self._send_upload(upload)
@@ -340,7 +340,7 @@ class ServerLink:
             case protocol.Begin() if self._begin is None:
                 self._begin = message
                 self._transit.applied = message.updates_from - 1
-            case protocol.Resume() if not self._open:
+            case protocol.RejoinAnswer() if not self._open:
                 self._resume(message)
             case protocol.Farewell():
                 self._farewell = True
@@ -351,7 +351,7 @@ class ServerLink:
         if self._connection is not None:
             self._connection.send(message)
 
-    def _send_upload(self, upload: Upload) -> None:
+    def _send_upload(self, upload: PendingUpload) -> None:
         assert self._connection is not None
         message = upload.message
         self._connection.send(message)
@@ -399,7 +399,7 @@ class ServerLink:
             connection = None
             try:
                 connection = Connection(self.transport, self.address, tries=1)
-                welcome = connection.reclaim(self._token, self._run, self._seat, self._secret)
+                welcome = connection.rejoin(self._token, self._run, self._seat, self._secret)
             except (ParaBlockError, RuntimeError) as error:
                 if not isinstance(error, ParaBlockError):  # the transport was closed meanwhile
                     return
@@ -421,14 +421,14 @@ class ServerLink:
             return
 
     def _rejoin(self, connection: Connection, welcome: protocol.WelcomeBack) -> None:
-        """Says on a new connection where this client stands; the server answers with Resume."""
+        """Says on a new connection where this client stands; the server answers with RejoinAnswer."""
         self._connection = connection
         if welcome.epoch != self._epoch:
             self._epoch = welcome.epoch
             self._transit.server_restarted()
         connection.send(self._transit.rejoin())
 
-    def _resume(self, message: protocol.Resume) -> None:
+    def _resume(self, message: protocol.RejoinAnswer) -> None:
         """Goes on with everything that was on its way."""
         self._open = True
         self._stopped = ""

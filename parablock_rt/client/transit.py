@@ -41,7 +41,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, eq=False)
-class Upload:
+class PendingUpload:
     """A hand-over on its way out."""
 
     message: protocol.Upload
@@ -54,7 +54,7 @@ class Resumption:
     """What a new connection goes on with. Of what was under way: the bytes that are kept, and those that go again."""
 
     receive: list[tuple[int, Arrival]]  # with their rounds
-    send: list[Upload]
+    send: list[PendingUpload]
     resumed_bytes: int
     resent_bytes: int
 
@@ -66,7 +66,7 @@ class Transit:
         """`chunk`: bytes of a whole block that travel at a time."""
         self.applied = -1  # the last round whose aggregate is applied
         self.handed_over = -1  # the last round
-        self.uploads: dict[int, Upload] = {}  # no verdict yet
+        self.uploads: dict[int, PendingUpload] = {}  # no verdict yet
         self.arrivals: dict[int, Arrival] = {}
         self.early_updates: dict[int, protocol.Update] = {}  # announced before there was room for them
         self.announced: list[protocol.Snapshot] = []  # whole blocks that no room was made for yet
@@ -196,7 +196,7 @@ class Transit:
             undecided=sorted(self._asked),
         )
 
-    def resume(self, message: protocol.Resume) -> Resumption:
+    def resume(self, message: protocol.RejoinAnswer) -> Resumption:
         """Takes the server's answer to `rejoin`."""
         self._closed_before = message.updates_from
         self._whole = frozenset(message.snapshots)

@@ -66,7 +66,7 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(to_json(record) + "\n")
 
-    def write_trace(self, timeline: Timeline, samples: Iterable[trace.Sample] = ()) -> None:
+    def write_trace(self, timeline: Timeline, samples: Iterable[trace.CounterSample] = ()) -> None:
         """Writes trace.json; see `trace.write`."""
         temporary = self.path / ".trace.json.part"
         trace.write(temporary, timeline, samples)

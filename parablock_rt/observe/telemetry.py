@@ -98,11 +98,13 @@ class Telemetry:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def counters(self) -> list[trace.Sample]:
+    def counters(self) -> list[trace.CounterSample]:
         """The samples as `trace.write` takes them: what can be understood beside the timeline."""
         kept = ("gpu.", "process.", "link.")
         return [
-            trace.Sample(s.at_ns, {n: v for n, v in s.metrics.items() if n.startswith(kept) and ".lane." not in n})
+            trace.CounterSample(
+                s.at_ns, {n: v for n, v in s.metrics.items() if n.startswith(kept) and ".lane." not in n}
+            )
             for s in list(self._samples)
         ]
 

@@ -37,14 +37,14 @@ _LINK_STAGES = {Stage.SEND: _OUT, Stage.ACKNOWLEDGED: _OUT, Stage.RECEIVE: _IN, 
 
 
 @dataclass(frozen=True)
-class Sample:
+class CounterSample:
     """What the telemetry measured at one moment: values by metric."""
 
     at_ns: int
     values: Mapping[str, float]
 
 
-def write(path: Path, timeline: Timeline, samples: Iterable[Sample] = ()) -> int:
+def write(path: Path, timeline: Timeline, samples: Iterable[CounterSample] = ()) -> int:
     """Writes the trace of one process and returns how many events it has. `samples` become counters.
 
     Raises OSError when the file cannot be written.
@@ -259,7 +259,7 @@ class _View:
                 yield from _steps(f"Mbit/s {direction} {name}", at_ns, np.concatenate([rate, -rate]), digits=3)
 
 
-def _measured(samples: Iterable[Sample]) -> Iterator[str]:
+def _measured(samples: Iterable[CounterSample]) -> Iterator[str]:
     for sample in samples:
         for name, value in sample.values.items():
             yield _counter(name, sample.at_ns, value)

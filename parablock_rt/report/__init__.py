@@ -4,6 +4,6 @@
 `page.html` with its style and scripts, which draw it in the browser.
 """
 
-from parablock_rt.report.page import leave, render
+from parablock_rt.report.page import render, write
 
-__all__ = ["leave", "render"]
+__all__ = ["render", "write"]

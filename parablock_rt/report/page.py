@@ -42,7 +42,7 @@ def render(paths: Sequence[Path]) -> str:
     return page
 
 
-def leave(path: Path) -> None:
+def write(path: Path) -> None:
     """Writes report.html into a run's folder. A run never fails because of its report: trouble is only logged."""
     try:
         temporary = path / ".report.html.part"

@@ -13,7 +13,7 @@ import msgspec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import RoundError
 from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.server import comeback
+from parablock_rt.server import rejoin
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -90,7 +90,7 @@ class Closing:
         receivers = [m for m in self._roster.here if m.ready and m.updates_from <= round.index]
         # The bytes of the aggregate are on their way from here on, but nobody applies them before it is announced.
         encoding, value = self._downlink.aggregate(round, [m.link for m in receivers if m.link is not None])
-        self._participants.uplink.let_go(round.index)
+        self._participants.uplink.release(round.index)
         update = protocol.Update(
             round=round.index,
             block=round.block,
@@ -137,4 +137,4 @@ class Closing:
             if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
                 continue
             if member.here:
-                self._participants.say_verdict(member, round.index, comeback.LATE.format(round.index))
+                self._participants.say_verdict(member, round.index, rejoin.LATE.format(round.index))

@@ -1,7 +1,8 @@
 """The server's event loop: hands each event to whom it concerns, and has rounds folded and closed in between.
 
-One thread runs it and owns everything it hands to; only `stop` and `link_stats` may be called by others. Payload bytes
-move in native code meanwhile: this thread sees that an upload is complete, never the bytes on their way.
+One thread runs it and owns everything it hands to. Other threads may call `stop` and `link_stats`, and read `config`,
+`outcome` and `timeline`. Payload bytes move in native code meanwhile: this thread sees that an upload is complete,
+never the bytes on their way.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Coordinator:
                     if event is None:
                         break
                     self._take(event)
-                self._settle(idle=event is None and at_once == 0)
+                self._after_events(idle=event is None and at_once == 0)
         except ParaBlockError as error:
             self._tell_all(error)
             raise
@@ -151,7 +152,7 @@ class Coordinator:
     def _digest(self) -> str:
         return digest(self._plan, self._master.fingerprints)
 
-    def _settle(self, *, idle: bool = False) -> None:
+    def _after_events(self, *, idle: bool = False) -> None:
         """What follows from the events that were taken, and from the time. `idle`: there was none for a while."""
         self._participants.uplink.fold(idle=idle)
         self._check_clock()
@@ -175,7 +176,7 @@ class Coordinator:
         if event.type == kinds.CONNECTED:
             self._roster.connected(event.link, event.text, time.monotonic())
         elif event.type == kinds.CLOSED:
-            self._visitors.leave(event.link)
+            self._visitors.disconnected(event.link)
             self._participants.gone(event, time.monotonic())
         elif event.type == kinds.CONTROL:
             self._take_message(event.link, event.message)
@@ -217,7 +218,7 @@ class Coordinator:
             self._roster.forget(candidate.link)
 
     def _dismiss(self, link: int, error: ParaBlockError) -> None:
-        self._visitors.leave(link)
+        self._visitors.disconnected(link)
         self._participants.dismiss(link, error)
 
     def _status(self) -> protocol.Status:

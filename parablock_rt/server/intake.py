@@ -10,7 +10,7 @@ from __future__ import annotations
 from parablock_rt import _C
 from parablock_rt.config import RunConfig
 from parablock_rt.schedule import Schedule
-from parablock_rt.server.members import Member, Posted
+from parablock_rt.server.members import Member, UploadSlot
 from parablock_rt.server.roster import Roster
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
@@ -74,7 +74,7 @@ class Intake:
         for posted in member.posted.values():
             self._receive(member, posted)
 
-    def take(self, member: Member, arrived: _C.Event) -> tuple[Posted, protocol.Upload] | None:
+    def take(self, member: Member, arrived: _C.Event) -> tuple[UploadSlot, protocol.Upload] | None:
         """The upload whose last byte has arrived, and its announcement; the buffer goes back with `give_back`.
 
         None: its round was closed meanwhile, as the client has been told, or the announcement comes yet, on another of
@@ -90,7 +90,7 @@ class Intake:
         self.taken_bytes += posted.nbytes
         return posted, member.announced.pop(arrived.round)
 
-    def give_back(self, posted: Posted) -> None:
+    def give_back(self, posted: UploadSlot) -> None:
         """The caller is done with an upload's buffer."""
         self.taken_bytes -= posted.nbytes
         self._buffers.give_back(posted.buffer)
@@ -149,11 +149,11 @@ class Intake:
 
     def _post(self, member: Member, round: int) -> None:
         nbytes = self._schedule.body_bytes(round)
-        member.posted[round] = Posted(round, self._schedule.block(round), self._buffers.take(nbytes), nbytes)
+        member.posted[round] = UploadSlot(round, self._schedule.block(round), self._buffers.take(nbytes), nbytes)
         member.next_post = round + 1
         self._receive(member, member.posted[round])
 
-    def _receive(self, member: Member, posted: Posted) -> None:
+    def _receive(self, member: Member, posted: UploadSlot) -> None:
         assert member.link is not None
         layout = body_layout(self._config.format, self._schedule.numel(posted.round), self._config.chunk)
         self._transport.native.receive(

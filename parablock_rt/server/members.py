@@ -118,7 +118,7 @@ class Candidate:
 
 
 @dataclass(eq=False)
-class Posted:
+class UploadSlot:
     """An upload that a member may send: a buffer of the server's that waits for it.
 
     `received`: the bytes that were there when the last connection broke.
@@ -156,7 +156,7 @@ class Member:
     applied: int = -1
     max_lag: int = 0  # rounds it may be behind
     next_post: int = 0  # the first round for which no upload was posted yet
-    posted: dict[int, Posted] = field(default_factory=dict)
+    posted: dict[int, UploadSlot] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)
     verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # the last: one that got lost is said again
     goodbye: protocol.Goodbye | None = None

@@ -13,7 +13,7 @@ from parablock_rt import _C
 from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError, RoundError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.schedule import Schedule
-from parablock_rt.server import comeback, journal, recovery, roster
+from parablock_rt.server import journal, recovery, rejoin, roster
 from parablock_rt.server.attendance import Attendance
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.downlink import Downlink
@@ -242,23 +242,23 @@ class Participants:
             self.roster.say(member, protocol.Farewell())
             return
         oldest = self._progress.oldest
-        comeback.check(member, message, oldest, self._config.staleness)
+        rejoin.check(member, message, oldest, self._config.staleness)
         member.rejoining = False
         member.applied = message.applied
         member.updates_from = oldest
         member.max_lag = MAX_LAG + self._config.staleness
         self.attendance.takes_part(member)
         self._outcome.reconnects += 1
-        for index, reason in comeback.decided(member, message, oldest).items():
-            self.say_verdict(member, index, comeback.LATE.format(index) if reason is None else reason)
-        wanted = comeback.wanted(member, message, oldest, self._rounds)
-        for index in comeback.forgotten(member, message, oldest, self._rounds):
+        for index, reason in rejoin.verdicts_owed(member, message, oldest).items():
+            self.say_verdict(member, index, rejoin.LATE.format(index) if reason is None else reason)
+        wanted = rejoin.uploads_wanted(member, message, oldest, self._rounds)
+        for index in rejoin.uploads_lost(member, message, oldest, self._rounds):
             if member.seat in self._rounds[index].cohort:
                 reason = "it was refused before the server was restarted"
                 self._rounds[index].refused.setdefault(member.seat, reason)
         backlog = self._downlink.backlog
         missed, whole = backlog.missed(range(message.applied + 1, oldest), self._schedule.block)
-        self.roster.say(member, protocol.Resume(updates_from=oldest, snapshots=whole, uploads=wanted))
+        self.roster.say(member, protocol.RejoinAnswer(updates_from=oldest, snapshots=whole, uploads=wanted))
         self.intake.resume(member)
         for index in missed:
             if index not in message.held:

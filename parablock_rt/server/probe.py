@@ -70,7 +70,7 @@ class ProbeDesk:
         if message.nbytes:
             self._move(visit, message)
 
-    def leave(self, link: int) -> None:
+    def disconnected(self, link: int) -> None:
         """A link is gone; no-op if it is another."""
         if self.serves(link):
             self._visit = None

@@ -1,4 +1,4 @@
-"""Who takes part: connections that ask for a seat, and the seats.
+"""The seats of a run, and who holds them.
 
 A seat whose connection broke is kept for its holder, who proves itself with the seat's secret. For a short while it is
 kept from newcomers, too; after that, whoever asks first gets it.

@@ -1,4 +1,4 @@
-"""The open rounds on the server: of each, who is expected, who has delivered, when it may close.
+"""The open rounds on the server: for each, its cohort, the uploads that count so far, and their sum.
 
 A round holds its accumulator; an upload counts wholly or not at all. Knows no links, and no clock but to measure how
 long folding takes: times are passed in. One thread at a time.
@@ -73,7 +73,7 @@ class Round:
     def fold(self) -> None:
         """Folds what waits, in one pass over the sum."""
         start_ns = time.monotonic_ns()
-        self.accumulator.settle()
+        self.accumulator.fold()
         self._note_folded(start_ns)
 
     def mean(self, out: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from parablock_rt import _C
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.members import Member, Posted
+from parablock_rt.server.members import Member, UploadSlot
 from parablock_rt.server.rounds import Delivery, OpenRounds
 from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import as_tensor
@@ -38,7 +38,7 @@ class Uplink:
         self._rounds = rounds
         self._timeline = timeline
         self._format = format
-        self._held: dict[int, list[tuple[Member, Posted]]] = {}  # by round
+        self._held: dict[int, list[tuple[Member, UploadSlot]]] = {}  # by round
 
     def restore(self, nbytes: int) -> None:
         """Goes on counting where an earlier server ended."""
@@ -66,7 +66,7 @@ class Uplink:
         for index in list(self._held):
             if self.is_worth_a_pass(index, idle=idle):
                 self._rounds[index].fold()
-                self.let_go(index)
+                self.release(index)
 
     def is_worth_a_pass(self, index: int, *, idle: bool) -> bool:
         """Whether to fold what is held of a round before it closes: not while all of the round can be held."""
@@ -74,7 +74,7 @@ class Uplink:
             return True
         return not self._intake.holds_all(index) and (idle or len(self._held[index]) >= _TOGETHER)
 
-    def let_go(self, index: int) -> None:
+    def release(self, index: int) -> None:
         """What was held of a round has been folded."""
         round = self._rounds[index]
         for member, posted in self._held.pop(index, ()):

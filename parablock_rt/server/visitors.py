@@ -52,10 +52,10 @@ class Visitors:
         else:
             raise HandshakeError(f"expected Observe from an observer, found {type(message).__name__}")
 
-    def leave(self, link: int) -> None:
+    def disconnected(self, link: int) -> None:
         """A link is gone; no-op if no visitor was there."""
-        self._watch.leave(link)
-        self._probes.leave(link)
+        self._watch.disconnected(link)
+        self._probes.disconnected(link)
 
     def overdue(self) -> int | None:
         """The link of a visitor that has measured for too long."""

@@ -49,7 +49,7 @@ class Watch:
             raise HandshakeError(f"{MOST_OBSERVERS} observers are watching already; try again when one has gone")
         self._observers[link] = mac
 
-    def leave(self, link: int) -> None:
+    def disconnected(self, link: int) -> None:
         """A link is gone; no-op if no observer was there."""
         self._observers.pop(link, None)
 

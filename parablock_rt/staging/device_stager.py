@@ -159,7 +159,7 @@ class DeviceLanding(Landing):
         if self._to_device is not None:
             self._to_device.cancel()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The buffer is somebody else's once the last copy from it has been made."""
         self.cancel()
         self._to_device = None
@@ -299,7 +299,7 @@ class DeviceStager:
         """From now on no body is larger than `nbytes`, and every buffer is for any of them."""
         self.buffers.fit(buffer_bytes(nbytes))
 
-    def let_inputs_go(self, encoding: Encoding) -> bool:
+    def release_inputs(self, encoding: Encoding) -> bool:
         """Gives the memory of the encoding's weights back, for what the training stream does from now on."""
         assert isinstance(encoding, DeviceEncoding)
         encoding.before_writing()
@@ -314,7 +314,7 @@ class DeviceStager:
         encoding.weights.clear()
         encoding.residuals.clear()
         self.buffers.give_back(encoding.buffer)
-        encoding.let_go()
+        encoding.release_source()
 
     def residual(self, numel: int) -> Tensor:
         """An uninitialised fp32 [numel] in pinned memory, to keep an error feedback in."""
@@ -336,11 +336,11 @@ class DeviceStager:
         self._landings.append(landing)
         return landing
 
-    def leave(self, landing: Landing) -> None:
+    def release_landing(self, landing: Landing) -> None:
         """Takes a landing back. What reads its body has been queued on the training stream."""
         assert isinstance(landing, DeviceLanding)
         self._landings.remove(landing)
-        landing.let_go()
+        landing.release()
         self._targets.append((landing.memory, self._device.native.mark(self._device.training_stream())))
         self.buffers.give_back(landing.buffer)
 

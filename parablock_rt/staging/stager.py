@@ -1,8 +1,8 @@
 """From a block in memory to a body on its way, and from a body that comes in to where it is applied.
 
 This is the staging of blocks in host memory: encode jobs, the thread that runs them, the buffers they fill. For blocks
-on a GPU `device_staging` has the same face, with streams for the thread. Nobody here waits for a network. One thread at
-a time uses a Stager; the native thread reads the tensors of a job until it is done.
+on a GPU `device_stager` has the same interface, with streams instead of the thread. Nobody here waits for a network.
+One thread at a time uses a Stager; the native thread reads the tensors of a job until it is done.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Encoding:
         self.wait()
         return waits
 
-    def let_go(self) -> None:
+    def release_source(self) -> None:
         """Nothing will be sent any more that is not on its way."""
         self._source = None
 
@@ -157,7 +157,7 @@ class Stager:
         entry.job = self._encoder.submit(native, codec.FORMATS.index(format), source, kind, round, block)
         return Encoding(entry.job, source, buffer, nbytes)
 
-    def let_inputs_go(self, encoding: Encoding) -> bool:
+    def release_inputs(self, encoding: Encoding) -> bool:
         """Keeps the encoding's tensors no longer than it reads them. Returns whether that took waiting for it."""
         waits = not encoding.done
         encoding.wait()
@@ -166,9 +166,9 @@ class Stager:
 
     def release(self, encoding: Encoding) -> None:
         """Takes a finished encoding's buffer back; it is used again once the transport has let go of it, too."""
-        self.let_inputs_go(encoding)
+        self.release_inputs(encoding)
         self.buffers.give_back(encoding.buffer)
-        encoding.let_go()
+        encoding.release_source()
 
     def fit(self, nbytes: int) -> None:
         """From now on no body is larger than `nbytes`, and every buffer is for any of them."""
@@ -183,7 +183,7 @@ class Stager:
         layout = body_layout(format, numel, chunk)
         return Landing(self.buffers.take(layout.nbytes), layout)
 
-    def leave(self, landing: Landing) -> None:
+    def release_landing(self, landing: Landing) -> None:
         """Takes a landing back, whose body has been applied."""
         self.buffers.give_back(landing.buffer)
 

@@ -1,4 +1,4 @@
 """What goes over the wire: the native transport's Python face, the handshake, the messages, TLS.
 
-Knows neither rounds nor models.
+Knows no model, and of rounds only the numbers that messages carry.
 """

@@ -80,7 +80,7 @@ class Connection:
         self.send(protocol.Observe())
         return self._expect(protocol.Status)
 
-    def reclaim(self, token: str | None, run: int, seat: int, secret: bytes) -> protocol.WelcomeBack:
+    def rejoin(self, token: str | None, run: int, seat: int, secret: bytes) -> protocol.WelcomeBack:
         """Proves that the seat is this client's. Raises HandshakeError when it is not, or the run is another."""
 
         def claim(conversation: Conversation) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Connection:
             if event is None or event.link != self.link:  # a link that was given up before may still have its say
                 continue
             if event.type == _C.Event.Type.CLOSED:
-                if event.misfit:
+                if event.permanent:
                     raise HandshakeError(f"cannot talk to the server at {self.address}: {event.text}")
                 raise PeerLostError(f"lost the server at {self.address} while waiting for {what}: {event.text}")
             if event.type == _C.Event.Type.CONTROL:

@@ -11,7 +11,7 @@ They travel in control frames; payload bytes never do. The conversation:
 
 A client whose connection broke comes back on a new one; what the seat holds and what was under way outlives the old:
 
-    Hello ("rejoin") → Challenge → Proof → WelcomeBack → Rejoin → [Verdict]* → Resume → [Update + data]* …
+    Hello ("rejoin") → Challenge → Proof → WelcomeBack → Rejoin → [Verdict]* → RejoinAnswer → [Update + data]* …
 
 Nothing here touches a socket, and nothing is ever pickled.
 """
@@ -118,7 +118,7 @@ class Rejoin(_Message, frozen=True, kw_only=True, tag=True):
     undecided: list[int]
 
 
-class Resume(_Message, frozen=True, kw_only=True, tag=True):
+class RejoinAnswer(_Message, frozen=True, kw_only=True, tag=True):
     """How it goes on. All rounds before `updates_from` are closed: their aggregates are sent again where they are
     missing, except those of the blocks in `snapshots`, which come whole.
 
@@ -317,7 +317,7 @@ Message: TypeAlias = (
     | Welcome
     | WelcomeBack
     | Rejoin
-    | Resume
+    | RejoinAnswer
     | Lanes
     | ProbeWelcome
     | Measure

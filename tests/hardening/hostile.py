@@ -139,7 +139,7 @@ class Conversation:
             self._step()
             self._check_bounds()
             try:
-                self._coordinator._settle()
+                self._coordinator._after_events()
                 self._coordinator._over()
             except ParaBlockError:
                 return  # a round without its quorum ends the run, with a reason

@@ -23,14 +23,14 @@ def check(member: Member, message: protocol.Rejoin, oldest: int, staleness: int)
         raise HandshakeError(f"client {member.seat} says that it is where it cannot be; join again for a snapshot")
 
 
-def decided(member: Member, message: protocol.Rejoin, oldest: int) -> dict[int, str | None]:
+def verdicts_owed(member: Member, message: protocol.Rejoin, oldest: int) -> dict[int, str | None]:
     """The rounds of the client's undecided hand-overs that are decided here: why not, an empty text, or None for one
     that came too late and was never heard of."""
     known = {round: verdict.reason for round, verdict in member.verdicts.items()}
     return {r: known.get(r) for r in message.undecided if r in known or r < oldest}
 
 
-def wanted(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> dict[int, int]:
+def uploads_wanted(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> dict[int, int]:
     """The hand-overs that are still to come, and the bytes of each that are here."""
     still_open = [r for r in message.undecided if r >= oldest and r not in member.verdicts]
     return {
@@ -40,7 +40,7 @@ def wanted(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRo
     }
 
 
-def forgotten(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> list[int]:
+def uploads_lost(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> list[int]:
     """Open rounds whose upload was refused by a server that died before anybody else knew: nothing more will come."""
     handed_over = range(max(oldest, member.first_round), message.handed_over + 1)
     return [r for r in handed_over if r not in message.undecided and member.seat not in rounds.uploads_of(r)]

@@ -3,7 +3,8 @@
 Whoever started it tells it what to do with `Process.tell`: `(when, nbytes, harm)`, where `when` is "up" (towards the
 server) or "down", and the harm is done when so many more bytes have passed that way, exactly there; or, where `nbytes`
 are bytes themselves, just behind these. It reports ("armed", None) once it counts, and ("fired", harm) when it is done.
-`("mend",)` makes the network whole again; it reports ("mended", None). `("count",)` makes it report ("passed", bytes)
+`("mend",)` makes the network whole again; it reports ("mended", None). `("reroute",)` lets new connections pass, and what
+is held stays so; it reports ("rerouted", None). `("count",)` makes it report ("passed", bytes)
 with the bytes that have passed each way, and the connections that there were.
 
 Harms: `cut` ends the connections (FIN) and refuses new ones, `reset` does so with RST, `hold` lets nothing pass any
@@ -72,6 +73,11 @@ class _Network:
             self._down = False
             self._held.clear()
             self._changed.notify_all()
+
+    def reroute(self) -> None:
+        with self._changed:
+            self._down = False
+            self._held = set(range(len(self._connections))) if self._held else set()
 
     def enter(self, near: socket.socket, far: socket.socket) -> int | None:
         """Takes in a connection's two ends and returns its number, unless the network is down."""
@@ -171,6 +177,9 @@ def relay(pipe: Connection, target: str) -> None:
             return
         if command[0] == "count":
             network.report("passed", network.passed)
+        elif command[0] == "reroute":
+            network.reroute()
+            network.report("rerouted", None)
         elif command[0] == "mend":
             network.mend()
             network.report("mended", None)

@@ -119,7 +119,7 @@ def encode(
     if residual_out is not None:
         _check_block(residual_out, "residual_out", (torch.float32,), numel)
     kept = residual if residual_out is None else residual_out
-    body = torch.empty(body_bytes(numel, format), dtype=torch.uint8) if out is None else out
+    body = torch.empty(body_bytes(numel, format), dtype=torch.uint8, device="cpu") if out is None else out
     scales, codes = _planes(body, "out", numel, format)
     bad = _C.encode(
         now.data_ptr(),
@@ -149,7 +149,7 @@ def decode(body: torch.Tensor, numel: int, *, format: str = "int8", threads: int
             return decoded
     count = _threads(threads)
     scales, codes = _planes(body, "body", numel, format)
-    out = torch.empty(numel, dtype=torch.float32)
+    out = torch.empty(numel, dtype=torch.float32, device="cpu")
     _C.decode(scales, codes, numel, FORMATS.index(format), out.data_ptr(), count)
     return out
 
@@ -278,7 +278,7 @@ class Accumulator:
         if not self._held:
             return
         if not self._halves:
-            self._halves = tuple(torch.empty(self.numel, dtype=torch.int64) for _ in range(2))
+            self._halves = tuple(torch.empty(self.numel, dtype=torch.int64, device="cpu") for _ in range(2))
         empty = self._settled == 0
         _C.accumulate(*self._where(), self._natively_held(), self.numel, empty, _threads(self._threads))
         self._settled += len(self._held)
@@ -292,7 +292,7 @@ class Accumulator:
         if self.contributions == 0:
             raise CodecError("expected at least one contribution before mean(), found none")
         if out is None:
-            out = torch.empty(self.numel, dtype=torch.float32)
+            out = torch.empty(self.numel, dtype=torch.float32, device="cpu")
         _check_block(out, "out", (torch.float32,), self.numel)
         _C.accumulated_mean(
             *self._where(),

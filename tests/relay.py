@@ -3,9 +3,9 @@
 Whoever started it tells it what to do with `Process.tell`: `(when, nbytes, harm)`, where `when` is "up" (towards the
 server) or "down", and the harm is done when so many more bytes have passed that way, exactly there; or, where `nbytes`
 are bytes themselves, just behind these. It reports ("armed", None) once it counts, and ("fired", harm) when it is done.
-`("mend",)` makes the network whole again; it reports ("mended", None). `("reroute",)` lets new connections pass, and what
-is held stays so; it reports ("rerouted", None). `("count",)` makes it report ("passed", bytes)
-with the bytes that have passed each way, and the connections that there were.
+`("mend",)` makes the network whole again; it reports ("mended", None). `("reroute",)` lets new connections pass, and
+what is held stays so; it reports ("rerouted", None). `("count",)` makes it report ("passed", bytes) with the bytes that
+have passed each way, and the connections that there were.
 
 Harms: `cut` ends the connections (FIN) and refuses new ones, `reset` does so with RST, `hold` lets nothing pass any
 more but keeps everything open, `flip` changes one bit of the next byte, once.

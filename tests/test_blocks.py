@@ -125,6 +125,21 @@ def test_lists_inside_a_layer_and_smaller_towers_are_not_taken_for_the_layers() 
     assert [b.name for b in BlockPlan.from_model(model).blocks] == ["layers.0", "layers.2"]
 
 
+def test_where_all_trains_each_layer_of_an_encoder_is_a_block_too_and_a_tiny_list_is_none() -> None:
+    model = Tiny(layers=2)
+    model.encoder = nn.Module()
+    model.encoder.block = nn.ModuleList(Layer(10) for _ in range(2))
+    model.encoder.final_norm = nn.LayerNorm(10)
+    model.tiny = nn.ModuleList([nn.Linear(1, 1)])
+    model.layers.append(model.layers[0])
+    frozen = BlockPlan.from_model(model)
+    assert [b.name for b in frozen.blocks] == ["layers.0", "layers.1"]
+    names = {b.name: b.parameters for b in BlockPlan.from_model(model, outer="train").blocks}
+    assert {"layers.0", "layers.1", "encoder.block.0", "encoder.block.1"} < names.keys()
+    assert not any(name.startswith("tiny") for name in names)
+    assert "tiny.0.weight" in (*names["embeddings"], *names["head"])
+
+
 def test_a_model_without_layers_gives_an_error_that_shows_how_to_name_blocks() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with pytest.raises(PlanError, match=r'none in Sequential; .*blocks=\["model\.layers\.0", "model\.layers\.1"\]'):

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +89,114 @@ def test_the_optimiser_of_the_round_can_be_reached() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), Net().parameters(), strict=True))
 
 
+def test_an_optimiser_that_needs_a_closure_is_refused() -> None:
+    with serve() as server, pytest.raises(ConfigError, match=r"needs no closure; found LBFGS"):
+        join(server, torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_optimisers_own_step_beside_the_runs_is_an_error(dtype: torch.dtype) -> None:
+    with serve(Net(dtype)) as server, join(server, sgd, Net(dtype)) as run:
+        with pytest.raises(ParaBlockError, match=r"do not call run\.optimizer\.step"):
+            run.optimizer.step()
+        one_step(run)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_a_scaled_loss_trains_as_the_loss_itself_would(dtype: torch.dtype) -> None:
+    """The scale is a power of two, so that scaling is exact."""
+    digests = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)):
+        with serve(Net(dtype), rounds=4) as server, join(server, sgd, Net(dtype)) as run:
+            while not run.finished:
+                run.train_step(torch.ones(2, WIDTH, dtype=dtype), lambda model, b: model(b).sum(), scaler=scaler)
+            digests.append(run.digest)
+    assert digests[0] == digests[1] is not None
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_left_out() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    with serve(rounds=1) as server, join(server) as run:
+        run.train_step(torch.ones(2, WIDTH), lambda model, b: model(b).sum() * 1e10, scaler=scaler)
+        assert scaler.get_scale() < 2.0**120
+        assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), Net().parameters(), strict=True))
+
+
+def test_a_learning_rate_scheduler_of_a_former_rounds_optimiser_is_an_error() -> None:
+    with serve(rounds=4) as server, join(server) as run:
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, gamma=0.5)
+        one_step(run)
+        with pytest.raises(ParaBlockError, match="each round has a new one"):
+            scheduler.step()
+        to_the_end(run)
+
+
+def test_one_optimiser_of_the_whole_model_may_serve_in_all_rounds_where_it_trains_in_place() -> None:
+    model = Net()
+    kept = torch.optim.Adam(model.parameters(), lr=0.01)
+    with serve(rounds=4) as server, join(server, lambda parameters: kept, model) as run:
+        to_the_end(run)
+    assert all(state["step"] == 2 for state in kept.state.values())
+    assert len(kept.state) == 4
+
+
+def test_what_a_program_has_marked_parameters_with_is_on_their_copies_too() -> None:
+    def marked(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        assert [getattr(p, "_no_weight_decay", False) for p in parameters] == [False, True]
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    model = Net(torch.bfloat16)
+    for layer in model.layers:
+        layer.bias._no_weight_decay = True  # type: ignore[attr-defined]
+    with serve(Net(torch.bfloat16), rounds=1) as server, join(server, marked, model) as run:
+        to_the_end(run)
+
+
+def test_names_that_the_program_has_bound_itself_stay_as_they_are() -> None:
+    def named(parameters: list[nn.Parameter], names: str) -> torch.optim.Optimizer:
+        assert names == "mine"
+        return sgd(parameters)
+
+    with serve(rounds=1) as server, join(server, partial(named, names="mine")) as run:
+        to_the_end(run)
+
+
 # ---- Weights that are elsewhere
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_changed_in_place_between_steps_are_trained_on_from_there(dtype: torch.dtype) -> None:
+    """A mask, say. The steps are smaller than 16 bits resolve: where nothing was changed, fp32 copies add them up."""
+    results = []
+    for masked in (False, True):
+        with (
+            serve(Net(dtype), rounds=1, local_steps=64, format="fp32") as server,
+            join(server, tiny_steps, Net(dtype)) as run,
+        ):
+            while not run.finished:
+                weight = run.block_parameters()[0]
+                if masked and run.round == 0:
+                    with torch.no_grad():
+                        weight[0].zero_()
+                weight.sum().backward()
+                run.step()
+            server.wait(WAIT_S)
+            results.append(server.state_dict()["layers.0.weight"].float())
+    free, masked_out = results
+    assert masked_out[0].abs().max() < 1e-3 < free[0].abs().max()
+    assert torch.equal(masked_out[1:], free[1:])
+    assert not torch.equal(free, Net(dtype).layers[0].weight.float())
+
+
+def tiny_steps(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-5)
+
+
+def test_a_buffer_over_a_parameters_memory_is_refused() -> None:
+    model = Net()
+    model.register_buffer("same", model.layers[0].weight.detach())
+    with pytest.raises(PlanError, match=r"'(layers.0.weight|same)' and '(layers.0.weight|same)' share memory"):
+        pb.serve(model, rounds=1, clients=1, local_steps=1)
 
 
 class Replacing(torch.optim.SGD):
@@ -446,6 +554,96 @@ def test_a_model_with_batch_statistics_joins_with_a_warning(caplog: pytest.LogCa
         frozen[1].eval()
         join(server, model=frozen).close()
         assert "running statistics" not in caplog.text
+
+
+def test_what_is_not_trained_and_has_changed_at_the_end_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean += 1
+            return super().forward(x)
+
+    with caplog.at_level(logging.WARNING, "parablock"):
+        with serve(Counting(), rounds=1) as server, join(server, model=Counting()) as run:
+            to_the_end(run)
+        assert "1 tensors that the plan does not train, such as buffer mean, have changed" in caplog.text
+        caplog.clear()
+        with serve(rounds=1) as server, join(server) as run:
+            to_the_end(run)
+        assert "does not train" not in caplog.text
+
+
+def test_training_that_gives_nan_is_told_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "parablock"), serve(rounds=2) as server, join(server) as run:
+        while not run.finished:
+            run.train_step(torch.ones(2, WIDTH), lambda model, b: model(b).sum() * float("nan"))
+        server.wait(WAIT_S)
+    assert "parts of block 0 were NaN or infinite after training and went up as zeros" in caplog.text
+    assert "parts of what client 0 trained were NaN or infinite and count as no change" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_that_raises_leaves_no_gradient_to_the_next(dtype: torch.dtype) -> None:
+    """A weight that cannot be, and an optimiser that fails once, against a run without either."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            if run.model.fails:  # type: ignore[truthy-bool]
+                raise ValueError("once")
+            super().step()
+
+    digests = []
+    for fails in (True, False):
+        with serve(Net(dtype), rounds=1) as server, join(server, partial(Failing, lr=0.1), Net(dtype)) as run:
+            run.model.fails = fails
+            if fails:
+                with pytest.raises(ConfigError):
+                    one_step(run, weight=0.0)
+                with pytest.raises(ValueError, match="once"):
+                    one_step(run)
+                run.model.fails = False
+            to_the_end(run)
+            digests.append(run.digest)
+    assert digests[0] == digests[1] is not None
+
+
+def test_between_two_rounds_no_block_trains_and_that_is_what_is_said() -> None:
+    said: list[str] = []
+
+    def look(_: pb.RoundReport) -> None:
+        with pytest.raises(ParaBlockError) as failure:
+            run.block_parameters()
+        said.append(str(failure.value))
+
+    with serve(rounds=1) as server, join(server, on_round=look) as run:
+        to_the_end(run)
+    assert said == ["no block trains between two rounds, where on_round is called"]
+
+
+def test_batches_may_be_skipped() -> None:
+    with serve(rounds=2) as server, join(server) as run:
+        for i, batch in enumerate(run.stream([torch.ones(2, WIDTH)])):
+            if i % 3 == 2:
+                run.train_step(batch, lambda model, b: model(b).square().sum())
+        assert run.finished
+
+
+def test_a_default_device_of_the_program_changes_nothing() -> None:
+    digests = []
+    for device in ("meta", "cpu"):
+        model, server_model, batch = Net(), Net(), torch.ones(2, WIDTH)
+        torch.set_default_device(device)
+        try:
+            with serve(server_model, rounds=4) as server, join(server, model=model) as run:
+                while not run.finished:
+                    run.train_step(batch, lambda model, b: model(b).square().sum())
+                digests.append(run.digest)
+        finally:
+            torch.set_default_device(None)
+    assert digests[0] == digests[1] is not None
 
 
 def weigh(labels: Tensor, tokens: Tensor | None, **config: Any) -> float:

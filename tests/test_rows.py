@@ -180,3 +180,28 @@ def test_a_federation_trains_every_row() -> None:
     assert isinstance(result.model.table, RowEmbedding)
     changed = {name for name, p in result.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == set(before)
+
+
+@pytest.mark.parametrize("token", [-1, 10, 50_000])
+def test_a_token_that_a_cut_embedding_has_no_row_for_is_an_error_as_in_the_whole_one(token: int) -> None:
+    model = nn.Sequential(nn.Embedding(10, 8))
+    tokens = torch.tensor([1, token])
+    with pytest.raises(IndexError):
+        model(tokens)
+    split_rows(model, 40)
+    with pytest.raises(IndexError, match=f"expected tokens from 0 to 9, found {min(1, token)} to {max(1, token)}"):
+        model(tokens)
+    assert model(torch.empty(0, dtype=torch.int64)).shape == (0, 8)
+
+
+def test_a_weight_that_is_tied_to_a_module_that_cannot_be_cut_is_refused() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    model = nn.Module()
+    model.embed = Scaled(10, 8)
+    model.head = nn.Linear(8, 10, bias=False)
+    model.head.weight = model.embed.weight
+    with pytest.raises(PlanError, match=r"head\.weight cannot be cut into rows: it is tied to embed, a Scaled"):
+        split_rows(model, 40)
+    assert model.head.weight is model.embed.weight

@@ -6,6 +6,7 @@ change `requires_grad`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +57,13 @@ class FlatBlock:
 
 
 def check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
-    """Distinct Parameters over the same memory are tied in a way that re-homing would silently end: refuse them.
+    """Distinct Parameters, or a Parameter and a buffer, over the same memory are tied in a way that re-homing would
+    silently end: refuse them.
 
-    A dense parameter counts with all its bytes, a strided one with its first element.
+    A dense tensor counts with all its bytes, a strided one with its first element.
     """
     spans: list[tuple[str, int, int, str, bool]] = []
-    for name, p in model.named_parameters():
+    for name, p in itertools.chain(model.named_parameters(), model.named_buffers()):
         if type(p.data) is Tensor and p.layout == torch.strided and p.numel() and not p.is_meta:
             reach = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
             length = p.numel() if reach == p.numel() else 1
@@ -71,8 +73,8 @@ def check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
     for span in sorted(spans):
         if span[0] == widest[0] and span[1] < widest[2] and (span[4] or widest[4]):
             raise PlanError(
-                f"parameters {widest[3]!r} and {span[3]!r} share memory but are not the same nn.Parameter; assign one "
-                f"Parameter object to both modules to tie them, or clone one to separate them"
+                f"{widest[3]!r} and {span[3]!r} share memory but are not the same nn.Parameter; assign one Parameter "
+                f"object to both modules to tie them, or clone one to separate them"
             )
         if span[0] != widest[0] or span[2] > widest[2]:
             widest = span

@@ -24,36 +24,47 @@ _HOW_TO_NAME = (
 )
 
 
-def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The path and list of the decoder layers by the rule that `BlockPlan.from_model` states."""
-    best: tuple[str, nn.ModuleList] | None = None
-    most = 0
+_SMALLEST_TOWER = 0.1  # of the decoder layers' parameters: a list of layers that trains in blocks of its own
+
+
+def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of layers that own parameters and stand in no other such list, by path."""
+    found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(isinstance(member, nn.Embedding) for member in module):
-            size = sum(p.numel() for p in module.parameters())
-            if size > most:
-                best, most = (path, module), size
-    return best
+        if (
+            isinstance(module, nn.ModuleList)
+            and not any(isinstance(member, nn.Embedding) for member in module)
+            and not any(path.startswith(f"{outer}.") for outer in found)
+        ):
+            found[path] = module
+    return {path: layers for path, layers in found.items() if _numel(layers) > 0}
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def by_layers(
     model: nn.Module, trainable: list[str], outer: str, outer_limit: int | None
 ) -> list[tuple[str, list[str]]]:
-    """Blocks (name, parameters): one a decoder layer and, if trained, what stands before and behind the layers, cut
-    into blocks of at most `outer_limit` elements."""
-    found = _find_layers(model)
-    if found is None:
+    """Blocks (name, parameters): one per decoder layer and, if the outer part trains, one per layer of the other
+    towers, and what stands before and behind the layers in blocks of at most `outer_limit` elements."""
+    lists = _layer_lists(model)
+    if not lists:
         kind = type(model).__name__
         raise PlanError(f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}")
-    path, layers = found
-    prefix = f"{path}." if path else ""
-    blocks: dict[str, list[str]] = {f"{prefix}{i}": [] for i in range(len(layers))}
+    sizes = {path: _numel(layers) for path, layers in lists.items()}
+    path = max(sizes, key=sizes.__getitem__)
+    least = _SMALLEST_TOWER * sizes[path] if outer == "train" else sizes[path] + 1
+    towers = {f"{p}." if p else "": layers for p, layers in lists.items() if p == path or sizes[p] >= least}
+    blocks: dict[str, list[str]] = {f"{prefix}{i}": [] for prefix in towers for i in range(len(towers[prefix]))}
     first: list[str] = []
     last: list[str] = []
     behind = False
     wanted = set(trainable)
     for name, _ in model.named_parameters():
-        layer = prefix + name.removeprefix(prefix).split(".", 1)[0] if name.startswith(prefix) else ""
+        prefix = next((prefix for prefix in towers if name.startswith(prefix)), None)
+        layer = "" if prefix is None else prefix + name.removeprefix(prefix).split(".", 1)[0]
         if layer in blocks:
             behind = True
         if name not in wanted:
@@ -68,11 +79,11 @@ def by_layers(
             first.append(name)
     groups = list(blocks.items())
     if outer == "train":
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
         groups = [
-            *_pack("embeddings", first, sizes, outer_limit),
+            *_pack("embeddings", first, numel, outer_limit),
             *groups,
-            *_pack("head", last, sizes, outer_limit),
+            *_pack("head", last, numel, outer_limit),
         ]
     groups = [(name, names) for name, names in groups if names]
     if not groups:

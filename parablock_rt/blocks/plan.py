@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,7 +62,9 @@ class BlockPlan:
         `blocks=None`: one block for each decoder layer. The layers are the `nn.ModuleList` that owns the most
         parameters (so neither the experts inside a layer nor a smaller tower beside them count), lists of embeddings
         aside; a member that owns no parameters forms no block. What stands outside the layers is left frozen
-        (`outer="freeze"`), or (`outer="train"`) forms a first block "embeddings" and a last block "head":
+        (`outer="freeze"`), or (`outer="train"`) trains, too: the layers of other lists that own at least a tenth as
+        much (the encoder of an encoder-decoder model) as blocks of their own, the rest as a first block "embeddings"
+        and a last block "head":
         `nn.Embedding` weights go to the first, what is defined behind the layers to the last, and what is defined
         before them to the first unless its name speaks of a final norm, a head or an output projection. `outer_limit`
         (elements) has each of the two cut into blocks of at most that size; `split_rows` cuts a larger parameter.
@@ -169,8 +171,12 @@ class BlockPlan:
         return [home(block, params) for block, params in zip(self.blocks, found, strict=True)]
 
     def frozen_fingerprint(self, model: nn.Module) -> str:
-        """sha256 (hex) over what the plan does not train: the names, shapes, dtypes and bytes of the other parameters
-        and of the floating-point persistent buffers. Equal fingerprints prove equal frozen parts.
+        """`combined` of `frozen_digests`: equal fingerprints prove equal frozen parts. Raises what that does."""
+        return combined(self.frozen_digests(model))
+
+    def frozen_digests(self, model: nn.Module) -> dict[str, str]:
+        """The sha256 (hex) of shape, dtype and bytes of each tensor that the plan does not train: the other parameters
+        and the floating-point persistent buffers, as "parameter NAME" and "buffer NAME".
 
         Raises PlanError if one of them is on the meta device.
         """
@@ -182,15 +188,17 @@ class BlockPlan:
         for path, module in model.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
                 if key not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                    tensors[f"buffer {path}.{key}"] = buffer
-        digest = hashlib.sha256(b"frozen-1")
-        for name in sorted(tensors):
-            for label, plain in _plain_tensors(name, tensors[name]):
+                    tensors[f"buffer {path}.{key}" if path else f"buffer {key}"] = buffer
+        digests = {}
+        for name, tensor in tensors.items():
+            digest = hashlib.sha256()
+            for label, plain in _plain_tensors(name, tensor):
                 if plain.is_meta:
                     raise PlanError(f"{label} is on the meta device, without bytes to compare; load the weights first")
                 digest.update(json.dumps([label, list(plain.shape), str(plain.dtype)]).encode())
                 digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            digests[name] = digest.hexdigest()
+        return digests
 
     def describe(self, formats: Sequence[str] = ("bf16", "int8", "int4")) -> str:
         """A plain-text table: per block the parameters, elements and wire bytes in each format; then ties and what is
@@ -225,6 +233,11 @@ def _describe(name: str, parameter: Tensor) -> ParameterSpec:
 def _show(spec: ParameterSpec | None) -> str:
     """A parameter in a message; clipped, for it may come from an untrusted peer."""
     return "absent" if spec is None else f"{_clip(spec.name)} {reprlib.repr(spec.shape)} {_clip(spec.dtype)}"
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """sha256 (hex) over digests and their names."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def _clip(text: str) -> str:

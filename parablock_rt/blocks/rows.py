@@ -24,13 +24,14 @@ def split_rows(model: nn.Module, limit: int) -> list[str]:
     What is inside of an `nn.ModuleList` is left whole: a decoder layer is one block in any case.
     Each such module is replaced by one that holds its weight as a list of parameters, ranges of rows of about equal
     size with at most `limit` elements each. Modules tied by one weight stay tied. Call it before the model is planned,
-    on the server and on every client alike; one part's memory is held twice for a moment.
+    on the server and on every client alike; one part's memory is held twice for a moment. A token that a cut embedding
+    has no row for raises IndexError, as in `nn.Embedding`; on a GPU it is an assertion on the device.
 
     Returns the paths of the modules that were replaced. A state dict of the model keeps its names: the parts are joined
     in it, and cut when it is loaded.
 
     Raises ConfigError when a single row is larger than `limit`, and PlanError for an embedding with `max_norm`,
-    `scale_grad_by_freq` or sparse gradients.
+    `scale_grad_by_freq` or sparse gradients, or for a weight that is tied to a module of another type.
     """
     cut: dict[int, nn.ParameterList] = {}  # by the identity of the weight: tied modules share their parts
     replaced = []
@@ -41,6 +42,7 @@ def split_rows(model: nn.Module, limit: int) -> list[str]:
             continue
         weight = module.weight
         if id(weight) not in cut:
+            _check_ties(path, weight, modules)
             cut[id(weight)] = _cut(path, weight, limit)
         parent, _, name = path.rpartition(".")
         parts = cut[id(weight)]
@@ -51,6 +53,15 @@ def split_rows(model: nn.Module, limit: int) -> list[str]:
         )
         replaced.append(path)
     return replaced
+
+
+def _check_ties(path: str, weight: nn.Parameter, modules: list[tuple[str, nn.Module]]) -> None:
+    for other, module in modules:
+        if type(module) not in (nn.Embedding, nn.Linear) and any(own is weight for own in module._parameters.values()):
+            raise PlanError(
+                f"{path}.weight cannot be cut into rows: it is tied to {other}, a {type(module).__name__}, which would "
+                "keep the whole; untie them, or choose a row limit of at least its size"
+            )
 
 
 def _cut(path: str, weight: nn.Parameter, limit: int) -> nn.ParameterList:
@@ -99,7 +110,11 @@ class RowEmbedding(_Rows):
         self.padding_idx = module.padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Rows of the weight: `tokens` (integers, any shape) → that shape with the columns behind it."""
+        """Rows of the weight: `tokens` (integers, any shape) → that shape with the columns behind it.
+
+        Raises IndexError for a token that has no row.
+        """
+        self._check_range(tokens)
         result: Tensor | None = None
         first = 0
         for part in self.parts:
@@ -115,6 +130,19 @@ class RowEmbedding(_Rows):
             first += rows
         assert result is not None
         return result
+
+    def _check_range(self, tokens: Tensor) -> None:
+        if tokens.numel() == 0:
+            return
+        rows = sum(len(part) for part in self.parts)
+        inside = ((tokens >= 0) & (tokens < rows)).all()
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not inside:
+                raise IndexError(
+                    f"expected tokens from 0 to {rows - 1}, found {int(tokens.min())} to {int(tokens.max())}"
+                )
+        else:  # without waiting for the device
+            torch._assert_async(inside)
 
 
 class RowLinear(_Rows):

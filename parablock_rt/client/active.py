@@ -22,14 +22,15 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 def with_context(factory: OptimizerFactory, *, round: int, names: Sequence[str]) -> OptimizerFactory:
-    """What makes a round's optimiser: the factory, told the `round` and the parameters' `names`, in their order, if it
-    has arguments called so."""
+    """What makes a round's optimiser: the factory, given the `round` and the parameters' `names`, in their order, if it
+    has arguments called so that are not bound already."""
     try:
         wanted = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # a callable in C that does not say
         return factory
+    bound = factory.keywords if isinstance(factory, partial) else {}
     facts = {"round": round, "names": list(names)}
-    return partial(factory, **{name: fact for name, fact in facts.items() if name in wanted})
+    return partial(factory, **{name: fact for name, fact in facts.items() if name in wanted and name not in bound})
 
 
 class ActiveBlock:
@@ -50,12 +51,21 @@ class ActiveBlock:
             for segment, weights in zip(flat.block.segments, flat.flats, strict=True):
                 master[segment.start : segment.start + segment.length].copy_(weights)
             self._master_params = trained = [nn.Parameter(view) for view in flat.views(master)]
+            for copy, parameter in zip(trained, flat.params, strict=True):
+                copy.__dict__.update(parameter.__dict__)  # marks such as `_no_weight_decay`
         self._master = master
+        self._versions = _versions(flat.params)
         self.clear_gradients()
         for parameter in flat.params:
             parameter.requires_grad_(True)
         self.optimizer = optimizer(trained)
         _check_optimizer(self.optimizer, trained, in_place=master is None)
+        self._stepping = False
+        self._step_hook = (
+            self.optimizer.register_step_pre_hook(self._refuse_foreign_step)
+            if isinstance(self.optimizer, torch.optim.Optimizer)
+            else None
+        )
 
     def check_homed(self, model: nn.Module) -> None:
         """Raises PlanError when what was trained is not where it is read from when the block is handed over."""
@@ -89,16 +99,42 @@ class ActiveBlock:
                 "torch.no_grad"
             )
 
-    def step(self) -> None:
-        """One optimiser step from the gradients that the backward pass left; then the gradients are gone."""
-        if self._master_params is None:
-            self.optimizer.step()
-        else:
-            self._widen_gradients(self._master_params)
-            self.optimizer.step()
-            with torch.no_grad():
-                torch._foreach_copy_([*self._model_params], [*self._master_params])
-        self.clear_gradients()
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """One optimiser step from the gradients that the backward pass left; then the gradients are gone, also if it
+        raises. `scaler`: of the loss; it leaves the step out if a gradient is not finite."""
+        self._stepping = True
+        try:
+            if self._master_params is not None:
+                self._follow_model(self._master_params)
+                self._widen_gradients(self._master_params)
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+                scaler.update()
+            if self._master_params is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_([*self._model_params], [*self._master_params])
+                self._versions = _versions(self._model_params)
+        finally:
+            self._stepping = False
+            self.clear_gradients()
+
+    def _refuse_foreign_step(self, *_: Any) -> None:
+        if not self._stepping:
+            raise ParaBlockError(
+                "run.step() takes the optimiser's step: do not call run.optimizer.step() besides, and give a "
+                "GradScaler to run.step(scaler=...)"
+            )
+
+    def _follow_model(self, masters: list[nn.Parameter]) -> None:
+        """What a program has changed in the 16-bit weights since the last step (a mask, a projection) is put into the
+        masters, which keep their precision where nothing was changed."""
+        for master, parameter, version in zip(masters, self._model_params, self._versions, strict=True):
+            if _version(parameter) != version:
+                with torch.no_grad():
+                    same = parameter == master.to(parameter.dtype)
+                    master.copy_(torch.where(same, master, parameter.float()))
 
     def _widen_gradients(self, masters: list[nn.Parameter]) -> None:
         """Hands the gradients on to the masters in fp32, one at a time: each is there twice for a moment.
@@ -135,7 +171,36 @@ class ActiveBlock:
         """Freezes the block again and lets the optimiser go."""
         self.clear_gradients()
         freeze(self._model_params)
+        if self._step_hook is not None:
+            self._step_hook.remove()
         del self.optimizer
+
+
+def retire(optimizer: torch.optim.Optimizer) -> None:
+    """Whoever has kept a former round's optimiser, such as a learning-rate scheduler, is not to go on unnoticed."""
+    optimizer.state.clear()
+    optimizer.param_groups = _EndedGroups()
+
+
+class _EndedGroups(list[dict[str, Any]]):
+    """The parameter groups of an optimiser whose round is over."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ParaBlockError(
+            "this optimiser was of a round that is over, and each round has a new one: make a learning-rate scheduler "
+            "in the optimizer function, or set the rate there, which is told the `round` if it has an argument so named"
+        )
+
+    __iter__ = __getitem__ = __len__ = _refuse
+
+
+def _version(parameter: nn.Parameter) -> int:
+    """Changes with every change in place, except through `.data`. What was made in inference mode has none."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _versions(parameters: Iterable[nn.Parameter]) -> list[int]:
+    return [_version(parameter) for parameter in parameters]
 
 
 def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -> None:
@@ -145,6 +210,15 @@ def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -
             f"expected the optimizer function to return an optimiser like torch's, with step, param_groups and state; "
             f"found a {type(made).__name__}"
         )
+    try:
+        inspect.signature(made.step).bind()
+    except TypeError:
+        raise ConfigError(
+            f"expected an optimiser whose step() needs no closure; found {type(made).__name__}, which evaluates the "
+            "loss several times a step; choose another"
+        ) from None
+    except ValueError:  # in C, and does not say
+        pass
     found = {id(parameter) for group in made.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in wanted}
     if not found & ours or not (in_place or found <= ours):

@@ -7,6 +7,7 @@ thread alone calls it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ from parablock_rt.staging.device_stager import DeviceStager
 from parablock_rt.staging.stager import Stager
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
+
+log = logging.getLogger("parablock")
 
 
 class Exchange:
@@ -122,13 +125,23 @@ class Exchange:
         still = []
         for handover in self._in_flight:
             if handover.encoding.done and not self._link.is_undecided(handover.round):
-                self.bad_groups += handover.encoding.bad_groups
+                self._note_bad_groups(handover)
                 self._timeline.stages.add("encode", *handover.encoding.span_ns)
                 self._timeline.stages.add("copy", *handover.encoding.copy_span_ns)
                 self._stager.release(handover.encoding)
             else:
                 still.append(handover)
         self._in_flight = still
+
+    def _note_bad_groups(self, handover: Handover) -> None:
+        bad = handover.encoding.bad_groups
+        self.bad_groups += bad
+        if bad > 0:
+            log.warning(
+                "round %d: %d parts of block %d were NaN or infinite after training and went up as zeros; look at the "
+                "loss, lower the learning rate, clip gradients or skip such batches",
+                *(handover.round, bad, handover.block),
+            )
 
     # ---- Down
 

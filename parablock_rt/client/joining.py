@@ -13,7 +13,7 @@ from torch import nn
 
 from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.fingerprint import fingerprint
-from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.blocks.plan import BlockPlan, combined
 from parablock_rt.client import memory
 from parablock_rt.client.active import OptimizerFactory
 from parablock_rt.client.entry import Entry
@@ -134,7 +134,7 @@ def _begin(
     try:
         ready = protocol.Ready(
             plan_digest=plan.digest,
-            frozen=plan.frozen_fingerprint(model),
+            frozen=combined(run.frozen),
             fingerprints=[fingerprint(block) for block in blocks],
         )
         link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
-from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, with_context
+from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, retire, with_context
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
@@ -37,6 +38,8 @@ from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
 
 log = logging.getLogger("parablock")
+
+_MOST_SKIPPED = 10  # times the batches of a step, in a row, before a step is missed
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -120,6 +123,7 @@ class Run:
         self.timeline = timeline
         self.compute_s = 0.0
         self.digest: str | None = None
+        self.frozen = plan.frozen_digests(model)  # as the run found it
         self._link = link
         self._claim = claim
         self._blocks = blocks
@@ -131,6 +135,7 @@ class Run:
         self._on_round = on_round
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
+        self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # as long as somebody has it
         self._interrupted = ""  # what has kept the next round from beginning
         self._told_of_missing_gradients = False
         self._closed = False
@@ -144,17 +149,20 @@ class Run:
 
     @property
     def round(self) -> int | None:
-        """The round that trains now; None when the run is over."""
+        """The round that trains now; None between two rounds, as in `on_round`, and when the run is over."""
         return None if self._round is None else self._round.index
 
     @property
     def block(self) -> int | None:
-        """The block that trains now, an index of `plan.blocks`; None when the run is over."""
+        """The block that trains now, an index of `plan.blocks`; None where `round` is None."""
         return None if self._round is None else self._round.block
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the round that trains now, and of no other. Raises ParaBlockError when the run is over."""
+        """The optimiser of the round that trains now, and of no other. Its step is taken by `step`.
+
+        Raises ParaBlockError where `round` is None.
+        """
         return self._require_round().active.optimizer
 
     @property
@@ -208,8 +216,8 @@ class Run:
         Take one step with each; or, to accumulate gradients, with every `accumulate`-th one: `loss.backward()` for all,
         `run.step()` after the last.
 
-        Raises ConfigError when the loader has none, ParaBlockError when so many batches came back without a step, and
-        what `step` raises when the run cannot go on.
+        A batch may be skipped. Raises ConfigError when the loader has none, ParaBlockError when ten times as many
+        batches in a row came back without a step, and what `step` raises when the run cannot go on.
         """
         if accumulate < 1:
             raise ConfigError(f"expected accumulate to be at least 1 batch a step; found {accumulate}")
@@ -223,10 +231,10 @@ class Run:
                 if self._is_over():
                     return
                 without_step = without_step + 1 if self._steps_taken() == steps_before else 0
-                if without_step == accumulate:
+                if without_step == _MOST_SKIPPED * accumulate:
                     raise ParaBlockError(
-                        f"{accumulate} of run.stream's batches were used without run.train_step or run.step; take one "
-                        "step for each, or say run.stream(loader, accumulate=...)"
+                        f"{without_step} of run.stream's batches in a row were used without run.train_step or "
+                        "run.step; take one step for each, or say run.stream(loader, accumulate=...)"
                     )
             if seen == before:
                 raise ConfigError(
@@ -235,44 +243,61 @@ class Run:
                 )
 
     def train_step(
-        self, batch: Any, loss_fn: LossFunction | None = None, *, weight: float | Tensor | None = None
+        self,
+        batch: Any,
+        loss_fn: LossFunction | None = None,
+        *,
+        weight: float | Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> StepReport:
         """Forward, backward, optimiser step and, after the last local step, the round boundary.
 
         `batch`: a mapping is passed to the model as keywords, anything else as one argument. `loss_fn(model, batch)`
         returns the loss; without one the model's output has `.loss`. `weight`: how much this step counts in the
-        server's mean; by default the number of labels that are trained on, or 1 where there are none.
+        server's mean; by default the number of labels that are trained on, or 1 where there are none. `scaler`: scales
+        the loss; see `step`.
         """
         round = self._require_round()
         loss = loss_fn(self.model, batch) if loss_fn is not None else model_loss(self.model, batch)
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         except BaseException:  # who goes on with another batch does so without half of this one's gradients
             round.active.clear_gradients()
             raise
-        return self.step(weight=weight_of(batch, self.model) if weight is None else weight, loss=loss)
+        return self.step(weight=weight_of(batch, self.model) if weight is None else weight, loss=loss, scaler=scaler)
 
-    def step(self, *, weight: float | Tensor = 1.0, loss: Tensor | float | None = None) -> StepReport:
+    def step(
+        self,
+        *,
+        weight: float | Tensor = 1.0,
+        loss: Tensor | float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> StepReport:
         """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
 
         `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
-        the boundary when it is on a GPU.
+        the boundary when it is on a GPU. `scaler`: what scaled the loss of the backward pass; its `step` and `update`
+        are called here. The gradients are used up, also when this raises.
 
         Raises:
             ConfigError: a weight that no contribution can have; of one on a GPU at the boundary, and of all steps
                 together.
             ParaBlockError: a whole round has changed nothing, for want of gradients; the run has ended, was closed, or
-                an earlier boundary failed.
+                an earlier boundary failed; the optimiser's own step was called besides.
             PlanError: the block's parameters are not where they were when the round began.
         """
         round = self._require_round()
         before = self.exposed_s
-        weight = check_weight(as_number(weight))
-        value = float("nan") if loss is None else as_number(loss)
+        try:
+            weight = check_weight(as_number(weight))
+            value = float("nan") if loss is None else as_number(loss)
+        except BaseException:
+            round.active.clear_gradients()
+            raise
         self._look_at_gradients(round)
         if round.steps == 0:
             self._exchange.release_handed_over()
-        round.active.step()
+        round.active.step(scaler)
         round.steps += 1
         round.weight = round.weight + weight
         round.loss_sum = round.loss_sum + value
@@ -359,6 +384,8 @@ class Run:
             raise ParaBlockError("the run has ended; take steps only while run.finished is False, as run.stream does")
         if self._closed:
             raise ParaBlockError("this run was closed before its end; join again")
+        if not self._interrupted:
+            raise ParaBlockError("no block trains between two rounds, where on_round is called")
         raise ParaBlockError(f"{self._interrupted}, and the run cannot go on from there; close it and join again")
 
     def _steps_taken(self) -> int:
@@ -372,7 +399,7 @@ class Run:
             self._told_of_missing_gradients = True
             log.warning(
                 "block %d trains without %d of its parameters, such as %s, which got no gradient: the loss does not "
-                "depend on them, or they are behind a reentrant checkpoint; said once",
+                "depend on them, or they are behind a reentrant checkpoint (this is said once)",
                 *(round.block, len(missing), missing[0]),
             )
 
@@ -406,6 +433,9 @@ class Run:
         ref = self._replica.begin(block)
         factory = with_context(self._optimizer, round=index, names=flat.block.parameters)
         active = ActiveBlock(flat, factory, self._take_master(flat))
+        former = self._former_optimizer()
+        if former is not None and former is not active.optimizer:
+            retire(former)
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
     def _end_round(self, round: _Round) -> None:
@@ -421,6 +451,8 @@ class Run:
         waited_s = self._exchange.wait_for_verdict(round.block, round.index)
         extremes = self._replica.extremes(round.block)
         now = round.active.now()
+        if isinstance(round.active.optimizer, torch.optim.Optimizer):
+            self._former_optimizer = weakref.ref(round.active.optimizer)
         round.active.close()  # gradients and optimiser state go before anything is kept for the hand-over
         handover = self._exchange.pack(round.index, round.block, now, round.ref)
         weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
@@ -462,6 +494,18 @@ class Run:
         digest = self._exchange.finish()
         self._link.farewell(self._goodbye(digest, ""))
         self.digest = digest
+        self._warn_of_drift()
+
+    def _warn_of_drift(self) -> None:
+        """What the plan does not train is not exchanged, so what changed in it here is on no other client."""
+        now = self.plan.frozen_digests(self.model)
+        moved = [name for name, found in now.items() if self.frozen.get(name) != found]
+        if moved:
+            log.warning(
+                "%d tensors that the plan does not train, such as %s, have changed during the run: they are not "
+                "averaged, so server and clients now differ in them. Keep them fixed, or copy them from one side",
+                *(len(moved), moved[0]),
+            )
 
     def _take_master(self, flat: FlatBlock) -> Tensor | None:
         if not flat.block.needs_master:

@@ -51,7 +51,7 @@ class Downlink:
         self.backlog = Backlog(block_bytes)
         self._copies: dict[int, _Copy] = {}
         largest = max(block.block.flat_numel for block in master.blocks)
-        self._mean = torch.empty(largest, dtype=torch.float32)  # of the round that closes
+        self._mean = torch.empty(largest, dtype=torch.float32, device="cpu")  # of the round that closes
 
     @property
     def buffers(self) -> BufferPool:

@@ -175,8 +175,9 @@ class Member:
             )
         if ready.frozen != identity.frozen:
             raise PlanMismatchError(
-                "what is not trained (frozen parameters and buffers) differs between server and client, or weights are "
-                "tied on one side only; start both from the same checkpoint"
+                "what is not trained (frozen parameters and buffers) differs between server and client (an earlier "
+                "run may have changed a buffer), or weights are tied on one side only; start both from the same "
+                "checkpoint"
             )
         if len(ready.fingerprints) != blocks:
             raise PlanMismatchError(f"expected {blocks} block fingerprints, found {len(ready.fingerprints)}")

@@ -7,6 +7,7 @@ when a round closes, and says nothing to anybody. The server's thread alone uses
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from parablock_rt import _C
@@ -16,6 +17,8 @@ from parablock_rt.server.members import Member, UploadSlot
 from parablock_rt.server.rounds import Delivery, OpenRounds
 from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import as_tensor
+
+log = logging.getLogger("parablock")
 
 _TOGETHER = 16  # uploads in one pass: there the sum weighs no more than they do
 
@@ -53,7 +56,14 @@ class Uplink:
         self.nbytes += posted.nbytes
         self._timeline.stages.add("receive", arrived.first_byte_ns, arrived.at_ns)
         delivery = Delivery(member.seat, upload, as_tensor(posted.buffer, posted.nbytes), arrived.at_ns / 1e9)
-        reason = self._rounds[posted.round].take(delivery, self._format)
+        round = self._rounds[posted.round]
+        bad_before = round.accumulator.bad_groups
+        reason = round.take(delivery, self._format)
+        if (bad := round.accumulator.bad_groups - bad_before) > 0:
+            log.warning(
+                "round %d: %d parts of what client %d trained were NaN or infinite and count as no change",
+                *(posted.round, bad, member.seat),
+            )
         if reason:
             self._intake.give_back(posted)
         else:

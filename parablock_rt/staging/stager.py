@@ -176,7 +176,7 @@ class Stager:
 
     def residual(self, numel: int) -> Tensor:
         """An uninitialised fp32 [numel] in host memory, to keep an error feedback in."""
-        return torch.empty(numel, dtype=torch.float32)
+        return torch.empty(numel, dtype=torch.float32, device="cpu")
 
     def landing(self, numel: int, format: str, chunk: int) -> Landing:
         """Room for the packed body of a block of `numel` elements."""

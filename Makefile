@@ -36,10 +36,11 @@ test-oldest:  ## all tests with the oldest versions that are supported; takes a 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py tests/test_gpu_runtime.py tests/test_memory_gpu.py $(ARGS)
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/*.cc tests/hardening/*.cc tests/hardening/*.h)
 
 sanitize: install  ## the native code under address, undefined-behaviour and thread sanitizers; ARGS=--short for less
 	$(BIN)/python tests/hardening/sanitize.py $(ARGS)

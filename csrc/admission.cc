@@ -7,7 +7,8 @@ namespace parablock {
 Admission::Answer Admission::enter(uint64_t id, const std::string& network) {
   Answer answer{.evicted = to_drop(network)};
   if (answer.evicted) leave(*answer.evicted);
-  if (network_of_.size() + proved_.size() >= limits_.links) return {.admitted = false, .evicted = {}};  // all are proved
+  if (network_of_.size() + proved_.size() >= limits_.links)
+    return {.admitted = false, .evicted = {}};  // all are proved
   strangers_[network].insert(id);
   network_of_.emplace(id, network);
   return answer;
@@ -16,7 +17,8 @@ Admission::Answer Admission::enter(uint64_t id, const std::string& network) {
 // The oldest of the newcomer's network if that has too many, otherwise of the network that has most.
 std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
   if (network_of_.empty()) return std::nullopt;
-  if (auto own = strangers_.find(network); own != strangers_.end() && own->second.size() >= limits_.strangers_per_network)
+  if (auto own = strangers_.find(network);
+      own != strangers_.end() && own->second.size() >= limits_.strangers_per_network)
     return *own->second.begin();
   bool full = network_of_.size() >= limits_.strangers || network_of_.size() + proved_.size() >= limits_.links;
   if (!full) return std::nullopt;

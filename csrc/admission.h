@@ -1,5 +1,6 @@
 // Who may be connected: bounds on the connections that have not proved who they are, in all and for each network, and
-// on all together. Strangers that do nothing never keep a newcomer out: the oldest of them goes for it. No sockets here.
+// on all together. Strangers that do nothing never keep a newcomer out: the oldest of them goes for it. No sockets
+// here.
 #pragma once
 
 #include <cstddef>

@@ -10,7 +10,9 @@ void bind_transport(pybind11::module_& m);
 }  // namespace parablock
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native part of parablock_rt: the CPU codec, the encode thread, the transport, a GPU's copies, all their records.";
+  m.doc() =
+      "Native part of parablock_rt: the CPU codec, the encode thread, the transport, a GPU's copies, all their "
+      "records.";
   parablock::bind_codec(m);
   parablock::bind_ring(m);
   parablock::bind_transport(m);

@@ -60,30 +60,35 @@ void bind_session(py::module_& m) {
       .def_property_readonly("count", &Incoming::count);
 
   py::class_<Session>(m, "Session")
-      .def(py::init([](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes,
-                       std::shared_ptr<Incoming> incoming) {
-             SessionLimits limits{
-                 .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes};
-             return std::make_unique<Session>(limits, std::move(incoming));
-           }),
+      .def(py::init(
+               [](size_t control_bytes, uint64_t window_bytes, size_t queue_bytes, std::shared_ptr<Incoming> incoming) {
+                 SessionLimits limits{
+                     .control_bytes = control_bytes, .queue_bytes = queue_bytes, .window_bytes = window_bytes};
+                 return std::make_unique<Session>(limits, std::move(incoming));
+               }),
            py::arg("control_bytes") = 4096, py::arg("window_bytes") = 256 << 20, py::arg("queue_bytes") = 64 << 10,
            py::arg("incoming") = nullptr)
       .def("set_run", &Session::set_run)
       .def("send_control", [](Session& s, const py::bytes& message) { s.send_control(message); })
-      .def("send", [](Session& s, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { s.send(key_of(kind, round, block), std::move(source)); },
-           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
-      .def("receive", [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-                         const Layout& layout,
-                         uint64_t start) { s.receive(key_of(kind, round, block), std::move(buffer), layout, start); },
-           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"),
-           py::arg("start") = 0)
+      .def(
+          "send",
+          [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Source> source) {
+            s.send(key_of(kind, round, block), std::move(source));
+          },
+          py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
+      .def(
+          "receive",
+          [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
+             const Layout& layout,
+             uint64_t start) { s.receive(key_of(kind, round, block), std::move(buffer), layout, start); },
+          py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"),
+          py::arg("start") = 0)
       .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
       .def("refuse_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.refuse_receive(key_of(kind, round, block)); })
-      .def("cancel_send", [](Session& s, uint8_t kind, uint32_t round,
-                             uint32_t block) { s.cancel_send(key_of(kind, round, block)); })
+      .def("cancel_send",
+           [](Session& s, uint8_t kind, uint32_t round, uint32_t block) { s.cancel_send(key_of(kind, round, block)); })
       .def("ping", &Session::ping)
       .def("report_stalled", &Session::report_stalled)
       .def("feed", &feed, py::arg("bytes"), py::arg("now_ns") = 0, py::arg("lane") = 0)

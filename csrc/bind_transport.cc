@@ -45,8 +45,7 @@ void bind_data(py::module_& m) {
 
   py::class_<Layout>(m, "Layout")
       .def(py::init([](uint64_t units, uint32_t scale, uint32_t code, uint32_t chunk_units) {
-             if (chunk_units == 0)
-               throw std::invalid_argument("a transfer needs at least one unit a chunk, found 0");
+             if (chunk_units == 0) throw std::invalid_argument("a transfer needs at least one unit a chunk, found 0");
              return Layout{.units = units, .scale_bytes = scale, .code_bytes = code, .chunk_units = chunk_units};
            }),
            py::arg("units"), py::arg("scale_bytes"), py::arg("code_bytes"), py::arg("chunk_units"))
@@ -62,9 +61,10 @@ void bind_data(py::module_& m) {
 
   py::class_<Source, std::shared_ptr<Source>>(m, "Source")
       .def(py::init([](std::shared_ptr<Buffer> buffer, const Layout& layout, bool complete) {
-        layout.check(buffer->size());
-        return std::make_shared<Source>(std::move(buffer), layout, complete ? layout.chunks() : 0, [] {});
-      }), py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
+             layout.check(buffer->size());
+             return std::make_shared<Source>(std::move(buffer), layout, complete ? layout.chunks() : 0, [] {});
+           }),
+           py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"))
       .def("raise_watermark", &Source::raise)
       .def_property_readonly("ready_chunks", &Source::ready_chunks);
 }
@@ -86,9 +86,8 @@ void bind_event(py::module_& m) {
       .def_property_readonly("round", [](const Event& e) { return e.key.round; })
       .def_property_readonly("block", [](const Event& e) { return e.key.block; })
       .def_property_readonly("message", [](const Event& e) { return py::bytes(e.text); })
-      .def_property_readonly("text", [](const Event& e) {
-        return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace"));
-      })
+      .def_property_readonly(
+          "text", [](const Event& e) { return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace")); })
       .def_property_readonly("unfinished", [](const Event& e) { return resume_points(e.unfinished); })
       .def_readonly("permanent", &Event::permanent)
       .def_readonly("at_ns", &Event::at_ns)
@@ -97,7 +96,8 @@ void bind_event(py::module_& m) {
 
 void bind_encoder(py::module_& m) {
   py::class_<EncodeJob, std::shared_ptr<EncodeJob>>(m, "EncodeJob")
-      .def("wait", [](EncodeJob& job, double seconds) { return job.wait(nanoseconds(seconds)); }, ReleaseGil())
+      .def(
+          "wait", [](EncodeJob& job, double seconds) { return job.wait(nanoseconds(seconds)); }, ReleaseGil())
       .def_property_readonly("bad_groups", &EncodeJob::bad_groups)
       .def_property_readonly("started_ns", &EncodeJob::started_ns)
       .def_property_readonly("finished_ns", &EncodeJob::finished_ns);
@@ -106,20 +106,23 @@ void bind_encoder(py::module_& m) {
   using Piece = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, uintptr_t, int64_t>;
   py::class_<Encoder>(m, "Encoder")
       .def(py::init<std::shared_ptr<Ring>>(), py::arg("ring") = nullptr)
-      .def("submit", [](Encoder& encoder, const std::vector<Piece>& pieces, int format, std::shared_ptr<Source> source,
-                        uint8_t kind, uint32_t round, uint32_t block) {
-        std::vector<EncodePiece> native;
-        for (const auto& [now, now_dtype, ref, ref_dtype, residual_in, residual_out, numel] : pieces)
-          native.push_back({reinterpret_cast<const void*>(now), static_cast<Dtype>(now_dtype),
-                            reinterpret_cast<const void*>(ref), static_cast<Dtype>(ref_dtype),
-                            reinterpret_cast<const float*>(residual_in), reinterpret_cast<float*>(residual_out),
-                            numel});
-        auto job = std::make_shared<EncodeJob>(std::move(native), static_cast<Format>(format), std::move(source),
-                                               key_of(kind, round, block));
-        encoder.submit(job);
-        return job;
-      }, py::arg("pieces"), py::arg("format"), py::arg("source").none(false), py::arg("kind") = 0, py::arg("round") = 0,
-           py::arg("block") = 0);
+      .def(
+          "submit",
+          [](Encoder& encoder, const std::vector<Piece>& pieces, int format, std::shared_ptr<Source> source,
+             uint8_t kind, uint32_t round, uint32_t block) {
+            std::vector<EncodePiece> native;
+            for (const auto& [now, now_dtype, ref, ref_dtype, residual_in, residual_out, numel] : pieces)
+              native.push_back({reinterpret_cast<const void*>(now), static_cast<Dtype>(now_dtype),
+                                reinterpret_cast<const void*>(ref), static_cast<Dtype>(ref_dtype),
+                                reinterpret_cast<const float*>(residual_in), reinterpret_cast<float*>(residual_out),
+                                numel});
+            auto job = std::make_shared<EncodeJob>(std::move(native), static_cast<Format>(format), std::move(source),
+                                                   key_of(kind, round, block));
+            encoder.submit(job);
+            return job;
+          },
+          py::arg("pieces"), py::arg("format"), py::arg("source").none(false), py::arg("kind") = 0,
+          py::arg("round") = 0, py::arg("block") = 0);
 }
 
 void bind_tls(py::module_& m) {
@@ -128,12 +131,13 @@ void bind_tls(py::module_& m) {
   py::class_<TlsContext, std::shared_ptr<TlsContext>>(m, "TlsContext")
       .def(py::init([](const std::string& certificate, const std::string& key, const std::string& ca,
                        const py::bytes& fingerprint, bool peer_may_be_anonymous, uint64_t records_per_key) {
-             return std::const_pointer_cast<TlsContext>(make_tls({.certificate_file = certificate,
-                                                                  .key_file = key,
-                                                                  .ca_file = ca,
-                                                                  .fingerprint = fingerprint,
-                                                                  .records_per_key = std::max<uint64_t>(records_per_key, 1),
-                                                                  .peer_may_be_anonymous = peer_may_be_anonymous}));
+             return std::const_pointer_cast<TlsContext>(
+                 make_tls({.certificate_file = certificate,
+                           .key_file = key,
+                           .ca_file = ca,
+                           .fingerprint = fingerprint,
+                           .records_per_key = std::max<uint64_t>(records_per_key, 1),
+                           .peer_may_be_anonymous = peer_may_be_anonymous}));
            }),
            py::arg("certificate") = "", py::arg("key") = "", py::arg("ca") = "", py::arg("fingerprint") = py::bytes(),
            py::arg("peer_may_be_anonymous") = false, py::arg("records_per_key") = uint64_t{1} << 23);
@@ -171,68 +175,76 @@ std::unique_ptr<Transport> make_transport(double bytes_per_second, double delay,
                                           double opening_timeout, size_t max_links, size_t max_strangers,
                                           size_t max_strangers_per_network, uint64_t window,
                                           std::shared_ptr<TlsContext> tls) {
-  return std::make_unique<Transport>(
-      TransportOptions{.bytes_per_second = bytes_per_second,
-                       .delay_ns = nanoseconds(delay),
-                       .idle_timeout_ns = nanoseconds(idle_timeout),
-                       .opening_timeout_ns = nanoseconds(opening_timeout),
-                       .admission = {.links = max_links,
-                                     .strangers = max_strangers,
-                                     .strangers_per_network = max_strangers_per_network},
-                       .window_bytes = window,
-                       .tls = std::move(tls)});
+  return std::make_unique<Transport>(TransportOptions{
+      .bytes_per_second = bytes_per_second,
+      .delay_ns = nanoseconds(delay),
+      .idle_timeout_ns = nanoseconds(idle_timeout),
+      .opening_timeout_ns = nanoseconds(opening_timeout),
+      .admission = {.links = max_links, .strangers = max_strangers, .strangers_per_network = max_strangers_per_network},
+      .window_bytes = window,
+      .tls = std::move(tls)});
 }
 
 void bind_links(py::class_<Transport>& transport) {
-  transport
-      .def("listen", &Transport::listen, ReleaseGil())
-      .def("connect", [](Transport& t, const std::string& host, uint16_t port,
-                         double timeout) { return t.connect(host, port, nanoseconds(timeout)); }, ReleaseGil())
+  transport.def("listen", &Transport::listen, ReleaseGil())
+      .def(
+          "connect",
+          [](Transport& t, const std::string& host, uint16_t port, double timeout) {
+            return t.connect(host, port, nanoseconds(timeout));
+          },
+          ReleaseGil())
       .def("send_control", [](Transport& t, uint64_t link, const py::bytes& message) { t.send_control(link, message); })
       .def("trust", &Transport::trust)
-      .def("offer_lanes",
-           [](Transport& t, uint64_t link, size_t count, double within) {
-             return py::bytes(t.offer_lanes(link, count, nanoseconds(within)));
-           },
-           py::arg("link"), py::arg("count"), py::arg("within") = 60.0)
-      .def("attach_lanes",
-           [](Transport& t, uint64_t link, const std::string& key, size_t count, double timeout) {
-             t.attach_lanes(link, key, count, nanoseconds(timeout));
-           },
-           py::arg("link"), py::arg("key"), py::arg("count"), py::arg("timeout"), ReleaseGil())
-      .def("close_link",
-           [](Transport& t, uint64_t link, std::string reason, double flush) {
-             t.close_link(link, std::move(reason), nanoseconds(flush));
-           },
-           py::arg("link"), py::arg("reason"), py::arg("flush") = 5.0)
-      .def("next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
+      .def(
+          "offer_lanes",
+          [](Transport& t, uint64_t link, size_t count, double within) {
+            return py::bytes(t.offer_lanes(link, count, nanoseconds(within)));
+          },
+          py::arg("link"), py::arg("count"), py::arg("within") = 60.0)
+      .def(
+          "attach_lanes",
+          [](Transport& t, uint64_t link, const std::string& key, size_t count, double timeout) {
+            t.attach_lanes(link, key, count, nanoseconds(timeout));
+          },
+          py::arg("link"), py::arg("key"), py::arg("count"), py::arg("timeout"), ReleaseGil())
+      .def(
+          "close_link",
+          [](Transport& t, uint64_t link, std::string reason, double flush) {
+            t.close_link(link, std::move(reason), nanoseconds(flush));
+          },
+          py::arg("link"), py::arg("reason"), py::arg("flush") = 5.0)
+      .def(
+          "next_event", [](Transport& t, double timeout) { return t.next_event(nanoseconds(timeout)); }, ReleaseGil())
       .def("stats", &Transport::stats)
       .def("record", &Transport::record)
-      .def("tls_info", [](const Transport& t,
-                          uint64_t link) { return std::const_pointer_cast<TlsInfo>(t.tls_info(link)); })
+      .def("tls_info",
+           [](const Transport& t, uint64_t link) { return std::const_pointer_cast<TlsInfo>(t.tls_info(link)); })
       .def("close", [](Transport& t, double flush) { t.close(nanoseconds(flush)); }, ReleaseGil());
 }
 
 void bind_transfers(py::class_<Transport>& transport) {
   transport
-      .def("send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                      std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
-           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
-      .def("receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
-                         std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
-                         std::shared_ptr<Watermark> watermark) {
-             t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
-           },
-           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
-           py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
+      .def(
+          "send",
+          [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block,
+             std::shared_ptr<Source> source) { t.send(link, key_of(kind, round, block), std::move(source)); },
+          py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("source").none(false))
+      .def(
+          "receive",
+          [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
+             const Layout& layout, uint64_t start, std::shared_ptr<Watermark> watermark) {
+            t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
+          },
+          py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
+          py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
       .def("refuse_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.refuse_receive(link, key_of(kind, round, block)); })
       .def("cancel_send", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                              uint32_t block) { t.cancel_send(link, key_of(kind, round, block)); })
-      .def("make_source", &Transport::make_source,
-           py::arg("buffer").none(false), py::arg("layout"), py::arg("complete"));
+      .def("make_source", &Transport::make_source, py::arg("buffer").none(false), py::arg("layout"),
+           py::arg("complete"));
 }
 
 }  // namespace
@@ -252,10 +264,9 @@ void bind_transport(py::module_& m) {
   bind_tls(m);
   bind_stats(m);
   py::class_<Transport> transport(m, "Transport");
-  transport.def(py::init(&make_transport),
-                py::arg("bytes_per_second") = 0.0, py::arg("delay") = 0.0, py::arg("idle_timeout") = 60.0,
-                py::arg("opening_timeout") = 10.0, py::arg("max_links") = AdmissionLimits{}.links,
-                py::arg("max_strangers") = AdmissionLimits{}.strangers,
+  transport.def(py::init(&make_transport), py::arg("bytes_per_second") = 0.0, py::arg("delay") = 0.0,
+                py::arg("idle_timeout") = 60.0, py::arg("opening_timeout") = 10.0,
+                py::arg("max_links") = AdmissionLimits{}.links, py::arg("max_strangers") = AdmissionLimits{}.strangers,
                 py::arg("max_strangers_per_network") = AdmissionLimits{}.strangers_per_network,
                 py::arg("window_bytes") = uint64_t{256} << 20, py::arg("tls") = nullptr);
   bind_links(transport);

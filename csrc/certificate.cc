@@ -54,8 +54,7 @@ std::string address_of(const ASN1_STRING* address) {
 std::string hosts_of(X509* certificate) {
   std::string hosts;
   auto add = [&](const std::string& host) { hosts += (hosts.empty() ? "" : ", ") + host; };
-  auto* names =
-      static_cast<GENERAL_NAMES*>(X509_get_ext_d2i(certificate, NID_subject_alt_name, nullptr, nullptr));
+  auto* names = static_cast<GENERAL_NAMES*>(X509_get_ext_d2i(certificate, NID_subject_alt_name, nullptr, nullptr));
   for (int i = 0; i < sk_GENERAL_NAME_num(names); ++i) {
     const GENERAL_NAME* name = sk_GENERAL_NAME_value(names, i);
     if (name->type == GEN_DNS) add(printable(name->d.dNSName));

@@ -140,9 +140,9 @@ int64_t encode(const void* now, Dtype now_dtype, const void* ref, Dtype ref_dtyp
   const auto kernel = kernels().encode[index(format)][index(now_dtype)][index(ref_dtype)];
   std::atomic<int64_t> bad{0};
   parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
-    const int64_t here = kernel(at(now, now_dtype, begin), at(ref, ref_dtype, begin),
-                                residual_in ? residual_in + begin : nullptr,
-                                residual_out ? residual_out + begin : nullptr, end - begin, at(out, format, begin));
+    const int64_t here =
+        kernel(at(now, now_dtype, begin), at(ref, ref_dtype, begin), residual_in ? residual_in + begin : nullptr,
+               residual_out ? residual_out + begin : nullptr, end - begin, at(out, format, begin));
     bad.fetch_add(here, std::memory_order_relaxed);
   });
   return bad.load(std::memory_order_relaxed);
@@ -150,9 +150,8 @@ int64_t encode(const void* now, Dtype now_dtype, const void* ref, Dtype ref_dtyp
 
 void decode(ConstPlanes in, int64_t numel, Format format, float* out, int threads) {
   const auto kernel = kernels().decode[index(format)];
-  parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
-    kernel(at(in, format, begin), end - begin, out + begin);
-  });
+  parallel_for(numel, threads,
+               [&](int64_t begin, int64_t end) { kernel(at(in, format, begin), end - begin, out + begin); });
 }
 
 void apply(void* target, Dtype dtype, ConstPlanes in, int64_t numel, Format format, int threads) {

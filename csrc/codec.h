@@ -90,10 +90,10 @@ void accumulated_mean(const int64_t* hi, const int64_t* lo, bool empty, std::spa
 
 // What a receiver checks before it folds bytes that a stranger made.
 struct Inspection {
-  double largest;        // the largest |code * scale| of finite scales, in double: above FLT_MAX, decode overflows
-  int64_t bad_groups;    // groups whose scale is the bad-group mark 0x7FC0
-  int64_t invalid;       // anything the encoder never makes: another non-finite scale, a non-finite fp32/bf16 element,
-                         // a negative int8 scale, the int8 code -128
+  double largest;  // the largest |code * scale| of finite scales, in double: above FLT_MAX, decode overflows
+  int64_t bad_groups;  // groups whose scale is the bad-group mark 0x7FC0
+  int64_t invalid;  // anything the encoder never makes: another non-finite scale, a non-finite fp32/bf16 element,
+                    // a negative int8 scale, the int8 code -128
 };
 Inspection inspect(ConstPlanes in, int64_t numel, Format format, int threads);
 

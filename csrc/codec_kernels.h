@@ -48,8 +48,8 @@ PARABLOCK_INLINE void prefetch_after(const void* base, size_t offset) {
 // ---- encode
 
 template <class V, Dtype kNow, Dtype kRef, int kCount>
-PARABLOCK_INLINE void load_change(typename V::F (&x)[kCount], const void* now, const void* ref,
-                                  const float* residual, int64_t at) {
+PARABLOCK_INLINE void load_change(typename V::F (&x)[kCount], const void* now, const void* ref, const float* residual,
+                                  int64_t at) {
   for (int i = 0; i < kCount; ++i) {
     const int64_t lane = at + i * V::kLanes;
     prefetch_after(now, static_cast<size_t>(lane) * dtype_bytes(kNow));

@@ -164,8 +164,8 @@ void accumulate_plain(int64_t* hi, int64_t* lo, const Contribution* in, int64_t 
   constexpr int kElements = V::kSumVectors * V::kLanes;
   using L = typename V::L;
   const uint64_t additions = static_cast<uint64_t>(count);  // modulo 2^64, like all sums of bits
-  const L coarse_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kCoarseUnit));
-  const L fine_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder * kUnit));
+  const L coarse_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder* kCoarseUnit));
+  const L fine_start = V::set_l(-additions * __builtin_bit_cast(uint64_t, kRounder* kUnit));
   for (int64_t at = begin; at < end; at += kElements) {
     L coarse[kSums];
     L fine[kSums];

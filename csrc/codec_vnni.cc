@@ -1,5 +1,5 @@
-// The sum of int8 and int4 bodies for machines with AVX-512 VNNI, which multiplies 64 codes with digits of 8 bits in one
-// instruction and adds the products of four contributions. The rest of the codec is that of codec_avx512.cc.
+// The sum of int8 and int4 bodies for machines with AVX-512 VNNI, which multiplies 64 codes with digits of 8 bits in
+// one instruction and adds the products of four contributions. The rest of the codec is that of codec_avx512.cc.
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -71,8 +71,7 @@ PARABLOCK_INLINE __m512i codes_at(const Contribution& one, int64_t at, bool nega
     const uint8_t* const codes = one.planes.codes + at / 2;
     _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(codes) + kPrefetchCodes / 2), _MM_HINT_T1);
     const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    const __m512i nibbles =
-        _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
+    const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
     const __m128i values = negative ? _mm_setr_epi8(0, -1, -2, -3, -4, -5, -6, -7, 8, 7, 6, 5, 4, 3, 2, 1)
                                     : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
@@ -177,9 +176,8 @@ using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int6
                           const Digits& digits, int64_t at, int base, Onto onto);
 
 template <Format kFormat>
-constexpr AddBlock kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>,
-                                                      &add_block<kFormat, 3>, &add_block<kFormat, 4>,
-                                                      &add_block<kFormat, 5>, &add_block<kFormat, 6>};
+constexpr AddBlock kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>, &add_block<kFormat, 3>,
+                                             &add_block<kFormat, 4>, &add_block<kFormat, 5>, &add_block<kFormat, 6>};
 
 PARABLOCK_INLINE int bit_length(Magnitude units) {
   const uint64_t high = static_cast<uint64_t>(units >> 64);

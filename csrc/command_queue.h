@@ -17,7 +17,7 @@ class CommandQueue {
 
   bool push(Command command);  // any thread; false once the queue is closed
   void carry_out();            // loop thread only: everything that is there
-  void close();                // once no loop carries them out; lets go of the buffers of transfers that came too late
+  void close();  // once no loop carries them out; lets go of the buffers of transfers that came too late
 
  private:
   Loop& loop_;

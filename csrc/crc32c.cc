@@ -149,8 +149,9 @@ PARABLOCK_CLMUL uint32_t update_clmul(uint32_t crc, const uint8_t* data, size_t 
   __m128i over128 = _mm_set_epi64x(static_cast<int64_t>(kOver128.high), static_cast<int64_t>(kOver128.low));
   __m128i rest = quarter[0];
   for (size_t i = 1; i < 4; ++i)
-    rest = _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(rest, over128, 0x00),
-                                       _mm_clmulepi64_si128(rest, over128, 0x11)), quarter[i]);
+    rest = _mm_xor_si128(
+        _mm_xor_si128(_mm_clmulepi64_si128(rest, over128, 0x00), _mm_clmulepi64_si128(rest, over128, 0x11)),
+        quarter[i]);
   uint64_t reduced = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_cvtsi128_si64(rest)));
   reduced = _mm_crc32_u64(reduced, static_cast<uint64_t>(_mm_extract_epi64(rest, 1)));
   return update_sse42(static_cast<uint32_t>(reduced), data, bytes);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-
 namespace parablock {
 
 Device::Device(std::shared_ptr<const Driver> driver, size_t copy_bytes)
@@ -47,7 +46,7 @@ void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream
 // A stream that runs a host function stands still meanwhile. So the copies' stream only records an event, and a second
 // stream waits for it and runs the function, while the next copy goes on.
 void Device::notify_host(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
-                  uint64_t value) {
+                         uint64_t value) {
   Mailbox::Callback* callback = mailbox_->callback(std::move(keep), action, value);
   try {
     driver_->record(event, streams_[stream]);
@@ -70,23 +69,25 @@ void Device::copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddr
   // The scales are a small part: one copy. The codes then go in pieces that end where a chunk ends.
   if (layout.scale_bytes > 0)
     driver_->copy_to_host(host_scales + first * layout.scale_bytes, scales, units * layout.scale_bytes, down());
-  uint64_t step = std::max<uint64_t>(copy_bytes_ / (uint64_t{layout.chunk_units} * layout.code_bytes), 1) *
-                  layout.chunk_units;
+  uint64_t step =
+      std::max<uint64_t>(copy_bytes_ / (uint64_t{layout.chunk_units} * layout.code_bytes), 1) * layout.chunk_units;
   for (uint64_t at = first; at < last;) {
     uint64_t next = std::min((at / step + 1) * step, last);
     driver_->copy_to_host(host_codes + at * layout.code_bytes, codes + (at - first) * layout.code_bytes,
                           (next - at) * layout.code_bytes, down());
     uint64_t ready = next == layout.units ? layout.chunks() : next / layout.chunk_units;
-    notify_host(kDownSignal, kDown, down_event_, to_host,
-         [](void* object, uint64_t value) { static_cast<DeviceToHost*>(object)->copied(value); }, ready);
+    notify_host(
+        kDownSignal, kDown, down_event_, to_host,
+        [](void* object, uint64_t value) { static_cast<DeviceToHost*>(object)->copied(value); }, ready);
     at = next;
   }
 }
 
 void Device::finish(const std::shared_ptr<DeviceToHost>& to_host) {
   ContextScope scope(*driver_, context_);
-  notify_host(kDownSignal, kDown, down_event_, to_host,
-       [](void* object, uint64_t) { static_cast<DeviceToHost*>(object)->finished(); }, 0);
+  notify_host(
+      kDownSignal, kDown, down_event_, to_host,
+      [](void* object, uint64_t) { static_cast<DeviceToHost*>(object)->finished(); }, 0);
 }
 
 void Device::start(const std::shared_ptr<HostToDevice>& arrival) { mailbox_->add(arrival); }

@@ -30,11 +30,11 @@ class Device {
 
   CudaStream pack() const { return streams_[kPack]; }  // encodes; at the lowest priority, so that training comes first
   CudaStream down() const { return streams_[kDown]; }  // device to host
-  CudaStream up() const { return streams_[kUp]; }      // host to device
+  CudaStream up() const { return streams_[kUp]; }  // host to device
 
   // All throw DeviceError.
-  std::shared_ptr<Mark> mark(CudaStream stream);      // where the stream stands now
-  void wait(CudaStream stream, const Mark& mark);     // what is queued on the stream from now on comes after the mark
+  std::shared_ptr<Mark> mark(CudaStream stream);  // where the stream stands now
+  void wait(CudaStream stream, const Mark& mark);  // what is queued on the stream from now on comes after the mark
   // In pieces.
   void copy_to_device(DeviceAddress to, const void* from, size_t bytes, CudaStream stream);
   void copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream stream);
@@ -50,15 +50,15 @@ class Device {
   void start(const std::shared_ptr<HostToDevice>& arrival);
   const std::shared_ptr<Mailbox>& mailbox() const { return mailbox_; }
 
-  void check();        // throws when work on one of the streams has failed; never waits
+  void check();  // throws when work on one of the streams has failed; never waits
   void synchronise();  // returns when every stream is idle
-  void close();        // likewise, and ends the worker; bodies that have not come in full are given up. Idempotent
+  void close();  // likewise, and ends the worker; bodies that have not come in full are given up. Idempotent
 
  private:
   enum Stream { kPack, kDown, kDownSignal, kUp, kUpSignal, kStreams };
 
   void notify_host(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
-            uint64_t value);
+                   uint64_t value);
   void work();
   bool advance(const std::shared_ptr<HostToDevice>& arrival);  // true when it is over
 

@@ -36,7 +36,10 @@ void EventPool::give_back(CudaEvent event) {
 }
 
 DeviceToHost::DeviceToHost(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key)
-    : source_(std::move(source)), ring_(std::move(ring)), key_(key), started_ns_(monotonic_ns()),
+    : source_(std::move(source)),
+      ring_(std::move(ring)),
+      key_(key),
+      started_ns_(monotonic_ns()),
       last_copied_ns_(started_ns_) {}
 
 void DeviceToHost::copied(uint64_t chunks) {

@@ -104,9 +104,7 @@ void Driver::launch(CudaStream stream, HostFunction function, void* argument) co
   require(call_.LaunchHostFunc(stream, function, argument), "queueing a host callback");
 }
 
-void Driver::synchronize(CudaStream stream) const {
-  require(call_.StreamSynchronize(stream), "waiting for a stream");
-}
+void Driver::synchronize(CudaStream stream) const { require(call_.StreamSynchronize(stream), "waiting for a stream"); }
 
 void Driver::check(CudaStream stream) const {
   int result = call_.StreamQuery(stream);

@@ -48,7 +48,8 @@ void check_magic(const HeaderBytes& bytes) {
   if (get<uint32_t>(bytes, 0) == kMagic) return;
   // A TLS record: an alert or a handshake, of version 3.x. Our header tells the peer what it has reached.
   if ((bytes[0] == 0x15 || bytes[0] == 0x16) && bytes[1] == 3)
-    throw VersionError("expected a ParaBlock peer without TLS, found one that uses TLS: give both sides TLS options, or neither");
+    throw VersionError(
+        "expected a ParaBlock peer without TLS, found one that uses TLS: give both sides TLS options, or neither");
   throw ProtocolError("the peer does not speak the ParaBlock protocol");
 }
 

@@ -123,7 +123,8 @@ void Lane::follow_rate(int64_t now_ns) {
   rate_since_ns_ = now_ns;
   rate_bytes_ += bytes;
   const double taken = static_cast<double>(bytes) * kAheadNs / static_cast<double>(span_ns);
-  const size_t ahead = std::bit_floor(std::clamp<size_t>(static_cast<size_t>(taken), kLeastUnsentBytes, kMostUnsentBytes));
+  const size_t ahead =
+      std::bit_floor(std::clamp<size_t>(static_cast<size_t>(taken), kLeastUnsentBytes, kMostUnsentBytes));
   if (ahead == batch_bytes_) return;
   batch_bytes_ = ahead;
   set_unsent_limit(fd(), ahead);

@@ -37,7 +37,8 @@ struct ChannelError : std::runtime_error {
 
 class Lane {
  public:
-  Lane(Channel channel, size_t index) : channel_(std::move(channel)), index_(index), since_ns_(monotonic_ns()), heard_ns_(since_ns_) {}
+  Lane(Channel channel, size_t index)
+      : channel_(std::move(channel)), index_(index), since_ns_(monotonic_ns()), heard_ns_(since_ns_) {}
 
   int fd() const { return channel_.fd(); }
   size_t index() const { return index_; }
@@ -56,7 +57,8 @@ class Lane {
   void record(Recorder recorder) { recorder_ = recorder; }
   bool empty() const { return departing_.empty() && (dropped_ || !channel_.unsent()); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
-  size_t batch_bytes() const { return batch_bytes_; }  // bytes to hand to the socket at once, and as many may wait in it unsent
+  // Bytes to hand to the socket at once; as many may wait in it unsent.
+  size_t batch_bytes() const { return batch_bytes_; }
   int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
 
   bool opening() const { return channel_.opening(); }

@@ -217,8 +217,8 @@ bool Link::on_time(int64_t now_ns) {
   // While nothing is read the other lanes cannot give what they still have.
   if (first_end_ns_ != 0 && reads_paused_) first_end_ns_ = now_ns;
   if (first_end_ns_ != 0 && now_ns - first_end_ns_ >= kLingerNs) return fail("the peer closed one of the link's lanes");
-  bool measure = session_.expects_data() && !session_.ping_under_way() &&
-                 now_ns - last_measurement_ns_ >= kMeasureEveryNs;
+  bool measure =
+      session_.expects_data() && !session_.ping_under_way() && now_ns - last_measurement_ns_ >= kMeasureEveryNs;
   if (measure) last_measurement_ns_ = now_ns;
   if (measure || now_ns - last_ping_ns_ >= ping_every_ns_) {
     last_ping_ns_ = now_ns;

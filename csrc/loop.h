@@ -54,7 +54,7 @@ class Loop {
   Fd wake_;
   Fd timer_;
   std::atomic<bool> awake_{false};  // `wake` was called since the last `wait`: once is enough
-  int64_t timer_at_ns_ = 0;         // when the timer will fire; 0: not set
+  int64_t timer_at_ns_ = 0;  // when the timer will fire; 0: not set
 };
 
 }  // namespace parablock

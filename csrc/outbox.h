@@ -27,14 +27,14 @@ struct Event {
     kSent,       // the peer acknowledged all of a transfer; its buffer may be reused
     kRefused,    // the peer does not want a transfer of ours; its buffer may be reused
     kWithdrawn,  // the peer gave up a transfer that was posted here; its buffer may be reused
-    kStalled,    // a transfer that had begun stands still, longer than its speed explains; `text`: which way, how far
+    kStalled,  // a transfer that had begun stands still, longer than its speed explains; `text`: which way, how far
   };
   Type type = Type::kControl;
   uint64_t link = 0;
   TransferKey key;
   std::string text;
-  bool permanent = false;      // kClosed: do not retry; see TlsStream::permanent
-  int64_t at_ns = 0;        // CLOCK_MONOTONIC
+  bool permanent = false;  // kClosed: do not retry; see TlsStream::permanent
+  int64_t at_ns = 0;  // CLOCK_MONOTONIC
   int64_t first_byte_ns = 0;  // kReceived, kSent: when the first byte came or left
   std::vector<std::pair<TransferKey, uint64_t>> unfinished = {};  // kClosed: posted receives, and where to resume them
 };
@@ -45,7 +45,7 @@ struct OutFrame {
   std::string inline_payload;
   std::array<Segment, 2> payload;
   std::shared_ptr<Source> source;
-  TransferKey key;                 // of a chunk, as the next
+  TransferKey key;  // of a chunk, as the next
   uint32_t chunk = kWholeTransfer;
 
   size_t bytes() const { return header.size() + inline_payload.size() + payload[0].bytes + payload[1].bytes; }
@@ -53,10 +53,10 @@ struct OutFrame {
 
 // Of a peer that has not proved who it is; what a trusted one may have besides, the transport knows.
 struct SessionLimits {
-  size_t control_bytes = 4096;        // one incoming control message
-  size_t queue_bytes = 64 << 10;      // control frames that the peer has not read yet, bookkeeping included
+  size_t control_bytes = 4096;  // one incoming control message
+  size_t queue_bytes = 64 << 10;  // control frames that the peer has not read yet, bookkeeping included
   uint64_t window_bytes = 256 << 20;  // the most that a sender may have under way of one transfer
-  size_t remembered_keys = 64;        // credits for transfers not begun yet, and keys that were given up
+  size_t remembered_keys = 64;  // credits for transfers not begun yet, and keys that were given up
 };
 
 class Outbox {

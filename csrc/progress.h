@@ -23,8 +23,8 @@ class Progress {
   // trips.
   int64_t patience_ns(uint64_t next_bytes, int64_t round_trip_ns) const {
     if (bytes_ == 0) return kUnknownSpeedNs;
-    double at_this_speed = static_cast<double>(last_ns_ - began_ns_) * static_cast<double>(next_bytes) /
-                           static_cast<double>(bytes_);
+    double at_this_speed =
+        static_cast<double>(last_ns_ - began_ns_) * static_cast<double>(next_bytes) / static_cast<double>(bytes_);
     return std::max(kLeastNs, 4 * (static_cast<int64_t>(std::min(at_this_speed, kMostNs)) + round_trip_ns));
   }
 

@@ -16,27 +16,28 @@
 
 namespace parablock {
 
-// What a thread was doing. The numbers are known to parablock_rt/observe/timeline.py, too. A stage that can happen inside
-// another one comes after it.
+// What a thread was doing. The numbers are known to parablock_rt/observe/timeline.py, too. A stage that can happen
+// inside another one comes after it.
 enum class Stage : uint8_t {
-  kCompute,       // training: the local steps of a round
-  kHandOver,      // training: giving the trained block to the encode thread
-  kExposed,       // training: blocked on communication
-  kClose,         // server: a round's mean, its optimiser, and what goes down
-  kEncode,        // one chunk packed
-  kCopy,          // one chunk, from when the one before it was on the host until it is, packing on the device included
-  kChecksum,      // one chunk that will leave
-  kSend,          // one chunk, from being taken from the queue until the socket has its last byte
-  kAcknowledged,  // `bytes` more are under way no more: the peer has all chunks below `chunk`, or wants none; no duration
-  kReceive,       // one chunk, from its header to its last byte
-  kVerify,        // the checksum of a chunk that came; done piece by piece, noted as one piece at the chunk's end
-  kFold,          // one upload added to a round's sum
-  kApply,         // one aggregate merged into the reference
-  kCheckpoint,    // server: a closed round put on the disk
+  kCompute,  // training: the local steps of a round
+  kHandOver,  // training: giving the trained block to the encode thread
+  kExposed,  // training: blocked on communication
+  kClose,  // server: a round's mean, its optimiser, and what goes down
+  kEncode,  // one chunk packed
+  kCopy,  // one chunk, from when the one before it was on the host until it is, packing on the device included
+  kChecksum,  // one chunk that will leave
+  kSend,  // one chunk, from being taken from the queue until the socket has its last byte
+  kAcknowledged,  // `bytes` more are under way no more: the peer has all chunks below `chunk`, or wants none; no
+                  // duration
+  kReceive,  // one chunk, from its header to its last byte
+  kVerify,  // the checksum of a chunk that came; done piece by piece, noted as one piece at the chunk's end
+  kFold,  // one upload added to a round's sum
+  kApply,  // one aggregate merged into the reference
+  kCheckpoint,  // server: a closed round put on the disk
 };
 
 constexpr uint32_t kWholeTransfer = ~uint32_t{0};  // in place of a chunk
-constexpr uint32_t kNoPeer = 0;                    // links count from 1
+constexpr uint32_t kNoPeer = 0;  // links count from 1
 
 struct Record {
   int64_t start_ns = 0;  // CLOCK_MONOTONIC

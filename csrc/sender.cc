@@ -152,8 +152,8 @@ void Sender::asked_again(const TransferKey& key, uint64_t offset) {
     throw ProtocolError("transfer " + name(key) + ": the peer asks again for a chunk at " + std::to_string(offset) +
                         ", of which there is none under way");
   if (++out->resent > kMostResent)
-    throw ProtocolError("transfer " + name(key) + ": the peer asked again for a chunk " +
-                        std::to_string(out->resent) + " times: the network or a machine's memory damages data");
+    throw ProtocolError("transfer " + name(key) + ": the peer asked again for a chunk " + std::to_string(out->resent) +
+                        " times: the network or a machine's memory damages data");
   out->again.push_back(chunk);
 }
 

@@ -40,9 +40,8 @@ std::shared_ptr<Buffer> Slab::take(size_t bytes) {
   free_.erase(found);
   if (length > wanted) free_[offset + wanted] = length - wanted;
   used_ += wanted;
-  return std::make_shared<Buffer>(memory_.data() + offset, bytes, [slab = shared_from_this(), offset, wanted] {
-    slab->give_back(offset, wanted);
-  });
+  return std::make_shared<Buffer>(memory_.data() + offset, bytes,
+                                  [slab = shared_from_this(), offset, wanted] { slab->give_back(offset, wanted); });
 }
 
 void Slab::give_back(size_t offset, size_t bytes) {

@@ -1,6 +1,6 @@
 // One run of host memory that a GPU copies from and to at full speed, cut into Buffers. It is pinned once, when it is
-// made: cutting and giving back never calls the driver, so both may happen anywhere, in a driver's callback too. A child
-// that this process forks does not have it.
+// made: cutting and giving back never calls the driver, so both may happen anywhere, in a driver's callback too. A
+// child that this process forks does not have it.
 #pragma once
 
 #include <cstddef>

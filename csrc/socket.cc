@@ -1,8 +1,8 @@
 #include "socket.h"
 
 #include <fcntl.h>
-#include <netdb.h>
 #include <linux/tcp.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>

@@ -37,16 +37,16 @@ uint16_t local_port(const Fd& fd);
 void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little unsent data in the kernel
 void set_unsent_limit(int fd, size_t bytes);  // in the kernel: what is sent later queues behind no more than that
 void set_user_timeout(int fd, int64_t ns);  // after which the kernel ends a connection whose data nobody acknowledges
-std::string peer_address(int fd);           // "host:port"; "unknown" when the peer is gone
-std::string peer_network(int fd);           // what one user has of addresses: an IPv4 address, or 64 bits of IPv6
+std::string peer_address(int fd);  // "host:port"; "unknown" when the peer is gone
+std::string peer_network(int fd);  // what one user has of addresses: an IPv4 address, or 64 bits of IPv6
 
 // The kernel's view of a connection; zeros where it has none.
 struct TcpInfo {
   uint32_t rtt_us = 0;
   uint32_t rttvar_us = 0;
   uint32_t retransmits = 0;
-  uint32_t cwnd = 0;           // segments
-  uint32_t unsent_bytes = 0;   // in the send buffer
+  uint32_t cwnd = 0;  // segments
+  uint32_t unsent_bytes = 0;  // in the send buffer
   uint64_t delivery_rate = 0;  // bytes a second
 };
 TcpInfo tcp_info(int fd);

@@ -37,8 +37,8 @@ std::thread start_thread(const char* name, Body body) {
   return thread;
 }
 
-// A thread that is joined by whoever has it, if it is there: a process that was forked has none of its parent's threads,
-// only what they left in memory, and `join` has nothing to wait for.
+// A thread that is joined by whoever has it, if it is there: a process that was forked has none of its parent's
+// threads, only what they left in memory, and `join` has nothing to wait for.
 class Thread {
  public:
   Thread() = default;
@@ -48,8 +48,10 @@ class Thread {
   bool joinable() const { return thread_.joinable(); }
   bool is_of_this_process() const { return process_ == getpid(); }
   void join() {
-    if (is_of_this_process()) thread_.join();
-    else thread_.detach();
+    if (is_of_this_process())
+      thread_.join();
+    else
+      thread_.detach();
   }
 
  private:

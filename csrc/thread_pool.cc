@@ -24,7 +24,7 @@ struct Job {
   int64_t total;
   int64_t piece;
   std::atomic<int64_t> next{0};
-  int helpers_wanted;      // guarded by Pool::mutex_
+  int helpers_wanted;  // guarded by Pool::mutex_
   int helpers_active = 0;  // guarded by Pool::mutex_
   std::condition_variable idle;
 
@@ -81,7 +81,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Job*> queue_;  // jobs that still want helpers; guarded by mutex_
-  int workers_ = 0;         // guarded by mutex_
+  int workers_ = 0;  // guarded by mutex_
 };
 
 // Never destroyed: detached workers may outlive static destruction. Left behind in a forked child, which has none of

@@ -35,12 +35,12 @@ class OpenSslContext final : public TlsContext {
   SslContext context_;
 };
 
-OpenSslContext::OpenSslContext(const TlsSettings& settings)
-    : settings_(settings), context_(SSL_CTX_new(TLS_method())) {
+OpenSslContext::OpenSslContext(const TlsSettings& settings) : settings_(settings), context_(SSL_CTX_new(TLS_method())) {
   if (!context_) throw std::bad_alloc();
   SSL_CTX* context = context_.get();
   SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
-  if (SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") != 1)
+  if (SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256") !=
+      1)
     unusable("this machine's OpenSSL allows none of the ciphers of TLS 1.3");
   SSL_CTX_set_options(context, SSL_OP_CIPHER_SERVER_PREFERENCE | SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION);
   SSL_CTX_set_num_tickets(context, 0);  // links last for a run: nothing to resume, nothing to replay
@@ -60,7 +60,8 @@ void OpenSslContext::load_identity() {
     unusable("cannot read the private key of " + settings_.certificate_file + ", PEM without a passphrase, from " +
              settings_.key_file);
   if (SSL_CTX_check_private_key(context_.get()) != 1)
-    unusable("the key in " + settings_.key_file + " does not belong to the certificate in " + settings_.certificate_file);
+    unusable("the key in " + settings_.key_file + " does not belong to the certificate in " +
+             settings_.certificate_file);
 }
 
 void OpenSslContext::load_trust() {

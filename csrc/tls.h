@@ -32,11 +32,11 @@ struct TlsSettings {
 struct TlsInfo {
   std::string version;
   std::string cipher;
-  std::string binding;      // 32 bytes that only the two ends know (RFC 9266, tls-exporter): never to be shown
-  std::string subject;      // of the peer's certificate, as the next three; empty or 0 when it showed none
+  std::string binding;  // 32 bytes that only the two ends know (RFC 9266, tls-exporter): never to be shown
+  std::string subject;  // of the peer's certificate, as the next three; empty or 0 when it showed none
   std::string issuer;
   std::string fingerprint;  // SHA-256, hex
-  int64_t not_after = 0;    // seconds since 1970
+  int64_t not_after = 0;  // seconds since 1970
 };
 
 // One connection. Loop thread only, except `info`.
@@ -53,9 +53,11 @@ class TlsStream {
 
   virtual bool opening() const = 0;  // the handshake is not over: only `unsent` bytes can leave
   virtual bool unsent() const = 0;
-  virtual bool unread() const = 0;  // bytes have left the socket that `read` has not given out: it will not wake for them
+  virtual bool unread()
+      const = 0;  // bytes have left the socket that `read` has not given out: it will not wake for them
   virtual const std::string& failure() const = 0;
-  virtual bool permanent() const = 0;  // the failure lies in the two sides (certificates, versions), not in the network: do not retry
+  virtual bool permanent()
+      const = 0;  // the failure lies in the two sides (certificates, versions), not in the network: do not retry
 
   virtual std::shared_ptr<const TlsInfo> info() const = 0;  // nullptr while opening. Any thread.
 };

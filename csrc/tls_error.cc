@@ -30,11 +30,11 @@ std::string explain(unsigned long code, bool opening) {
     case SSL_R_WRONG_VERSION_NUMBER:
     case SSL_R_HTTP_REQUEST:
     case SSL_R_BAD_RECORD_TYPE:
-      return "expected TLS, found something else: the peer does not use TLS, or is no ParaBlock at all; give both sides "
+      return "expected TLS, found something else: the peer does not use TLS, or is no ParaBlock at all; give both "
+             "sides "
              "TLS options, or neither";
     case SSL_R_UNSUPPORTED_PROTOCOL:
-    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
-      return "one side speaks no TLS 1.3, the only version that is used here";
+    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION: return "one side speaks no TLS 1.3, the only version that is used here";
     case SSL_R_UNEXPECTED_EOF_WHILE_READING:
       return opening ? "the peer closed the connection in the TLS handshake"
                      : "the connection was cut: expected TLS's own end, found none, so that bytes may be missing";

@@ -25,10 +25,10 @@ namespace parablock {
 namespace {
 
 constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS allows
-constexpr size_t kBatchBytes = 96 << 10;    // of records go into one `send`: 32 and 128 KiB cost more CPU time a byte
+constexpr size_t kBatchBytes = 96 << 10;  // of records go into one `send`: 32 and 128 KiB cost more CPU time a byte
 constexpr size_t kMostSealedBytes = kBatchBytes + kRecordBytes + 256;  // a batch ends with the record that fills it
-constexpr size_t kReadBytes = 96 << 10;     // of records come in one `read`; 128 KiB of memory would be new for each
-constexpr size_t kRecordsAtOnce = 256;      // are read before others have their turn, however small they are
+constexpr size_t kReadBytes = 96 << 10;  // of records come in one `read`; 128 KiB of memory would be new for each
+constexpr size_t kRecordsAtOnce = 256;  // are read before others have their turn, however small they are
 // Of the peer, after the handshake: what it takes to change its keys as often as we do, and some.
 constexpr uint64_t kLateMessages = 16;
 constexpr uint64_t kBytesPerLateMessage = 256 << 20;  // one more for each so many that it sent
@@ -112,7 +112,8 @@ void OpenSslStream::start_connecting(const std::string& host) {
   if (X509_VERIFY_PARAM_set1_ip_asc(wanted, host.c_str()) != 1) {
     ERR_clear_error();
     X509_VERIFY_PARAM_set_hostflags(wanted, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
-    if (X509_VERIFY_PARAM_set1_host(wanted, host.c_str(), 0) != 1 || SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
+    if (X509_VERIFY_PARAM_set1_host(wanted, host.c_str(), 0) != 1 ||
+        SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
       unusable("no certificate can be checked against the host name " + host);
   }
   shake_hands();  // nothing has come yet: the first message waits in sealed_
@@ -192,9 +193,12 @@ ssize_t OpenSslStream::not_now(int result) {
     // The library is silent to who does not seem to speak TLS; a peer of ours in the clear understands this alert.
     constexpr std::string_view kProtocolVersionAlert("\x15\x03\x03\x00\x02\x02\x46", 7);
     if (not_tls && opening_) seal_into_buffer(kProtocolVersionAlert.data(), kProtocolVersionAlert.size());
-    if (floods()) fail("the peer changes its TLS keys all the time, which no peer of ours does", true);
-    else if (code == 0) fail(std::string("the connection failed: ") + std::strerror(system_error), false);
-    else fail(refused_.empty() ? explain(code, opening_) : refused_, !is_damage(code));
+    if (floods())
+      fail("the peer changes its TLS keys all the time, which no peer of ours does", true);
+    else if (code == 0)
+      fail(std::string("the connection failed: ") + std::strerror(system_error), false);
+    else
+      fail(refused_.empty() ? explain(code, opening_) : refused_, !is_damage(code));
     ERR_clear_error();
   }
   errno = EAGAIN;
@@ -221,8 +225,7 @@ void OpenSslStream::note_info() {
   if (SSL_export_keying_material(ssl_.get(), reinterpret_cast<unsigned char*>(info->binding.data()), kBindingBytes,
                                  kLabel.data(), kLabel.size(), nullptr, 0, 1) != 1)
     unusable("TLS gives no channel binding");
-  if (Certificate peer(SSL_get1_peer_certificate(ssl_.get())); peer)
-    describe_certificate(peer.get(), *info);
+  if (Certificate peer(SSL_get1_peer_certificate(ssl_.get())); peer) describe_certificate(peer.get(), *info);
   info_.store(std::move(info));
 }
 
@@ -267,7 +270,8 @@ ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
 
 // With new keys where these have been used for long: see RFC 8446, 5.5.
 bool OpenSslStream::put_record(const void* data, size_t bytes) {
-  if (++sealed_records_ % settings_.records_per_key == 0 && SSL_key_update(ssl_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
+  if (++sealed_records_ % settings_.records_per_key == 0 &&
+      SSL_key_update(ssl_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
     return false;
   size_t written = 0;
   return SSL_write_ex(ssl_.get(), data, bytes, &written) == 1 && written == bytes;

@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <utility>
 
-
 namespace parablock {
 namespace {
 
@@ -118,8 +117,8 @@ void Transport::send(uint64_t link, TransferKey key, std::shared_ptr<Source> sou
   push_on_link(link, [key, source = std::move(source)](Link& l) { l.session().send(key, source); });
 }
 
-void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout,
-                        uint64_t start, std::shared_ptr<Watermark> watermark) {
+void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout, uint64_t start,
+                        std::shared_ptr<Watermark> watermark) {
   layout.check(buffer->size());
   layout.check_start(start);
   push_on_link(link, [key, buffer = std::move(buffer), layout, start, watermark = std::move(watermark)](Link& l) {

@@ -121,12 +121,12 @@ class Transport {
   std::shared_ptr<Incoming> incoming_ = std::make_shared<Incoming>();  // loop thread only, as the next
   std::shared_ptr<Ring> ring_;
   std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
-  std::vector<uint64_t> over_;   // links that ended
+  std::vector<uint64_t> over_;  // links that ended
 
-  uint64_t moved_ = 0;           // bytes of frames, in and out
-  bool conversing_ = false;      // a message came or left in this turn
+  uint64_t moved_ = 0;  // bytes of frames, in and out
+  bool conversing_ = false;  // a message came or left in this turn
 
-  int64_t last_turn_ns_ = 0;     // when it began
+  int64_t last_turn_ns_ = 0;  // when it began
 
   bool stopping_ = false;  // loop thread only, as the next
   int64_t stop_deadline_ns_ = 0;

@@ -1,7 +1,7 @@
 // How much a sender may have under way: twice what the link delivers in one round trip, so that a sender that the
 // window holds back is given twice as much a round trip later, and one that is not keeps no more under way than it can
-// use. A least amount keeps a fast link going. Where several transfers come at once it is theirs together: what is under
-// way lies in the kernel's memory, and more of it than a processor's cache holds costs both ends time.
+// use. A least amount keeps a fast link going. Where several transfers come at once it is theirs together: what is
+// under way lies in the kernel's memory, and more of it than a processor's cache holds costs both ends time.
 #pragma once
 
 #include <algorithm>

@@ -177,18 +177,28 @@ void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 extern "C" {
 
-int cuDriverGetVersion(int* version) { *version = 12040; return enter("cuDriverGetVersion"); }
+int cuDriverGetVersion(int* version) {
+  *version = 12040;
+  return enter("cuDriverGetVersion");
+}
 int cuGetErrorName(int code, const char** name) {
-  *name = code == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY" : code == kInvalid ? "CUDA_ERROR_INVALID_VALUE"
-                                                                               : "CUDA_ERROR_LAUNCH_FAILED";
+  *name = code == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : code == kInvalid   ? "CUDA_ERROR_INVALID_VALUE"
+                               : "CUDA_ERROR_LAUNCH_FAILED";
   return kSuccess;
 }
 int cuGetErrorString(int code, const char** text) {
   *text = code == kOutOfMemory ? "out of memory" : code == kInvalid ? "invalid argument" : "unspecified launch failure";
   return kSuccess;
 }
-int cuCtxGetCurrent(void** context) { *context = current; return enter("cuCtxGetCurrent"); }
-int cuCtxSetCurrent(void* context) { current = context; return enter("cuCtxSetCurrent"); }
+int cuCtxGetCurrent(void** context) {
+  *context = current;
+  return enter("cuCtxGetCurrent");
+}
+int cuCtxSetCurrent(void* context) {
+  current = context;
+  return enter("cuCtxSetCurrent");
+}
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   *least = 0;
   *greatest = -5;

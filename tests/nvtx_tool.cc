@@ -1,5 +1,6 @@
 // A tool for NVTX, as a profiler is one: NVTX loads it into the process when NVTX_INJECTION64_PATH names it. It writes
-// the ranges of every thread, a line each, to the file in NVTX_TOOL_OUTPUT: "+ name" where one begins, "-" where it ends.
+// the ranges of every thread, a line each, to the file in NVTX_TOOL_OUTPUT: "+ name" where one begins, "-" where it
+// ends.
 //
 // What it declares is NVTX's binary interface between a program and a tool (version 3, nvtxTypes.h).
 #include <cstdint>

@@ -64,7 +64,12 @@ struct Body {
 // What a server does with an upload: looks at it and, if an encoder may have made it, folds it.
 struct Folded {
   Folded(Body& body, int64_t numel, Format format, double weight)
-      : inspection(inspect(body.read(), numel, format, 1)), hi(numel), lo(numel), mean(numel), held(numel), decoded(numel) {
+      : inspection(inspect(body.read(), numel, format, 1)),
+        hi(numel),
+        lo(numel),
+        mean(numel),
+        held(numel),
+        decoded(numel) {
     decode(body.read(), numel, format, decoded.data.get(), 1);  // must be safe on any bytes, folded or not
     valid = inspection.invalid == 0 && inspection.largest <= std::numeric_limits<float>::max();
     folded = valid && weight * inspection.largest < kLargestContribution;

@@ -35,6 +35,7 @@ class Admission {
   void leave(uint64_t id);
 
   size_t strangers() const { return network_of_.size(); }
+  bool is_stranger(uint64_t id) const { return network_of_.contains(id); }
 
  private:
   std::optional<uint64_t> to_drop(const std::string& network) const;

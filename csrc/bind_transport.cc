@@ -90,6 +90,7 @@ void bind_event(py::module_& m) {
           "text", [](const Event& e) { return py::str(py::bytes(e.text).attr("decode")("utf-8", "replace")); })
       .def_property_readonly("unfinished", [](const Event& e) { return resume_points(e.unfinished); })
       .def_readonly("permanent", &Event::permanent)
+      .def_readonly("became_lane", &Event::became_lane)
       .def_readonly("at_ns", &Event::at_ns)
       .def_readonly("first_byte_ns", &Event::first_byte_ns);
 }

@@ -8,16 +8,16 @@
 namespace parablock {
 namespace {
 
-constexpr size_t kUnreadBytes = 1 << 20;  // of one link's events, before its reading stops
-
 size_t cost(const Event& event) { return sizeof event + event.text.size(); }
 
 }  // namespace
 
-void EventQueue::push(Event event) {
+void EventQueue::push(Event event, size_t most) {
   {
     std::lock_guard lock(mutex_);
-    unread_[event.link] += cost(event);
+    Unread& unread = unread_[event.link];
+    unread.bytes += cost(event);
+    unread.most = most;
     events_.push_back(std::move(event));
     any_.store(true, std::memory_order_relaxed);
   }
@@ -28,7 +28,7 @@ void EventQueue::push(Event event) {
 bool EventQueue::full(uint64_t link) const {
   std::lock_guard lock(mutex_);
   auto unread = unread_.find(link);
-  return unread != unread_.end() && unread->second > kUnreadBytes;
+  return unread != unread_.end() && unread->second.full();
 }
 
 size_t EventQueue::size() const {
@@ -45,11 +45,12 @@ std::optional<Event> EventQueue::next(int64_t timeout_ns) {
   Event event = std::move(events_.front());
   events_.pop_front();
   any_.store(!events_.empty(), std::memory_order_relaxed);
-  auto unread = unread_.find(event.link);
-  const bool was_full = unread->second > kUnreadBytes;
-  unread->second -= cost(event);
-  if (was_full && unread->second <= kUnreadBytes) loop_.wake();
-  if (unread->second == 0) unread_.erase(unread);
+  auto found = unread_.find(event.link);
+  Unread& unread = found->second;
+  const bool was_full = unread.full();
+  unread.bytes -= cost(event);
+  if (was_full && !unread.full()) loop_.wake();
+  if (unread.bytes == 0) unread_.erase(found);
   return event;
 }
 

@@ -19,7 +19,8 @@ class EventQueue {
  public:
   explicit EventQueue(Loop& loop) : loop_(loop) {}  // woken when a link is full no longer
 
-  void push(Event event);           // loop thread only, as the next two
+  // Loop thread only, as the next two. `most`: bytes of this link's events that may lie here before it is full.
+  void push(Event event, size_t most);
   bool full(uint64_t link) const;
   size_t size() const;  // of all links
 
@@ -33,7 +34,12 @@ class EventQueue {
   mutable std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<Event> events_;
-  std::map<uint64_t, size_t> unread_;  // bytes of a link's events that nobody took yet
+  struct Unread {  // of one link's events, that nobody took yet
+    size_t bytes = 0;
+    size_t most = 0;
+    bool full() const { return bytes > most; }
+  };
+  std::map<uint64_t, Unread> unread_;
   std::atomic<bool> any_{false};  // whether there are events, without the lock, for one who looks again and again
   std::atomic<int64_t> spin_until_ns_{0};
 };

@@ -115,10 +115,13 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 
 // ---- Out
 
+bool Link::is_full(const Lane& lane) const { return lane.full(shaper_.active() ? kBytesOnLine : lane.batch_bytes()); }
+
 // Puts the next frame on a lane; false when there is none or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
-  if (lane.blocked() || lane.full(shaper_.active() ? kBytesOnLine : lane.batch_bytes())) return false;
+  if (lane.blocked() || is_full(lane)) return false;
+  if (closing_ && !session_.control_waits(lane.index())) return false;  // what is left of a transfer is not waited for
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
     return false;
@@ -135,6 +138,7 @@ bool Link::pull_frame(Lane& lane, int64_t now_ns) {
 
 // The peer is gone, but what it sent before may be here still, and need not travel again when it comes back.
 bool Link::fail_writing(std::string reason, int64_t now_ns) {
+  if (closing_) return fail(std::move(reason));  // and what came has been read and forgotten
   for (auto& lane : lanes_) {
     for (int turn = 0; turn < kTurns && !reads_paused_ && !lane->ended(); ++turn) {
       uint64_t before = lane->bytes_in();
@@ -155,6 +159,10 @@ bool Link::flush(int64_t now_ns) {
   for (int turn = 0; moved; ++turn) {
     moved = false;
     ++first_lane_;
+    // On an artificial line the lanes stand in one queue, and a message must not wait behind the other lanes' chunks.
+    for (auto& lane : lanes_)
+      while (shaper_.active() && !lane->dropped() && session_.control_waits(lane->index()) && pull_frame(*lane, now_ns))
+        moved = true;
     for (size_t i = 0; i < lanes_.size(); ++i) {
       Lane* lane = lanes_[(first_lane_ + i) % lanes_.size()].get();
       if (lane->blocked() || lane->dropped()) continue;
@@ -176,7 +184,9 @@ bool Link::write(int64_t now_ns) {
   if (!on_time(now_ns)) return false;
   if (write_shut_) return true;
   if (!flush(now_ns)) return false;
-  bool empty = std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->empty(); });
+  // A message may wait in the session while a TLS handshake keeps the lane.
+  bool empty = !session_.control_waits(0) &&
+               std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->empty(); });
   if (closing_ && empty) shut_write(now_ns);
   return true;
 }
@@ -243,11 +253,13 @@ int64_t Link::wake_at() const {
   }
   if (write_shut_) return at;
   bool blocked = false;
+  bool full = true;
   for (const auto& lane : lanes_) {
     blocked = blocked || lane->blocked();
+    full = full && is_full(*lane);
     if (!lane->blocked() && !lane->empty()) at = std::min(at, lane->next_ready_ns());
   }
-  if (line_was_busy_ && shaper_.active() && !blocked) at = std::min(at, shaper_.free_at());
+  if (line_was_busy_ && shaper_.active() && !blocked && !full) at = std::min(at, shaper_.free_at());
   return at;
 }
 

@@ -67,11 +67,21 @@ class Link {
 
   // When `write` should be called next, whatever the sockets do.
   int64_t wake_at() const;
+  bool reads_paused() const { return reads_paused_; }
+
+  int64_t due_ns = 0;  // when the loop will look at it; kept by the transport
 
   // Let what is queued leave, then close; at `deadline_ns` at the latest.
   void close_after_flush(int64_t deadline_ns, std::string reason);
   const std::string& reason() const { return reason_; }
   bool permanent() const { return permanent_; }  // see TlsStream::permanent
+
+  // Its one connection has been taken over by another link; this one is over.
+  void become_lane(std::string reason) {
+    became_lane_ = true;
+    fail(std::move(reason));
+  }
+  bool became_lane() const { return became_lane_; }
 
  private:
   std::string overdue(const Lane& lane, int64_t now_ns) const;
@@ -79,6 +89,7 @@ class Link {
   bool fail_writing(std::string reason, int64_t now_ns);
   bool flush(int64_t now_ns);
   bool pull_frame(Lane& lane, int64_t now_ns);
+  bool is_full(const Lane& lane) const;
   void shut_write(int64_t now_ns);
   bool all_lanes_ended() const;
 
@@ -108,6 +119,7 @@ class Link {
   int64_t close_deadline_ns_ = 0;
   std::string reason_;
   bool permanent_ = false;
+  bool became_lane_ = false;
 };
 
 }  // namespace parablock

@@ -69,8 +69,8 @@ std::vector<Event> Outbox::take_events() {
 
 void Outbox::remember(std::set<TransferKey>& keys, const TransferKey& key) const {
   keys.insert(key);
-  // Keys grow with the round, so the smallest is the one least likely to be asked for again.
-  if (keys.size() > limits.remembered_keys) keys.erase(keys.begin());
+  // Keys of a kind grow with the round, so a small one is less likely to be asked for again.
+  if (keys.size() > limits.remembered_keys) keys.erase(*keys.begin() == key ? std::next(keys.begin()) : keys.begin());
 }
 
 }  // namespace parablock

@@ -33,7 +33,8 @@ struct Event {
   uint64_t link = 0;
   TransferKey key;
   std::string text;
-  bool permanent = false;  // kClosed: do not retry; see TlsStream::permanent
+  bool permanent = false;    // kClosed: do not retry; see TlsStream::permanent
+  bool became_lane = false;  // kClosed: the connection goes on as a lane of another link
   int64_t at_ns = 0;  // CLOCK_MONOTONIC
   int64_t first_byte_ns = 0;  // kReceived, kSent: when the first byte came or left
   std::vector<std::pair<TransferKey, uint64_t>> unfinished = {};  // kClosed: posted receives, and where to resume them
@@ -66,6 +67,7 @@ class Outbox {
   // Throws ProtocolError when the peer leaves too much of it unread.
   void control(FrameHeader header, std::string payload);
   std::optional<OutFrame> next_control();
+  bool has_control() const { return !control_.empty(); }
   OutFrame bare(FrameHeader header) const;  // a frame without payload that waits in no queue
 
   // Returns the event for what else there is to say in it; valid until the next.

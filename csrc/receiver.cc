@@ -40,11 +40,10 @@ void Receiver::post(const TransferKey& key, std::shared_ptr<Buffer> buffer, cons
   acknowledge(key, sink);
 }
 
-bool Receiver::cancel(const TransferKey& key) {
-  if (sinks_.erase(key) == 0) return false;
+void Receiver::cancel(const TransferKey& key) {
+  if (sinks_.erase(key) == 0) return;
   outbox_.remember(given_up_, key);
   outbox_.control({.type = FrameType::kCancel, .key = key}, {});
-  return true;
 }
 
 void Receiver::refuse(const TransferKey& key) {

@@ -23,7 +23,7 @@ class Receiver {
   // Throws std::invalid_argument when it is posted already or was cancelled.
   void post(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
             std::shared_ptr<Watermark> watermark);
-  bool cancel(const TransferKey& key);  // false when it is complete or was never posted
+  void cancel(const TransferKey& key);  // no-op when it is complete or was never posted
   // Of what was never posted: it will not be, and the sender need not wait for credit. No-op while it is posted.
   void refuse(const TransferKey& key);
 
@@ -41,6 +41,7 @@ class Receiver {
 
   std::vector<std::pair<TransferKey, uint64_t>> unfinished() const;  // and their contiguous bytes
   bool expects_data() const { return !sinks_.empty(); }
+  bool expects(const TransferKey& key) const { return sinks_.contains(key); }
   uint64_t moved_bytes() const { return moved_bytes_; }
   uint64_t corrupt_chunks() const { return corrupt_chunks_; }
 

@@ -32,6 +32,7 @@ class Sender {
   void asked_again(const TransferKey& key, uint64_t offset);
 
   void report_stalled(int64_t round_trip_ns, int64_t now_ns);
+  bool has_transfers() const { return !outgoing_.empty(); }
   uint64_t moved_bytes() const { return moved_bytes_; }
   void note_end() const;  // of the link, in the records: nothing is under way any more
 

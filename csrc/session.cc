@@ -65,7 +65,9 @@ void Session::receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, co
 void Session::cancel_send(const TransferKey& key) { sender_.withdraw(key); }
 
 void Session::cancel_receive(const TransferKey& key) {
-  if (receiver_.cancel(key)) drop_data_of(key);
+  if (!receiver_.expects(key)) return;
+  drop_data_of(key);  // first, for saying so to the peer may throw
+  receiver_.cancel(key);
 }
 
 void Session::drop_data_of(const TransferKey& key) {
@@ -171,7 +173,7 @@ void Session::message_arrived(FrameReader& reader, size_t lane, int64_t now_ns) 
       if (receiver_.withdrawn(header.key, now_ns)) drop_data_of(header.key);
       break;
     case FrameType::kPing:
-      if (lane > 0) break;  // that something was heard there is all
+      if (lane > 0) break;  // that anything was heard there is what counts
       outbox_.control({.type = FrameType::kPong, .key = {}, .offset = header.offset}, {});
       break;
     case FrameType::kPong:

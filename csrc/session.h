@@ -63,6 +63,9 @@ class Session {
   // The next frame to put on a lane, if there is one: control first, then transfers in the order they were posted.
   std::optional<OutFrame> next_frame(int64_t now_ns, size_t lane = 0);
 
+  // Whether the lane's next frame is none of a transfer.
+  bool control_waits(size_t lane) const { return lane == 0 ? outbox_.has_control() : ping_due_[lane]; }
+
   // Posted receives and their contiguous bytes.
   std::vector<std::pair<TransferKey, uint64_t>> unfinished() const { return receiver_.unfinished(); }
 
@@ -73,6 +76,7 @@ class Session {
   bool asks_to_attach() const { return attach_key_.has_value(); }  // and nothing more is to be read until it is taken
 
   bool expects_data() const { return receiver_.expects_data(); }
+  bool sends_data() const { return sender_.has_transfers(); }  // which is there, or may be any moment
   bool ping_under_way() const { return ping_ns_ != 0; }
   int64_t round_trip_ns() const { return round_trip_ns_; }  // as measured last; 0 before
   // Payload that has come, and payload that the peer has said to have.

@@ -200,7 +200,7 @@ std::string peer_network(int fd) {
   }
   const in6_addr& v6 = reinterpret_cast<sockaddr_in6&>(address).sin6_addr;
   const char* bytes = reinterpret_cast<const char*>(v6.s6_addr);
-  return IN6_IS_ADDR_V4MAPPED(&v6) ? std::string(bytes + 12, 4) : std::string(bytes, 8);
+  return IN6_IS_ADDR_V4MAPPED(&v6) ? std::string(bytes + 12, 4) : std::string(bytes, 6);
 }
 
 }  // namespace parablock

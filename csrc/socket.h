@@ -38,7 +38,7 @@ void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little
 void set_unsent_limit(int fd, size_t bytes);  // in the kernel: what is sent later queues behind no more than that
 void set_user_timeout(int fd, int64_t ns);  // after which the kernel ends a connection whose data nobody acknowledges
 std::string peer_address(int fd);  // "host:port"; "unknown" when the peer is gone
-std::string peer_network(int fd);  // what one user has of addresses: an IPv4 address, or 64 bits of IPv6
+std::string peer_network(int fd);  // what one user has of addresses: an IPv4 address, or 48 bits of IPv6
 
 // The kernel's view of a connection; zeros where it has none.
 struct TcpInfo {

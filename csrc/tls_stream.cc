@@ -109,7 +109,8 @@ void OpenSslStream::start_connecting(const std::string& host) {
   SSL_set_connect_state(ssl_.get());
   SSL_set_verify(ssl_.get(), SSL_VERIFY_PEER, nullptr);
   X509_VERIFY_PARAM* wanted = SSL_get0_param(ssl_.get());
-  if (X509_VERIFY_PARAM_set1_ip_asc(wanted, host.c_str()) != 1) {
+  const std::string address = host.substr(0, host.find('%'));  // no certificate has a scope
+  if (X509_VERIFY_PARAM_set1_ip_asc(wanted, address.c_str()) != 1) {
     ERR_clear_error();
     X509_VERIFY_PARAM_set_hostflags(wanted, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
     if (X509_VERIFY_PARAM_set1_host(wanted, host.c_str(), 0) != 1 ||

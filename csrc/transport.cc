@@ -24,6 +24,8 @@ constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kSpinNs = 50'000;
 constexpr size_t kQueueBytes = 1 << 20;  // of control frames to one trusted peer, at least
 constexpr size_t kRememberedKeys = 4096;  // of one trusted peer
+constexpr size_t kUnreadBytes = 1 << 20;             // of one link's events, before its reading stops
+constexpr size_t kUnreadBytesOfStranger = 16 << 10;  // likewise, of a peer that has not proved who it is
 constexpr size_t kMostEvents = 4096;      // that nobody has taken, before newcomers wait in the kernel's backlog
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
@@ -42,6 +44,7 @@ uint64_t token_of(uint64_t link, size_t lane) { return link * kMaxLanes + lane; 
 }  // namespace
 
 void Transport::Waker::wake() {
+  moved = true;
   std::lock_guard lock(mutex);
   if (loop != nullptr) loop->wake();
 }
@@ -65,6 +68,7 @@ void Transport::close(int64_t flush_ns) {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
     close_listeners();
     for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
+    swept_ns_ = 0;
     stopping_ = true;
   });
   thread_.join();
@@ -97,6 +101,7 @@ void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
   commands_.push([this, id, action = std::move(action)] {
     auto found = links_.find(id);
     if (found == links_.end()) return;  // its kClosed event has said so
+    stirred_.insert(id);
     try {
       action(*found->second);
     } catch (const std::exception& error) {
@@ -178,7 +183,13 @@ void Transport::attach_lanes(uint64_t id, const std::string& key, size_t count, 
 Fd Transport::duplicate_of(uint64_t id) {
   auto answer = std::make_shared<std::promise<Fd>>();
   std::future<Fd> copy = answer->get_future();
-  push_on_link(id, [answer](Link& link) { answer->set_value(duplicate(link.lane(0).fd())); });
+  push_on_link(id, [answer](Link& link) {
+    try {
+      answer->set_value(duplicate(link.lane(0).fd()));
+    } catch (...) {  // out of descriptors: no reason to end the link
+      answer->set_exception(std::current_exception());
+    }
+  });
   answer.reset();
   try {
     return copy.get();
@@ -212,7 +223,8 @@ std::optional<Event> Transport::next_event(int64_t timeout_ns) { return events_.
 
 void Transport::publish(Event event) {
   conversing_ = conversing_ || event.type == Event::Type::kControl;
-  events_.push(std::move(event));
+  const size_t most = admission_.is_stranger(event.link) ? kUnreadBytesOfStranger : kUnreadBytes;
+  events_.push(std::move(event), most);
 }
 
 void Transport::publish(Link& link) {
@@ -310,6 +322,8 @@ void Transport::add_link(uint64_t id, Fd fd, const std::string& host) {
     if (ring_ != nullptr) link->record(ring_.get());
     link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
     loop_.add(link->lane(0).fd(), token_of(id, 0));
+    stirred_.insert(id);
+    due_.emplace(link->due_ns, id);
     std::lock_guard lock(links_mutex_);
     links_.emplace(id, std::move(link));
     return;
@@ -335,7 +349,7 @@ void Transport::add_lane(Link& link, Channel channel) {
 void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   std::optional<uint64_t> owner = lane_keys_.redeem(key, now_ns);
   if (!owner) {
-    newcomer.fail("it asked to become a lane with a key that opens nothing (any more)");
+    newcomer.fail("it asked to become a lane with an unknown or expired key");
     return;
   }
   loop_.remove(newcomer.lane(0).fd());
@@ -344,15 +358,17 @@ void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   lock.unlock();
   Link& link = *links_.at(*owner);
   add_lane(link, std::move(channel));
-  link.session().owe_ping(link.lanes() - 1);
-  loop_.wake();  // the peer uses the lane once it hears something on it
-  newcomer.fail("it became a lane of link " + std::to_string(*owner));
+  link.session().owe_ping(link.lanes() - 1);  // the peer uses the lane once it hears something on it
+  stirred_.insert(*owner);
+  newcomer.become_lane("it became a lane of link " + std::to_string(*owner));
 }
 
 void Transport::drop(uint64_t id) {
   admission_.leave(id);
   lane_keys_.forget(id);
   auto found = links_.find(id);
+  due_.erase({found->second->due_ns, id});
+  for (std::set<uint64_t>* links : {&stirred_, &sending_, &paused_}) links->erase(id);
   publish(*found->second);  // what came before the end is not lost
   found->second->session().note_end();
   Event closed;
@@ -360,6 +376,7 @@ void Transport::drop(uint64_t id) {
   closed.link = id;
   closed.text = found->second->reason();
   closed.permanent = found->second->permanent();
+  closed.became_lane = found->second->became_lane();
   closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
   // Closing alone does neither while a process that was forked holds the descriptors, too.
@@ -406,6 +423,7 @@ void Transport::service_link(Link& link, int64_t now_ns) {
     going_on = going_on && link.write(now_ns);
     close_refused_lanes(link);
     if (going_on) watch(link);
+    if (going_on) schedule(link);
   } catch (const std::exception& error) {
     going_on = link.fail(error.what());
   }
@@ -433,20 +451,51 @@ void Transport::watch(Link& link) {
   }
 }
 
+void Transport::schedule(Link& link) {
+  const auto keep = [&link](std::set<uint64_t>& links, bool in) {
+    if (in) {
+      links.insert(link.id());
+    } else {
+      links.erase(link.id());
+    }
+  };
+  keep(sending_, link.session().sends_data());
+  keep(paused_, link.reads_paused());
+  const int64_t due_ns = link.wake_at();
+  if (due_ns == link.due_ns) return;
+  due_.erase({link.due_ns, link.id()});
+  due_.emplace(link.due_ns = due_ns, link.id());
+}
+
+std::set<uint64_t> Transport::links_to_service(int64_t now_ns) {
+  std::set<uint64_t> links = std::exchange(stirred_, {});
+  for (auto at = due_.begin(); at != due_.end() && at->first <= now_ns; ++at) links.insert(at->second);
+  if (waker_->moved.exchange(false)) links.insert(sending_.begin(), sending_.end());
+  links.insert(paused_.begin(), paused_.end());
+  if (now_ns - swept_ns_ >= kHousekeepingNs) {  // stalls are looked for now and then
+    swept_ns_ = now_ns;
+    for (const auto& [id, link] : links_) links.insert(id);
+  }
+  return links;
+}
+
 void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
   if (accept_again_ns_ != 0 && now_ns >= accept_again_ns_) accept_again(true);
   readable_.clear();
   for (const Loop::Ready& at : ready) {
     if (at.token < kListenerTokens) {
       if (at.readable) readable_.insert(at.token);
+      stirred_.insert(at.token / kMaxLanes);
       continue;
     }
     int listener = static_cast<int>(at.token - kListenerTokens);
     auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // it may have been closed since
     if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
   }
-  // All of them, not only the readable: commands, watermarks and timers give links something to send.
-  for (auto& [id, link] : links_) service_link(*link, now_ns);
+  for (uint64_t id : links_to_service(now_ns)) {
+    auto found = links_.find(id);
+    if (found != links_.end()) service_link(*found->second, now_ns);  // else it was dropped for a newcomer
+  }
   for (uint64_t id : over_) drop(id);
   over_.clear();
 }
@@ -463,15 +512,15 @@ void Transport::run() {
   std::vector<Loop::Ready> ready;
   last_turn_ns_ = monotonic_ns();
   while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
-    int64_t wake_at = monotonic_ns() + kHousekeepingNs;
-    for (const auto& [id, link] : links_) wake_at = std::min(wake_at, link->wake_at());
+    int64_t wake_at = stirred_.empty() ? monotonic_ns() + kHousekeepingNs : 0;
+    if (!due_.empty()) wake_at = std::min(wake_at, due_.begin()->first);
     const bool busy = std::exchange(moved_, 0) >= kBusyBytes;
     const bool conversing = std::exchange(conversing_, false);
     loop_.wait(wake_at, busy || conversing ? kSpinNs : 0, ready);
-    commands_.carry_out();
-    const int64_t now_ns = monotonic_ns();
-    forgive_own_absence(now_ns);
     try {
+      commands_.carry_out();
+      const int64_t now_ns = monotonic_ns();
+      forgive_own_absence(now_ns);
       service(now_ns, ready);
     } catch (const std::exception& error) {  // beyond one link: this process or the kernel is out of memory
       for (auto& [id, link] : links_) link->fail(error.what());

@@ -80,6 +80,7 @@ class Transport {
   struct Waker {
     std::mutex mutex;
     Loop* loop = nullptr;
+    std::atomic<bool> moved{false};  // a watermark, since the loop looked last
     void wake();
   };
 
@@ -95,7 +96,9 @@ class Transport {
   void add_lane(Link& link, Channel channel);
   void attach(Link& newcomer, const std::string& key, int64_t now_ns);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
+  std::set<uint64_t> links_to_service(int64_t now_ns);
   void service_link(Link& link, int64_t now_ns);
+  void schedule(Link& link);
   void close_refused_lanes(Link& link);
   void watch(Link& link);
   void drop(uint64_t link);
@@ -122,6 +125,13 @@ class Transport {
   std::shared_ptr<Ring> ring_;
   std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
   std::vector<uint64_t> over_;  // links that ended
+
+  // Which links to look at in the next turn. Silent ones cost nothing until they are due.
+  std::set<uint64_t> stirred_;  // a socket of theirs, or a command, asks for it
+  std::set<std::pair<int64_t, uint64_t>> due_;  // all links, by Link::due_ns
+  std::set<uint64_t> sending_;  // where a watermark that rises gives something to send
+  std::set<uint64_t> paused_;  // until the program has taken their events
+  int64_t swept_ns_ = 0;  // when all were looked at
 
   uint64_t moved_ = 0;  // bytes of frames, in and out
   bool conversing_ = false;  // a message came or left in this turn

@@ -233,6 +233,19 @@ def test_what_was_queued_leaves_before_the_end_and_the_end_is_no_truncation(pair
     assert not closed.permanent
 
 
+def test_what_was_queued_before_the_handshake_is_over_leaves_before_the_end_too(pair: Pair) -> None:
+    client, server = pair
+    port = server.listen("127.0.0.1", 0)
+    for i in range(20):
+        link = client.connect("127.0.0.1", port, 5.0)
+        client.send_control(link, bytes([i]))
+        client.close_link(link, "done", flush=DEADLINE_S)
+        expect(server, T.CONNECTED)
+        assert expect(server, T.CONTROL)[0].message == bytes([i])
+        assert expect(server, T.CLOSED)[0].text == "the peer closed the connection"
+        expect(client, T.CLOSED)
+
+
 # ---- Who is believed
 
 

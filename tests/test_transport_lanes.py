@@ -28,6 +28,7 @@ from transport_cases import (
     listen,
     make_transports,
     next_event,
+    no_descriptor_free,
     read_exactly,
     read_to_end,
     stranger_to,
@@ -49,7 +50,8 @@ def widen(a: _C.Transport, link: int, b: _C.Transport, other: int, lanes: int) -
     """Gives a link, which a opened, this many lanes."""
     a.attach_lanes(link, b.offer_lanes(other, lanes - 1), lanes - 1, 5.0)
     events = expect(b, T.CONNECTED, T.CLOSED, count=2 * (lanes - 1))
-    assert [e.text for e in events if e.type == T.CLOSED] == [f"it became a lane of link {other}"] * (lanes - 1)
+    ended = [e for e in events if e.type == T.CLOSED]
+    assert [(e.text, e.became_lane) for e in ended] == [(f"it became a lane of link {other}", True)] * (lanes - 1)
 
 
 def raw_lane(port: int, key: bytes) -> socket.socket:
@@ -125,7 +127,7 @@ def test_keys_that_open_nothing_are_refused_and_the_link_goes_on(make: Make) -> 
     late = b.offer_lanes(other, 1, within=0.0)
     with raw_lane(port, late) as lane:
         expect(b, T.CONNECTED)
-        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        assert "unknown or expired key" in expect(b, T.CLOSED)[0].text
         read_to_end(lane)
     key = b.offer_lanes(other, 1)
     assert len(key) == 32
@@ -133,13 +135,13 @@ def test_keys_that_open_nothing_are_refused_and_the_link_goes_on(make: Make) -> 
     for wrong in (os.urandom(32), key[:31], key[:-1] + bytes([key[-1] ^ 1]), b"", late):
         with raw_lane(port, wrong) as lane:
             expect(b, T.CONNECTED)
-            assert "opens nothing" in expect(b, T.CLOSED)[0].text
+            assert "unknown or expired key" in expect(b, T.CLOSED)[0].text
             read_to_end(lane)
     a.attach_lanes(link, key, 1, 5.0)
     expect(b, T.CONNECTED, T.CLOSED, count=2)
     with raw_lane(port, key) as one_too_many:
         expect(b, T.CONNECTED)
-        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        assert "unknown or expired key" in expect(b, T.CLOSED)[0].text
         read_to_end(one_too_many)
     assert [len(b.stats(other).lanes), len(a.stats(link).lanes)] == [2, 2]
     with pytest.raises(ValueError, match="at most 3 further lanes"):
@@ -235,6 +237,49 @@ def read_data(peer: socket.socket) -> bytes:
             return payload
 
 
+def test_a_client_without_a_free_descriptor_gets_no_lane_and_keeps_its_link(make: Make) -> None:
+    a, b = make(), make()
+    link, other = join(a, b)
+    key = b.offer_lanes(other, 1)
+    with no_descriptor_free(), pytest.raises(OSError, match="Too many open files"):
+        a.attach_lanes(link, key, 1, 5.0)
+    a.send_control(link, b"still here")
+    assert expect(b, T.CONTROL)[0].message == b"still here"
+
+
+def test_on_an_artificial_line_a_message_waits_for_no_more_than_the_chunks_that_are_on_it(make: Make) -> None:
+    """The lanes take the line by turns; a message, which has the first lane to itself, must not wait for its turn."""
+    a, b = make(bytes_per_second=4e6), make()
+    link, other = join(a, b)
+    widen(a, link, b, other, 4)
+    size, chunk = 8 * MIB, 128 << 10
+    source, target = filled(size)[0], Buffer(size)
+    b.receive(other, 1, 0, 0, target, flat(size, chunk))
+    a.send(link, 1, 0, 0, a.make_source(source, flat(size, chunk), True))
+    for i in range(8):
+        before = b.stats(other).bytes_in
+        a.send_control(link, bytes([i]))
+        assert expect(b, T.CONTROL)[0].message == bytes([i])
+        assert b.stats(other).bytes_in - before < 6 * chunk
+    expect(b, T.RECEIVED)
+
+
+def test_a_link_that_is_closing_sends_its_messages_and_no_chunk_more(make: Make) -> None:
+    a, b = make(bytes_per_second=4e6), make()
+    link, other = join(a, b)
+    size = 256 * MIB
+    b.receive(other, 1, 0, 0, Buffer(size), flat(size))
+    a.send(link, 1, 0, 0, a.make_source(Buffer(size), flat(size), True))
+    while b.stats(other).bytes_in < MIB:
+        assert b.next_event(0.01) is None
+    a.send_control(link, b"farewell")
+    a.close_link(link, "done", flush=DEADLINE_S)
+    assert expect(b, T.CONTROL)[0].message == b"farewell"
+    (closed,) = expect(b, T.CLOSED)
+    assert closed.text == "the peer closed the connection"
+    assert closed.unfinished[0][3] < size // 2
+
+
 def test_a_server_answers_on_a_new_lane_without_waiting_for_its_next_ping(listening: tuple[_C.Transport, int]) -> None:
     transport, port = listening
     with stranger_to(port) as first:
@@ -260,7 +305,7 @@ def test_the_key_of_a_link_that_ended_opens_nothing(make: Make) -> None:
     expect(b, T.CLOSED)
     with raw_lane(port, key) as lane:
         expect(b, T.CONNECTED)
-        assert "opens nothing" in expect(b, T.CLOSED)[0].text
+        assert "unknown or expired key" in expect(b, T.CLOSED)[0].text
         read_to_end(lane)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import resource
 import socket
@@ -138,3 +140,16 @@ def frame_of(
     fields = (b"PBLK", _C.PROTOCOL_VERSION, type, kind, 0, 0, round, block, offset, size, _C.crc32c(payload))
     head = struct.pack("<4sBBBBQIIQII", *fields)
     return head + struct.pack("<I", _C.crc32c(head)) + payload
+
+
+@contextlib.contextmanager
+def no_descriptor_free() -> Iterator[None]:
+    """For this process; whatever it closes meanwhile is one that it may use again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -276,7 +276,8 @@ class Participants:
     def gone(self, event: _C.Event, now: float) -> None:
         """A connection has ended, a client's or that of somebody who has no seat yet."""
         member = self.roster.on(event.link)
-        if (candidate := self.roster.forget(event.link)) is not None:
+        candidate = self.roster.forget(event.link)
+        if candidate is not None and not event.became_lane:
             self._strangers.warn(f"a connection from {candidate.address} ended before it had a seat: {event.text}")
         if member is not None:
             self._lose(member, event, now)

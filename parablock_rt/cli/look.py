@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,6 @@ from parablock_rt.cli.options import (
     Dtype,
     Format,
     Json,
-    LocalSteps,
     Model,
     Outer,
     Rate,
@@ -86,7 +85,7 @@ def show_plan(
     predictor = memory.Predictor(net, plan, run_config, trained, kind)
     if shape.rate and seconds is None:
         seconds = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
-    forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds)
+    forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds, staleness)
     if as_json:
         print(to_json(forecast, indent=2))
     else:
@@ -118,8 +117,9 @@ def show_doctor(
     config_file: ConfigFile = None,
     peer: Annotated[str | None, typer.Option(help="host:port of a running server: measures the link to it.")] = None,
     model: Annotated[str | None, typer.Option(help="As of join: is the transfer of its blocks hidden there?")] = None,
-    local_steps: LocalSteps = 4,
-    format: Format = "int8",
+    staleness: Annotated[int | None, typer.Option(help="With --model, another than the server's.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="With --model, others than the server's.")] = None,
+    format: Annotated[str | None, typer.Option(help="With --model, another than the server's.")] = None,
     step_time: Annotated[float | None, typer.Option(help="Seconds a local step takes; else it is measured.")] = None,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -135,7 +135,9 @@ def show_doctor(
         findings = doctor.examine()
         print(to_json(findings, indent=2) if as_json else doctor.render(findings))
         return
-    config.RunConfig(rounds=1, clients=1, local_steps=local_steps, format=format)  # raises for what is none
+    asked = {"staleness": staleness, "local_steps": local_steps, "format": format}
+    given = {name: value for name, value in asked.items() if value is not None}
+    config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises for what is none
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     config.parse_address(peer)
@@ -143,21 +145,22 @@ def show_doctor(
     result = link_check.as_dict(report)
     lines = [link_check.render(report)]
     if model is not None:
-        verdict = _forecast_for(report, model, local_steps, format, seconds_of(step_time))
+        status = top.look_once(peer, token, tls=tls)
+        run = {name: given.get(name, getattr(status, name)) for name in asked}
+        verdict = _forecast_for(report, model, run, seconds_of(step_time))
         result["overlap"] = verdict
         lines.append(verdict)
     print(to_json(result, indent=2) if as_json else "\n".join(lines))
 
 
-def _forecast_for(
-    report: link_check.LinkReport, model: str, local_steps: int, format: str, step_s: float | None
-) -> str:
+def _forecast_for(report: link_check.LinkReport, model: str, run: dict[str, Any], step_s: float | None) -> str:
     workload = Workload.for_model(model)
     net, _, task = finetune.load(workload)
     plan = BlockPlan.from_model(net)
     if step_s is None:
         step_s = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
-    return planner.verdict(plan, format, local_steps, report.both_ways, report.round_trip_s / 2, step_s)
+    link = planner.Link(report.up, report.down, report.round_trip_s / 2)
+    return planner.verdict(plan, **run, link=link, step_s=step_s)
 
 
 @commands.command("top", epilog="Example: [b]parablock top server.example.org:7070 --token-file token[/b]")

@@ -216,7 +216,9 @@ def serve(
     shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     config.parse_address(address)
     past = [] if resume is None else Checkpoint.closed_rounds(resume / _STATE)
-    folder = _run_folder(run_dir, "serve")
+    if durable and resume is None and run_dir is not None:
+        Checkpoint.refuse_to_replace(run_dir / _STATE)
+    folder = _run_folder(run_dir, "serve", resumed=resume is not None)
     for closed in past:
         folder.append_metrics(msgspec.to_builtins(closed))
     if durable:
@@ -359,8 +361,8 @@ def join(
     deliver(result, None, as_json)
 
 
-def _run_folder(path: Path | None, kind: str) -> RunFolder:
-    return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+def _run_folder(path: Path | None, kind: str, *, resumed: bool = False) -> RunFolder:
+    return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}", resumed=resumed)
 
 
 def _allow_open_files() -> None:

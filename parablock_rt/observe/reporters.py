@@ -27,7 +27,7 @@ class JsonLines:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        (folder.path / self.FILE).write_text("")
+        (folder.path / self.FILE).touch()  # a run that is resumed goes on behind its lines; else the folder has none
 
     def sample(self, process: str, sample: Sample) -> None:
         head = {"t_s": sample.t_s, "at_ns": sample.at_ns, "wall": sample.wall, "process": process}

@@ -123,7 +123,7 @@ def measure(cases: list[Case], repetitions: int) -> dict[str, list[float]]:
 
 
 def summarise(cases: list[Case], seconds: dict[str, list[float]], params: int) -> list[dict[str, object]]:
-    """One row a case: medians, the bandwidth they mean and how they compare."""
+    """One row per case: medians, the bandwidth they mean and how they compare."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     copy = max(8 * params / median[name] for name in COPIES)
     rows: list[dict[str, object]] = []
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """One row a case."""
+    """One row per case."""
     title = f"codec ({result['settings']['threads']} threads)"
     table = columns(title, "case", "B/param", "Mparams/s", "GB/s", "/ copy", "x eager")
     for row in result["rows"]:

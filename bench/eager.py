@@ -68,7 +68,7 @@ def accumulate(hi: Tensor, lo: Tensor, body: Tensor, weight: float, format: str)
 
 
 def _unpacked(body: Tensor, numel: int, format: str) -> tuple[Tensor, Tensor]:
-    """Codes (int8, a row a group) and scales (fp32, a column; 0 for one that is not finite)."""
+    """Codes (int8, a row per group) and scales (fp32, a column; 0 for one that is not finite)."""
     group = codec.group_size(format)
     assert group is not None
     split = codec.scale_bytes(numel, format)

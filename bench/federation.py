@@ -37,7 +37,7 @@ Prepare = Callable[[nn.Module], None]  # what is done to a freshly loaded model,
 
 @dataclass(frozen=True)
 class Link:
-    """The artificial link of every client: bytes a second (0: unlimited) and seconds one way."""
+    """The artificial link of every client: bytes per second (0: unlimited) and seconds one way."""
 
     rate: float
     delay: float

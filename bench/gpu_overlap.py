@@ -311,7 +311,7 @@ def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the batch, how many rounds and windows."""
-    # 14,768 squared is 218 M parameters a block.
+    # 14,768 squared is 218 M parameters per block.
     parser.add_argument("--width", type=int, default=14_768 if GPU else 32, help="of a square block")
     parser.add_argument("--tokens", type=int, default=8192 if GPU else 8, help="of a batch")
     parser.add_argument("--rounds", type=int, default=12 if GPU else 4)

@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """A row a kernel and size; next to torch where that was measured; and the tiles that were tried."""
+    """A row per kernel and size; next to torch where that was measured; and the tiles that were tried."""
     rows = [row for row in result["rows"] if row.get("gb_per_s") is not None]
     table = columns("kernels on the GPU", "case", "million parameters", "B/param", "µs", "GB/s", "/ copy")
     for found in rows:

@@ -122,7 +122,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused: its multi-tensor form takes another four bytes a parameter inside each step."""
+    """Fused: its multi-tensor form takes another four bytes per parameter inside each step."""
     return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
@@ -284,7 +284,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on a CUDA device, else small")
     parser.add_argument("--rounds", type=int, help="default: a sweep over all blocks and one round more")
     parser.add_argument("--local-steps", type=int, default=2)
-    parser.add_argument("--tokens", type=int, help="of a sequence, one a step; default: 512 on a CUDA device, else 32")
+    parser.add_argument(
+        "--tokens", type=int, help="of a sequence, one per step; default: 512 on a CUDA device, else 32"
+    )
     parser.add_argument("--format", default="int8")
     parser.add_argument("--limit-gib", type=float, default=24.0, help="what torch may take of the device's memory")
     parser.add_argument("--server-threads", type=int, default=max(1, (torch.get_num_threads() or 2) // 2))
@@ -319,7 +321,7 @@ def tables(result: Result) -> list[Table]:
     if (pinned := row["pinned_bytes"]) is not None:
         needed = row["pinned_bytes_needed"] / GIB
         run.add_row(f"host memory that is pinned, of {needed:.2f} GiB needed", f"{pinned / GIB:.2f} GiB")
-    run.add_row("model and what trains, bytes a parameter", shown(row["model_and_training_bytes_a_parameter"]))
+    run.add_row("model and what trains, bytes per parameter", shown(row["model_and_training_bytes_a_parameter"]))
     run.add_row("a step", f"{row['step_s_median'] * 1e3:.1f} ms")
     run.add_row("exposed communication a round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
     return [held, run]
@@ -329,8 +331,8 @@ def metrics(result: Result) -> dict[str, float]:
     """Steps a second, and parameters a byte of device memory."""
     row = result["rows"][0]
     step, peak = row["step_s_median"], row["peak_device_bytes"]
-    found = {} if step is None else {"steps a second": 1 / step}
-    return found if peak is None else found | {"parameters a byte": row["parameters"] / peak}
+    found = {} if step is None else {"steps per second": 1 / step}
+    return found if peak is None else found | {"parameters per byte": row["parameters"] / peak}
 
 
 def plot(result: Result, figure: Any) -> None:

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 LANES = (1, 2, 4)
 DELAYS_S = (0.0, 0.01, 0.05)
-LONG_RATE = 100e6 / 8  # bytes a second
+LONG_RATE = 100e6 / 8  # bytes per second
 LONG_DELAY_S = 0.05  # one way
 ROUND_TRIPS = 3000
 FAN_IN = (1, 16, 32)  # links; of up to 16, the server holds all uploads of a round until it closes
@@ -379,7 +379,7 @@ def tables(result: Result) -> list[Table]:
     fan_in = columns(
         "uploads folded by one server",
         "links",
-        "MiB an upload",
+        "MiB per upload",
         "MiB/s in all",
         "/ one link's fastest turn, no fold",
         "closing a round, ms",

@@ -40,7 +40,7 @@ from .federation import Federation, Link, federation
 from .interference import interference
 from .result import Result, columns, shown
 
-FAST = 125e6  # bytes a second, for the run that says what a round computes
+FAST = 125e6  # bytes per second, for the run that says what a round computes
 WARM_UP_ROUNDS = 2
 STAGES = (*figures.TRAINING, *figures.EXCHANGE)
 LEAST_HIDDEN = 0.95  # what the runtime is held to where a round computes for as long as an exchange takes
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-steps", type=int, nargs="+", default=[4])
     parser.add_argument("--formats", nargs="+", default=["int8"])
     parser.add_argument("--staleness", type=int, nargs="+", default=[1], help="1 or more; 0 is always measured")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0], help="0: one a layer")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0], help="0: one per layer")
     parser.add_argument("--delay", default="20ms", help="one way")
     parser.add_argument("--no-interference", action="store_true", help="leave out what transfers cost the training")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the other ways to train")
@@ -91,7 +91,7 @@ class _Sweep:
     delay: float
     scratch: Path
     runs: int = 0
-    computed: dict[int, float] = field(default_factory=dict)  # seconds a round, by number of blocks
+    computed: dict[int, float] = field(default_factory=dict)  # seconds per round, by number of blocks
 
     def rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -178,8 +178,8 @@ def tables(result: Result) -> list[Table]:
     """The sweep, its stages, and what was measured beside it."""
     cells = ("link", "steps", "format", "S", "blocks")
     names = ("compute", "comm.", "ideal", "round", "/ ideal", "exposed", "hidden", "break-even")
-    sweep = columns("overlap (seconds a round)", *cells, *names)
-    stages = columns("stages (seconds a round, mean over clients)", *cells, *STAGES)
+    sweep = columns("overlap (seconds per round)", *cells, *names)
+    stages = columns("stages (seconds per round, mean over clients)", *cells, *STAGES)
     for row in result["rows"]:
         cell = [f"{row['rate_mbit']:.4g} Mbit/s"]
         cell += [str(row[name]) for name in ("local_steps", "format", "staleness", "blocks")]

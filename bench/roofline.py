@@ -43,6 +43,6 @@ def draw(result: dict[str, Any], figure: Any) -> None:
     peak = result["peak_gb_per_s"]
     if peak is not None:
         axes.axhline(peak, linestyle="--", color="grey", label=f"peak {peak:,.0f}")
-    axes.set(xscale="log", xlabel="parameters a block", ylabel="GB/s, bytes read and written once")
+    axes.set(xscale="log", xlabel="parameters per block", ylabel="GB/s, bytes read and written once")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=2)

@@ -227,7 +227,7 @@ def tables(result: Result) -> list[Table]:
     statements.add_row(f"over {HELD} clients: no more memory, +5 %", holds[grown["memory_bounded"]], ratios)
     ratios = ", ".join(f"{ratio:.2f}" for ratio in grown["seconds_a_byte_over_smallest"].values())
     statements.add_row(
-        "seconds a byte: with the most clients no more than with the fewest",
+        "seconds per byte: with the most clients no more than with the fewest",
         holds[grown["time_no_faster_than_bytes"]],
         ratios,
     )
@@ -239,7 +239,7 @@ def metrics(result: Result) -> dict[str, float]:
     found = {}
     for row in result["rows"]:
         name = f"{row['clients']} clients"
-        found[f"bytes a second, {name}"] = row["bytes_a_round"] / row["round_s"]
+        found[f"bytes per second, {name}"] = row["bytes_a_round"] / row["round_s"]
         found[f"bytes a CPU second, {name}"] = row["bytes_a_round"] / row["cpu_s_a_round"]
         found[f"1 / peak memory, {name}"] = 1 / row["peak_memory_mib"]
     return found

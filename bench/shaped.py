@@ -151,7 +151,7 @@ def measure(shape: Shape, seconds: int, repetitions: int) -> dict[str, object]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One row a link."""
+    """One row per link."""
     table = columns(
         "links shaped by the kernel", "Mbit/s", "round trip, ms", "ParaBlock Mbit/s", "iperf3 Mbit/s", "ratio"
     )

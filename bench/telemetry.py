@@ -1,6 +1,6 @@
 """What watching a run costs: recording, exporting the trace, taking a sample of the telemetry.
 
-- step: a client that trains against a server in another process over loopback, one local step a round, so that every
+- step: a client that trains against a server in another process over loopback, one local step per round, so that every
   step encodes, sends, receives and applies a block; with every stage of every chunk recorded on both sides, and with
   nothing recorded. Runs of both kinds alternate; the ratio is of medians over all steps after the first two rounds.
 - record: what one costs the thread that makes it, from encoding chunks of 128 elements with and without a ring.
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """A line a case."""
+    """A line per case."""
     step, record, export, sample = result["rows"]
     table = columns(f"telemetry ({result['settings']['model']})", "case", "with", "without", "with / without")
     times = [shown(step[name] * 1e3, ".2f") + " ms" for name in ("step_s_recorded", "step_s_off")]
@@ -249,7 +249,7 @@ def metrics(result: Result) -> dict[str, float]:
         "step, recorded over off": 1 / step["ratio"],
         "million events exported a second": 1 / export["seconds_per_million_events"],
         "samples a second of processor": 1 / sample["cpu_s"],
-    } | ({"million records a second": 1e-6 / record["seconds"]} if record["seconds"] > 0 else {})
+    } | ({"million records per second": 1e-6 / record["seconds"]} if record["seconds"] > 0 else {})
 
 
 def plot(result: Result, figure: Any) -> None:

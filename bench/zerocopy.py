@@ -1,9 +1,9 @@
 """Whether MSG_ZEROCOPY would pay: plain sends against zero-copy sends of one chunk, over loopback and over a veth pair.
 
-`python -m bench.zerocopy` prints a line a case: MiB/s, the sender's CPU seconds a GiB, and the part of the sends that
-the kernel copied all the same, which it reports with each completion. Loopback and veth deliver to a socket of the same
-machine, for which the kernel must copy; only a real network card can show a gain. The veth pair leads into a network
-namespace of its own and needs root; without it that case is left out with the reason.
+`python -m bench.zerocopy` prints a line per case: MiB/s, the sender's CPU seconds per GiB, and the part of the sends
+that the kernel copied all the same, which it reports with each completion. Loopback and veth deliver to a socket of the
+same machine, for which the kernel must copy; only a real network card can show a gain. The veth pair leads into a
+network namespace of its own and needs root; without it that case is left out with the reason.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Completions:
 
 
 def send(address: tuple[str, int], payload: memoryview, zerocopy: bool) -> tuple[float, float, float]:
-    """MiB/s, CPU seconds a GiB, and the part of the sends that was copied (0 without zero-copy)."""
+    """MiB/s, CPU seconds per GiB, and the part of the sends that was copied (0 without zero-copy)."""
     with socket.create_connection(address) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if zerocopy:

@@ -77,7 +77,7 @@ struct Contribution {
 // Adds, for each contribution, in double and nearest even, then in integers:
 //   int8, int4:  code * rint(weight * scale / kUnit)
 //   fp32, bf16:  rint(weight * value / kUnit)
-// All are added in one pass over hi and lo, which are 16 bytes an element where an int8 contribution is one. `empty`:
+// All are added in one pass over hi and lo, which are 16 bytes per element where an int8 contribution is one. `empty`:
 // the sum begins at zero, whatever hi and lo hold. Only for what `inspect` finds valid and below kLargestContribution.
 void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int64_t numel, bool empty, int threads);
 

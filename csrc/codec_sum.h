@@ -154,7 +154,7 @@ PARABLOCK_INLINE void fold(typename V::L& coarse_sum, typename V::L& fine_sum, t
   fine_sum = V::add_bits(fine_sum, V::add_d(rest, V::set_d(kRounder * kUnit)));
 }
 
-// fp32 and bf16 have a factor an element. It is rounded to units in two steps, each of 52 bits; a few vectors of both
+// fp32 and bf16 have a factor per element. It is rounded to units in two steps, each of 52 bits; a few vectors of both
 // sums stay in registers while all contributions are added to them.
 template <class V, Format kFormat>
 void accumulate_plain(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,

@@ -22,7 +22,7 @@ struct LaneStats {
   uint32_t rtt_us = 0;
   uint32_t rttvar_us = 0;
   uint32_t retransmits = 0;    // segments, since the connection began
-  uint64_t delivery_rate = 0;  // bytes a second, as last measured by the kernel
+  uint64_t delivery_rate = 0;  // bytes per second, as last measured by the kernel
   uint32_t cwnd = 0;           // segments
   uint64_t bytes_in = 0;
   uint64_t bytes_out = 0;

@@ -86,7 +86,7 @@ void Loop::wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready)
 }
 
 // An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link. One that is
-// set too early stays: waking once for nothing is cheaper than a system call a turn.
+// set too early stays: waking once for nothing is cheaper than a system call per turn.
 void Loop::set_timer(int64_t at_ns) {
   if (timer_at_ns_ != 0 && timer_at_ns_ <= at_ns) return;
   itimerspec at{};

@@ -21,7 +21,7 @@ const std::vector<Segment>& FrameReader::want() {
     want_.push_back({scratch_.data(), std::min(left_.front().bytes, kScratchBytes)});
   } else {
     want_ = left_;
-    // The header behind this payload in the same read: one system call a chunk. Behind a kAttach another reader takes
+    // The header behind this payload in the same read: one system call per chunk. Behind a kAttach another reader takes
     // over.
     if (header_.type != FrameType::kAttach) want_.push_back({header_bytes_.data(), kHeaderBytes});
   }

@@ -1,5 +1,5 @@
-// A slow link in front of a fast socket: a token bucket (bytes a second) and a one-way delay. Decides when a frame may
-// start and when its last byte would have arrived; knows nothing of frames or sockets.
+// A slow link in front of a fast socket: a token bucket (bytes per second) and a one-way delay. Decides when a frame
+// may start and when its last byte would have arrived; knows nothing of frames or sockets.
 #pragma once
 
 #include <algorithm>

@@ -47,7 +47,7 @@ struct TcpInfo {
   uint32_t retransmits = 0;
   uint32_t cwnd = 0;  // segments
   uint32_t unsent_bytes = 0;  // in the send buffer
-  uint64_t delivery_rate = 0;  // bytes a second
+  uint64_t delivery_rate = 0;  // bytes per second
 };
 TcpInfo tcp_info(int fd);
 

@@ -88,7 +88,7 @@ const BIO_METHOD* stream_method() {
 
 void OpenSslStream::prepare(SSL_CTX* context) {
   SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);  // a silent link holds none
-  SSL_CTX_set_read_ahead(context, 1);  // or there are two reads a record, one for its header
+  SSL_CTX_set_read_ahead(context, 1);  // or there are two reads per record, one for its header
   SSL_CTX_set_default_read_buffer_len(context, kReadBytes);
   SSL_CTX_set_cert_verify_callback(context, &verify_peer, nullptr);
   SSL_CTX_set_msg_callback(context, &note_message);

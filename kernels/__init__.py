@@ -1,7 +1,7 @@
 """The codec on a GPU: Triton kernels that give the same bytes as `parablock_rt.codec`, installed as
 `parablock_rt.kernels`.
 
-One launch a block and operation, on the current stream, without waiting for the device. Needs torch and triton and
+One launch per block and operation, on the current stream, without waiting for the device. Needs torch and triton and
 nothing of the runtime; where triton is missing the package can be imported, but using it raises ImportError. With
 TRITON_INTERPRET=1 in the environment before the first import the kernels run on the CPU, slowly.
 """

@@ -167,7 +167,7 @@ def kind_of(tensor: torch.Tensor) -> str:
 def zero_counter(device: torch.device) -> torch.Tensor:
     """An int64 [1] that holds 0 and is nobody else's, usually without a launch of its own.
 
-    Slots are cut from a pool that is zeroed once, in order of the stream that will use them, hence a pool a stream.
+    Slots are cut from a pool that is zeroed once, in order of the stream that will use them, hence a pool per stream.
     Each begins at a multiple of 16 bytes: triton compiles a kernel once more for a pointer that does not.
     Not for capture in a CUDA graph: a replay would count on in the slot of the capture.
     """

@@ -149,7 +149,7 @@ class LaneStats:
     @property
     def retransmits(self) -> int: ...  # segments
     @property
-    def delivery_rate(self) -> int: ...  # bytes a second
+    def delivery_rate(self) -> int: ...  # bytes per second
     @property
     def cwnd(self) -> int: ...  # segments
     @property

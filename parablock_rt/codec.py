@@ -200,7 +200,7 @@ class Accumulator:
     """The weighted sum of packed blocks in host memory, bit-identical whatever the order in which they are added.
 
     The sum of an element is one integer of 128 bits, in units of 2^-72. Its halves lie in two int64 tensors of `numel`
-    elements each: 16 bytes an element, which are moved once for all contributions that are held, and neither made nor
+    elements each: 16 bytes per element, which are moved once for all contributions that are held, and neither made nor
     moved if all are held until the mean is taken. Contributions may come in different formats. One thread at a time may
     use it.
     """

@@ -28,7 +28,7 @@ _PATIENCE_S = 30.0
 
 @dataclass(frozen=True)
 class LinkReport:
-    """Times in seconds, rates in bytes a second. `clock_offset_s`: how far the server's clock is ahead of ours."""
+    """Times in seconds, rates in bytes per second. `clock_offset_s`: how far the server's clock is ahead of ours."""
 
     address: str
     round_trip_s: float
@@ -164,5 +164,5 @@ def render(report: LinkReport) -> str:
 
 
 def as_dict(report: LinkReport) -> dict[str, Any]:
-    """The report for a program; rates in bytes a second."""
+    """The report for a program; rates in bytes per second."""
     return {name: getattr(report, name) for name in report.__dataclass_fields__}

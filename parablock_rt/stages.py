@@ -1,4 +1,4 @@
-"""Where the time of a round went: seconds a stage, kept apart from the trace so that they are there without one.
+"""Where the time of a round went: seconds per stage, kept apart from the trace so that they are there without one.
 
 A stage's seconds are those in which it was under way, however many transfers were: overlapping stretches count once.
 Stages overlap each other; that is what the runtime is for.

@@ -128,7 +128,7 @@ def _pack_codes(codes: Array, format: str) -> bytes:
 
 
 def split(body: bytes, numel: int, format: str) -> tuple[Array, Array]:
-    """The planes of an int8 or int4 body: scales as bf16 bits (one a group) and codes as int8 (one an element)."""
+    """The planes of an int8 or int4 body: scales as bf16 bits (one per group) and codes as int8 (one per element)."""
     assert len(body) == body_bytes(numel, format)
     count = numel // GROUP[format]
     scales = np.frombuffer(body, dtype="<u2", count=count)

@@ -90,7 +90,7 @@ class Upload:
 
 @dataclass
 class Client:
-    """One client. Everything is a list with an entry a block; all flat."""
+    """One client. Everything is a list with an entry per block; all flat."""
 
     model: nn.Module
     layouts: list[Layout]
@@ -199,7 +199,7 @@ class SimulationResult:
 
     fingerprints: list[int]
     parameters: dict[str, Tensor]
-    residuals: dict[int, list[Array | None]]  # by seat, an entry a block
+    residuals: dict[int, list[Array | None]]  # by seat, an entry per block
 
 
 def simulate(

@@ -427,7 +427,9 @@ def test_the_demonstration_leaves_a_trace_that_a_viewer_can_read(demonstration: 
 
 
 def test_the_demonstrations_token_is_in_no_argument_and_no_file(demonstration: Demonstration) -> None:
-    assert len(demonstration.tokens) == 2  # one a run; from the processes' environment, which only their owner can read
+    assert (
+        len(demonstration.tokens) == 2
+    )  # one per run; from the processes' environment, which only their owner can read
     assert any("join 127.0.0.1:" in line for line in demonstration.command_lines)
     for token in demonstration.tokens:
         assert len(token) == 32

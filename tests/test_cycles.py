@@ -61,7 +61,7 @@ def test_two_hundred_runs_leave_no_thread_no_descriptor_and_no_memory_behind(lan
     before = held()
     grown = least_growth(lambda: process.memory_info().rss, cycles, STRETCHES)
     assert settles(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
-    # A run holds 64 KiB of weights on each side, several times over: a leak of one copy a run would be 4 MiB.
+    # A run holds 64 KiB of weights on each side, several times over: a leak of one copy per run would be 4 MiB.
     assert grown < 2.5 * MIB
 
 

@@ -40,7 +40,7 @@ MAX_REGISTERS = 128  # four blocks of four warps fit on one multiprocessor
 
 @dataclass(frozen=True)
 class Program:
-    """One specialisation of one kernel, and the bytes an element it may read and write in 16-byte accesses."""
+    """One specialisation of one kernel, and the bytes per element it may read and write in 16-byte accesses."""
 
     kernel: Any
     signature: dict[str, str]

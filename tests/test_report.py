@@ -66,13 +66,13 @@ def test_without_overlap_the_verdict_says_what_would_hide_it(tmp_path: Path) -> 
     write_run(tmp_path / "r", staleness=0, overlap_efficiency=0.0)
     (loaded,) = folder.load(tmp_path / "r")
     assert "Nothing was hidden, as staleness 0 wants it: the training thread waited 1.8 s" in verdict(loaded)
-    assert "With staleness 1, 3 local steps a round would hide it" in verdict(loaded)
+    assert "With staleness 1, 3 local steps per round would hide it" in verdict(loaded)
 
 
 def test_when_the_exchange_is_longer_than_the_round_the_verdict_says_how_many_steps_hide_it(tmp_path: Path) -> None:
     write_run(tmp_path / "r", serial_comm_s=6 * 0.85)
     (loaded,) = folder.load(tmp_path / "r")
-    assert "9 local steps a round instead of 4 would hide the rest: an exchange takes 0.85 s." in verdict(loaded)
+    assert "9 local steps per round instead of 4 would hide the rest: an exchange takes 0.85 s." in verdict(loaded)
 
 
 def test_what_an_uneven_run_did_not_hide_is_not_called_hidden(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_record_has_the_fields_that_were_written() -> None:
 
 
 def test_a_reader_beside_a_fast_writer_sees_whole_records_in_order() -> None:
-    """The encode thread writes two records a chunk, faster than Python looks at them: it is always a ring ahead, and
+    """The encode thread writes two records per chunk, faster than Python looks at them: it is always a ring ahead, and
     overwrites the oldest slots while they are being read."""
     chunks, numel, seen, rounds = 2**15, 128, [], 0
     ring = _C.Ring(2**12)

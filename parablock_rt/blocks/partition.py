@@ -149,10 +149,10 @@ def _matches(pattern: str, name: str) -> bool:
 def by_patterns(
     names: dict[str, list[str]], reasons: dict[str, str], items: Sequence[str | Sequence[str]]
 ) -> list[tuple[str, list[str]]]:
-    """One block an item. A parameter that two items reach by one name is an error; by names that are tied, the first
+    """One block per item. A parameter that two items reach by one name is an error; by names that are tied, the first
     item has it. The patterns within an item may overlap."""
     if not isinstance(items, (list, tuple)) or not items:
-        raise PlanError(f"blocks must be None, a number or a list, an item a block; found {items!r}; {_HOW_TO_NAME}")
+        raise PlanError(f"blocks must be None, a number or a list, an item per block; found {items!r}; {_HOW_TO_NAME}")
     owner: dict[str, str] = {}  # every name an item matched -> that item
     taken: set[str] = set()
     groups: list[tuple[str, list[str]]] = []

@@ -71,7 +71,7 @@ class BlockPlan:
 
         `blocks=n`: n blocks of consecutive whole parameters in definition order, of about equal size.
 
-        `blocks=[...]`: one block an item. An item is a name prefix ("model.layers.1" does not match
+        `blocks=[...]`: one block per item. An item is a name prefix ("model.layers.1" does not match
         "model.layers.10"), a glob pattern, or a list of those; what no item matches is left frozen. `outer` and
         `outer_limit` matter for `blocks=None` only.
 

@@ -152,7 +152,7 @@ class ActiveBlock:
             parameter.grad = None
 
     def now(self) -> list[Tensor]:
-        """The trained weights, one 1-D tensor a segment: fp32 masters if there are any, else the parameters' flats."""
+        """The trained weights, one 1-D tensor per segment: fp32 masters if there are any, else the flat buffers."""
         if self._master is None:
             return self.flat.flats
         return [self._master[s.start : s.start + s.length] for s in self.flat.block.segments]
@@ -215,7 +215,7 @@ def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -
     except TypeError:
         raise ConfigError(
             f"expected an optimiser whose step() needs no closure; found {type(made).__name__}, which evaluates the "
-            "loss several times a step; choose another"
+            "loss several times per step; choose another"
         ) from None
     except ValueError:  # in C, and does not say
         pass

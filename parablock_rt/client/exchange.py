@@ -72,7 +72,7 @@ class Exchange:
         return self._wait(lambda: self._replica.undecided(block) is None, f"the verdict on block {block}", round)
 
     def pack(self, round: int, block: int, now: list[Tensor], ref: list[Tensor]) -> Handover:
-        """Begins to encode what the round has changed: `now` − `ref`, a tensor a segment. Earlier verdicts are in."""
+        """Begins to encode what the round has changed: `now` − `ref`, a tensor per segment. Earlier verdicts are in."""
         pieces, residual = self._replica.pieces(block, now, ref)
         encoding = self._stager.encode(
             pieces,

@@ -63,7 +63,7 @@ def join(
         plan: a plan of your own, to be checked against the server's; None takes the server's.
         token: the pre-shared token, if the server asks for one.
         tls: speak TLS, with a server that is told from others as this says; None: in the clear.
-        rate, delay: slow the upload down artificially: bytes a second (0: unlimited) and seconds, one way.
+        rate, delay: slow the upload down artificially: bytes per second (0: unlimited) and seconds, one way.
         lanes: connections to spread the link over, 1 to 4, as far as the server allows. More than one helps where a
             single TCP connection does not fill a long or lossy path.
         on_round: called on the training thread after each hand-over. It may end the run with `run.close()`. Weights may

@@ -65,7 +65,7 @@ class Replica:
         self._states = [_BlockState() for _ in blocks]
 
     def begin(self, block: int) -> list[Tensor]:
-        """The block's weights as a round starts (`ref`), a copy a segment. Keeps them as x̂ if θ is x̂."""
+        """The block's weights as a round starts (`ref`), a copy per segment. Keeps them as x̂ if θ is x̂."""
         state = self._states[block]
         ref = [flat.clone() for flat in self.blocks[block].flats]
         if state.reference is None:

@@ -35,7 +35,7 @@ class Meter(Protocol):
 
 
 class Rates:
-    """Counters that only grow, as rates a second."""
+    """Counters that only grow, as rates per second."""
 
     def __init__(self) -> None:
         self._before: dict[str, float] = {}

@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class JsonLines:
-    """`telemetry.jsonl`: a line a sample."""
+    """`telemetry.jsonl`: a line per sample."""
 
     FILE = "telemetry.jsonl"
 

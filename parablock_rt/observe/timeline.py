@@ -1,4 +1,4 @@
-"""What happened when in one process: the rings that its threads write, drained into one list of records a thread.
+"""What happened when in one process: the rings that its threads write, drained into one list of records per thread.
 
 Records come from native code, chunk by chunk, and from Python's own threads through `add` and `span`. Times are
 nanoseconds of the monotonic clock, which all processes of one machine share. What a record means for a reader (tracks,
@@ -85,7 +85,7 @@ class Timeline:
         self.on = on
         self.stages = StageClock()
         self.run = 0
-        self.seat: int | None = None  # of a client; the server has one a link
+        self.seat: int | None = None  # of a client; the server has one per link
         self.seats: dict[int, int] = {}
         self._threads: list[_Thread] = []
         self._ring = self.ring(thread, _LEAST_RING)
@@ -136,7 +136,7 @@ class Timeline:
             self.add(stage, start, time.monotonic_ns(), **key)
 
     def drain(self) -> None:
-        """Takes what the rings hold. Call it often enough that none overflows: once a round."""
+        """Takes what the rings hold. Call it often enough that none overflows: once per round."""
         for thread in self._threads:
             thread.drain()
 

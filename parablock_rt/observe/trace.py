@@ -1,7 +1,7 @@
 """A timeline as a Chrome trace, the JSON that https://ui.perfetto.dev and chrome://tracing open.
 
-One track a thread or stream: Python's and the encode thread have one each, a GPU's copies have one; the transport's has
-one for the checksums that it makes and two for each lane of each link, out and in. Flows tie a chunk's slices
+One track per thread or stream: Python's and the encode thread have one each, a GPU's copies have one; the transport's
+has one for the checksums that it makes and two for each lane of each link, out and in. Flows tie a chunk's slices
 together, by a number that is the same in every process: encode (or copy from a GPU) → send → receive → fold or apply.
 Counters are bytes in flight, chunks that are encoded and wait, link rates, and what the telemetry measured.
 
@@ -267,7 +267,7 @@ def _measured(samples: Iterable[CounterSample]) -> Iterator[str]:
 
 
 def _steps(name: str, at_ns: NDArray[Any], changes: NDArray[Any], digits: int = 0) -> Iterator[str]:
-    """A counter that changes by `changes` at `at_ns`, one event a moment."""
+    """A counter that changes by `changes` at `at_ns`, one event for each moment."""
     order = np.argsort(at_ns, kind="stable")
     at_ns, level = at_ns[order], np.cumsum(changes[order])
     last = np.append(at_ns[1:] != at_ns[:-1], True)

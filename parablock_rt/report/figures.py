@@ -68,7 +68,7 @@ def length(intervals: Iterable[Interval]) -> float:
 
 
 def rounds(run: Recorded) -> list[dict[str, Any]]:
-    """One entry a round, in order: the figures of metrics.jsonl and `stages`, seconds by stage, means over clients."""
+    """One entry per round, in order: the figures of metrics.jsonl and `stages`, seconds by stage, client means."""
     entries: dict[int, dict[str, Any]] = {}
     for line in run.rounds:
         index = number(line.get("round"))
@@ -189,7 +189,7 @@ def _shares(processes: list[list[Interval]], start: float, width: float) -> list
 
 
 def clients(run: Recorded) -> list[dict[str, Any]]:
-    """One entry a client, slowest first: mean compute, wait and lateness (seconds a round), and rounds delivered.
+    """One entry per client, slowest first: mean compute, wait and lateness (seconds per round), and rounds delivered.
 
     Lateness: how long after the round's first upload this client's was there.
     """

@@ -78,7 +78,7 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
     if staleness == 0:
         return f"With staleness 1, {enough} local step{plural} a round would hide it: {exchange}."
     if enough > forecast.steps:
-        return f"{enough} local steps a round instead of {forecast.steps} would hide the rest: {exchange}."
+        return f"{enough} local steps per round instead of {forecast.steps} would hide the rest: {exchange}."
     if enough < forecast.steps and (found is None or found.share < HIDDEN):
         return f"{exchange[0].upper()}{exchange[1:]}, which {enough} of the {forecast.steps} local steps would hide."
     if enough < forecast.steps:

@@ -76,7 +76,7 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
     plural = "" if enough == 1 else "s"
     exchange = f"an exchange takes {'' if forecast.measured else 'about '}{forecast.exchange_s:.2f} s"
     if staleness == 0:
-        return f"With staleness 1, {enough} local step{plural} a round would hide it: {exchange}."
+        return f"With staleness 1, {enough} local step{plural} per round would hide it: {exchange}."
     if enough > forecast.steps:
         return f"{enough} local steps per round instead of {forecast.steps} would hide the rest: {exchange}."
     if enough < forecast.steps and (found is None or found.share < HIDDEN):

@@ -173,8 +173,8 @@ def _tiny(dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar a load, which would tear the caller's own display."""
+def no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per load and per save, which would tear the caller's own display."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -200,7 +200,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
             "copy the tokenizer's files, such as tokenizer.json, there from the checkpoint that the model comes from"
         ) from error
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder), attn_implementation="sdpa", output_loading_info=True, dtype=dtype, **local
             )

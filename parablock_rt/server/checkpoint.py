@@ -61,16 +61,23 @@ class Checkpoint:
         checkpoint = cls(folder, journal)
         try:
             _lock(journal, folder)
-            if os.fstat(journal).st_size > 0:  # an empty one is of a server that died before its first record
-                raise CheckpointError(
-                    f"{folder} holds the state of a run already; resume that run, or choose another folder"
-                )
+            cls.refuse_to_replace(folder)
             checkpoint.append(begin)
             _sync_folder(folder)
         except BaseException:
             checkpoint.close()
             raise
         return checkpoint
+
+    @staticmethod
+    def refuse_to_replace(folder: Path) -> None:
+        """Raises CheckpointError when the folder holds the state of a run, which a new one would put an end to."""
+        journal = folder / _JOURNAL
+        # An empty one is of a server that died before its first record.
+        if journal.exists() and journal.stat().st_size > 0:
+            raise CheckpointError(
+                f"{folder} holds the state of a run already; resume that run, or choose another folder"
+            )
 
     @classmethod
     def open(cls, folder: Path) -> tuple[Checkpoint, Past]:

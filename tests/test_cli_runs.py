@@ -18,11 +18,14 @@ from processes import Process, command, start_server
 from test_cli import Main, Start, join, main, read, serve, start, wait_for  # noqa: F401 - two are fixtures
 from test_readme import own_model
 
+from parablock_rt import cli, demo, link_check, top
 from parablock_rt.cli import folders
-from parablock_rt.errors import ConfigError, ConnectError
+from parablock_rt.errors import ConfigError, ConnectError, ParaBlockError
 from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune import models
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.wire import certs
 from parablock_rt.wire.transport import Transport
 
 TOKEN = "sixteen-characters"
@@ -42,6 +45,51 @@ def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder, but for the lock, which holds nothing."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# ---- Examples
+
+
+def example_of(main: Main, name: str) -> list[str]:  # noqa: F811
+    """The words of a command's own example, behind the program's name."""
+    shown = " ".join(main(name, "--help").out.split())
+    return shown.partition("Example: parablock ")[2].split()
+
+
+@pytest.mark.parametrize("name", ["demo", "serve", "join", "plan", "top", "doctor"])
+def test_the_example_of_a_command_is_taken_as_it_is_printed(
+    main: Main,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    def reached(*_: object, **options: Any) -> None:
+        if name in ("join", "top", "doctor"):  # what serve's example asks of them
+            assert options["tls"] is not None
+            assert (options.get("token") or _[1]) == TOKEN
+        raise ConfigError("far enough")
+
+    words = [word.replace("0.0.0.0:7070", "0.0.0.0:0") for word in example_of(main, name)]
+    deployment = certs.create(tmp_path / "tls", ["server.example.org"])
+    (tmp_path / "ca.pem").write_bytes(deployment.ca.certificate_file.read_bytes())
+    (tmp_path / "token").write_text(TOKEN)
+    for owner, function in (
+        (demo, "run"),
+        (finetune, "load"),
+        (finetune, "train"),
+        (finetune, "outline"),
+        (link_check, "check_link"),
+        (top, "watch"),
+    ):
+        monkeypatch.setattr(owner, function, lambda *given, **options: reached(*given, **options))
+    result = main(*words)
+    assert (result.code, result.err.splitlines()[-1]) == (2, "error: far enough"), result.err
+
+
+def test_flags_are_shown_without_a_type(main: Main) -> None:  # noqa: F811
+    for name in ("demo", "serve", "join", "top", "certs"):
+        lines = [line for line in main(name, "--help").out.splitlines() if "--help" not in line]
+        assert not [line for line in lines if "<bool>" in line or "BOOLEAN" in line]
 
 
 # ---- A command that is refused changes nothing
@@ -262,3 +310,54 @@ def test_a_full_disk_costs_the_record_and_not_the_run(start: Start, tmp_path: Pa
         for file in ("metrics.jsonl", "summary.json", "trace.json"):
             line = f"WARNING run/{file} cannot be written (No space left on device) and is not complete; the run itself"
             assert said.count(line) == 1, said
+
+
+def test_a_demonstration_with_little_to_hide_says_so() -> None:
+    said = demo.little_to_hide({"rounds": 10, "compute_s": 120.0, "exposed_comm_s": 14.0})
+    assert said is not None
+    assert said.startswith("Computing took 12.0 s per round and communication 1.4 s: there was little to hide")
+    assert demo.little_to_hide({"rounds": 10, "compute_s": 20.0, "exposed_comm_s": 14.0}) is None
+    assert demo.little_to_hide({"rounds": 0, "compute_s": 0.0, "exposed_comm_s": 0.0}) is None
+
+
+def test_saving_a_model_draws_no_bar_and_names_where_there_is_no_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    net, tokenizer = models.load("tiny")
+    cli.run._save(net, tokenizer, tmp_path)
+    assert "Writing" not in capfd.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(ParaBlockError, match=rf"the result cannot be saved to {tmp_path}/file/model: "):
+        cli.run._save(net, tokenizer, tmp_path / "file")
+
+
+# ---- Questions about shapes
+
+
+def test_a_plan_takes_no_weights_and_measures_a_step_without_a_tokenizer(main: Main, tmp_path: Path) -> None:  # noqa: F811
+    own_model(tmp_path / "checkpoint")
+    for file in (tmp_path / "checkpoint").glob("tokenizer*"):
+        file.unlink()
+    flags = ("plan", "--model", "checkpoint", "--rate", "8mbit", "--seq-len", 16, "--json")
+    measured = main(*flags)
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["step_s"] > 0
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    told = main(*flags, "--step-time", "0.5")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["memory"] == json.loads(measured.out)["memory"]
+    assert "expected a complete Hugging Face causal language model" in main(*flags).err
+
+
+def test_the_doctor_cuts_and_measures_the_model_as_it_is_told(main: Main) -> None:  # noqa: F811
+    def heaviest(*flags: object) -> str:
+        common = ("doctor", "--peer", running.address, "--model", "tiny", "--step-time", "1e-9", "--json")
+        result = main(*common, *flags)
+        assert result.code == 0, result.err
+        (name,) = re.findall(r": (\S+) needs ", json.loads(result.out)["overlap"])
+        return str(name)
+
+    with start_server() as running:
+        assert heaviest() == "model.layers.0"
+        assert heaviest("--blocks", 1) == "block.0"
+        assert heaviest("--outer", "train", "--dtype", "bf16", "--seq-len", 8, "--batch-size", 2) == "model.layers.0"

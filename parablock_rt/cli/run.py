@@ -51,6 +51,7 @@ from parablock_rt.cli.options import (
     TokenFile,
     Trace,
     client_tls,
+    flag,
     plan_of,
     server_tls,
 )
@@ -94,7 +95,7 @@ def run_demo(
     seq_len: SeqLen = None,
     lr: LearningRate = None,
     eval_examples: EvalExamples = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the links, with certificates made for the run.")] = False,
+    tls: Annotated[bool, flag("--tls", help="Encrypt the links, with certificates made for the run.")] = False,
     run_dir: RunDir = None,
     summary: SummaryFile = None,
     as_json: Json = False,
@@ -119,7 +120,10 @@ def run_demo(
     deliver(demo.run(plan, console), summary, as_json)
 
 
-@commands.command(epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --token-file token --clients 2[/b]")
+@commands.command(
+    epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --tls-cert tls/server.pem --tls-key tls/server.key "
+    "--token-file token --clients 2[/b]"
+)
 def serve(
     context: typer.Context,
     config_file: ConfigFile = None,
@@ -164,10 +168,10 @@ def serve(
         typer.Option(help="optional: a client without a certificate is let in by the token."),
     ] = "required",
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS, or without a token.")
+        bool, flag("--insecure", help="Listen beyond loopback without TLS, or without a token.")
     ] = False,
-    save_model: Annotated[bool, typer.Option(help="Save the result to the run folder.")] = True,
-    durable: Annotated[bool, typer.Option(help="Keep the run's state in the run folder, to --resume it.")] = True,
+    save_model: Annotated[bool, flag(help="Save the result to the run folder.")] = True,
+    durable: Annotated[bool, flag(help="Keep the run's state in the run folder, to --resume it.")] = True,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -257,7 +261,7 @@ def serve(
     deliver(result, summary, as_json)
 
 
-@commands.command(epilog="Example: [b]parablock join server.example.org:7070 --token-file token[/b]")
+@commands.command(epilog="Example: [b]parablock join server.example.org:7070 --tls-ca ca.pem --token-file token[/b]")
 def join(
     context: typer.Context,
     address: Annotated[str, typer.Argument(help="host:port of the server.")],

@@ -19,7 +19,7 @@ from test_cli import Main, Start, join, main, read, serve, start, wait_for  # no
 from test_readme import own_model
 
 from parablock_rt import cli, demo, link_check, top
-from parablock_rt.cli import folders
+from parablock_rt.cli import folders, output
 from parablock_rt.errors import ConfigError, ConnectError, ParaBlockError
 from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune import models
@@ -281,6 +281,19 @@ def test_closed_pipes_end_neither_server_nor_client(start: Start, tmp_path: Path
     for name in ("server", "c0", "c1"):
         assert read(tmp_path / name / "summary.json")["complete"] is True
         assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_can_be_printed_nowhere_is_lost_without_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        console = output.Progress(file=full)
+        console.print("a round")
+        console.rule("another")
+    with open("/dev/full", "w") as full:
+        handler = output.LogHandler(full)
+        for _ in range(2):
+            handler.handle(logging.LogRecord("parablock", logging.WARNING, "", 0, "a warning", (), None))
+        handler.flush()  # as at the exit
 
 
 def on_a_full_disk(pipe: Connection, arguments: list[str], folder: str, *_: object) -> None:

@@ -60,10 +60,10 @@ def held(path: Path | None, kind: str) -> Iterator[Path]:
             ) from error
         yield path
     finally:
-        if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
-            (path / _LOCK).unlink()
-            for folder in made:
-                with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # somebody else has removed it
+            if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
+                (path / _LOCK).unlink()
+                for folder in made:
                     folder.rmdir()
         os.close(lock)
 

@@ -38,7 +38,7 @@ from parablock_rt.cli.options import (
     plan_of,
     seconds_of,
 )
-from parablock_rt.cli.output import console
+from parablock_rt.cli.output import console, tell_news
 from parablock_rt.client import memory, optimizers
 from parablock_rt.errors import ConfigError
 from parablock_rt.finetune import loop as finetune
@@ -150,6 +150,7 @@ def show_doctor(
         findings = doctor.examine()
         print(to_json(findings, indent=2) if as_json else doctor.render(findings))
         return
+    tell_news()
     config.RunConfig(rounds=1, clients=1, local_steps=local_steps, format=format)  # raises for what is none
     seconds = seconds_of(step_time)
     plan = None
@@ -185,6 +186,7 @@ def show_top(
     as_json: Json = False,
 ) -> None:
     """Watch a running server: rounds, clients, who is slow, rates, what is hidden. Takes no seat, changes nothing."""
+    tell_news()
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     config.parse_address(address)

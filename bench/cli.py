@@ -2,7 +2,8 @@
 
 While one runs, what it has measured so far is in NAME.partial.json, for those that hand it over.
 
-Exit codes: 0 done, 1 something got worse than the threshold allows, 2 wrong usage.
+Exit codes: 0 done; 1 something got worse than the threshold allows, is missing, or was measured with other settings; 2
+wrong usage.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 
 from parablock_rt.errors import ConfigError
 from parablock_rt.observe.run_folder import to_json
 
 from .machine import gpu, machine
-from .result import Benchmark, Result, compare, comparison_table, kept_by, read
+from .result import Benchmark, Result, compare, comparison_table, kept_by, read, unlike_settings
 
 WIDTH = 150  # of a table; a narrower terminal wraps it instead of losing figures
 NAMES = ("codec", "transport", "links", "overlap", "scale", "telemetry")
@@ -59,6 +61,12 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
             comparisons = compare(benchmark.metrics(older[each]), benchmark.metrics(result))
             console.print(comparison_table(comparisons, options.threshold))
             worse = worse or comparisons[0].ratio < options.threshold
+            if unlike := unlike_settings(older[each], result):
+                console.print(
+                    f"[red]These two do not compare[/red]: the older result of {each} has other settings "
+                    f"({escape('; '.join(unlike))}); measure with the same ones"
+                )
+                worse = True
     return 1 if worse else 0
 
 

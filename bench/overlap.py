@@ -32,6 +32,7 @@ from parablock_rt.errors import ConfigError
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.report import figures
 from parablock_rt.report.folder import Recorded
+from parablock_rt.stages import hidden_share
 from parablock_rt.units import parse_delay, parse_rate
 
 from . import baselines
@@ -168,7 +169,7 @@ def _row(run: Recorded, communication: float, **cell: Any) -> dict[str, Any]:
         "round_s": statistics.mean(entry["open_s"] for entry in steady),
         "round_over_ideal": sum(entry["open_s"] for entry in steady) / ideal,
         "exposed_s": exposed,
-        "overlap_efficiency": 1 - exposed / communication if cell["staleness"] > 0 else 0.0,
+        "overlap_efficiency": hidden_share(exposed, communication) if cell["staleness"] > 0 else 0.0,
         "stages": {name: statistics.mean(values) for name, values in stages.items() if values},
     }
 

@@ -30,7 +30,7 @@ HEAD = """# Benchmarks
 Made by `python -m bench.page` from the files in [bench/results](../bench/results); a test holds it against them.
 `make bench` measures again. Figures differ from machine to machine and on a shared one from hour to hour: read the
 ratios, which come from one run each. `parablock bench NAME --compare OLD.json` prints the ratios to an older result and
-exits with 1 where one is below `--threshold` (0.9).
+exits with 1 where one is below `--threshold` (0.9), where the new result lacks one, and where the settings differ.
 """
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from parablock_rt.errors import ConfigError
+from parablock_rt.observe.run_folder import to_json
 
 Result = dict[str, Any]
 
@@ -64,16 +65,19 @@ def kept_by(write: Callable[[Result], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric in two results. `ratio`: new over old; below 1 it got worse."""
+    """One metric in two results; `new` is None where only the older one has it. `ratio`: new over old; below 1 it got
+    worse."""
 
     name: str
     old: float
-    new: float
+    new: float | None
 
     @property
     def ratio(self) -> float:
         """New over old. Where the old one is 0 or less, and so has no ratio: 1 if it is the same, infinite if it got
-        better, 0 if it got worse."""
+        better, 0 if it got worse. 0 too where there is no new one: what fails now must not look as good as before."""
+        if self.new is None:
+            return 0.0
         if self.old > 0:
             return self.new / self.old
         return 1.0 if self.new == self.old else float("inf") if self.new > self.old else 0.0
@@ -95,11 +99,22 @@ def read(path: Path, name: str) -> Result:
 
 
 def compare(old: dict[str, float], new: dict[str, float]) -> list[Comparison]:
-    """Every metric that both have, the worst first. Raises ConfigError when they have none in common."""
-    common = [Comparison(name, old[name], new[name]) for name in new if name in old]
-    if not common:
+    """Every metric that the older result has, the worst first. Raises ConfigError when they have none in common."""
+    if not old.keys() & new.keys():
         raise ConfigError("the two results have no metric in common: other settings, or another benchmark")
-    return sorted(common, key=lambda each: each.ratio)
+    found = [Comparison(name, value, new.get(name)) for name, value in old.items()]
+    return sorted(found, key=lambda each: each.ratio)
+
+
+def unlike_settings(old: Result, new: Result) -> list[str]:
+    """The settings in which two results differ, as "name: old instead of new"; figures of such do not compare.
+
+    Repetitions may differ, they only steady a figure; so may settings that only one of them has: the other's release
+    did not know them.
+    """
+    before, now = (json.loads(to_json(result.get("settings", {}))) for result in (old, new))
+    names = [name for name in now if name in before and name != "repetitions"]
+    return [f"{name}: {before[name]} instead of {now[name]}" for name in names if before[name] != now[name]]
 
 
 def comparison_table(comparisons: list[Comparison], threshold: float) -> Table:
@@ -109,7 +124,8 @@ def comparison_table(comparisons: list[Comparison], threshold: float) -> Table:
         table.add_column(name, justify="right")
     for each in comparisons:
         mark = "[red]below the threshold[/red] " if each.ratio < threshold else ""
-        table.add_row(each.name, f"{each.old:.4g}", f"{each.new:.4g}", f"{mark}{each.ratio:.3f}")
+        name = each.name if each.new is not None else f"{each.name} (not in the new result)"
+        table.add_row(name, f"{each.old:.4g}", shown(each.new, ".4g"), f"{mark}{each.ratio:.3f}")
     return table
 
 

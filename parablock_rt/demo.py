@@ -292,6 +292,7 @@ def _table(summaries: dict[str, Any]) -> Table:
     row("compute, s", lambda s: number(s["compute_s"], ".1f"))
     row("communication if nothing hides it, s", lambda s: number(s["serial_comm_s"], ".1f"))
     row("communication exposed, s", lambda s: number(s["exposed_comm_s"], ".1f"))
+    row("waited for other clients, s", lambda s: number(s["waited_for_others_s"], ".1f"))
     row("overlap efficiency", lambda s: number(s["overlap_efficiency"], ".1%"))
     row("MB up / down", lambda s: f"{s['bytes_up'] / 1e6:.1f} / {s['bytes_down'] / 1e6:.1f}")
     row("bytes against bf16", lambda s: number((s["bytes_up"] + s["bytes_down"]) / s["bytes_as_bf16"], ".1%"))

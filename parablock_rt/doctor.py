@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from parablock_rt import _C
+from parablock_rt import _C, limits
 from parablock_rt.staging import pinned
 from parablock_rt.version import __version__
 from parablock_rt.wire import handshake, protocol
@@ -23,7 +23,10 @@ def examine() -> dict[str, Any]:
         "parablock-rt": _fact(__version__, f"speaks protocol version {protocol.VERSION}"),
         "python": _fact(platform.python_version(), "3.10 or newer is supported"),
         "torch": _fact(torch.__version__, f"computes with {torch.get_num_threads()} threads unless told otherwise"),
-        "cpu": _fact(f"{os.cpu_count()} cores", "the transport and encode threads want one beside the training"),
+        "cpu": _fact(
+            f"{limits.cores():g} cores",
+            "that this process may use; the transport and encode threads want one beside the training",
+        ),
         "codec": _fact(
             _C.instruction_set(), "fastest first: avx512-vnni, avx512, avx2, portable; all give the same bytes"
         ),

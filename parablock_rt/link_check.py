@@ -39,11 +39,6 @@ class LinkReport:
     clock_error_s: float
     tls: dict[str, str] | None
 
-    @property
-    def both_ways(self) -> float:
-        """The rate at which as much goes up as down takes as long as on this link."""
-        return 2 / (1 / self.up + 1 / self.down)
-
 
 def check_link(address: str, *, token: str | None = None, tls: Tls | None = None) -> LinkReport:
     """Measures the link to the server at `address`. Raises ConnectError, HandshakeError, PeerLostError, ConfigError."""

@@ -5,8 +5,8 @@ Predictions only; nothing here talks to a network. What is held in memory is `me
 
 from __future__ import annotations
 
-import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +17,36 @@ from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client.active import ActiveBlock
 from parablock_rt.client.memory import Predictor
 from parablock_rt.codec import FORMATS
+from parablock_rt.stages import steps_to_hide
 
 
-def communication_s(block: Block, format: str, rate: float, delay: float) -> float:
-    """Seconds from hand-over to applied aggregate when nothing hides them: the body up and down, and both delays."""
-    return 2 * (block.wire_bytes(format) / rate + delay)
+@dataclass(frozen=True)
+class Link:
+    """A client's link: bytes per second up and down, and seconds one way."""
+
+    up: float
+    down: float
+    delay: float
+
+    def exchange_s(self, block: Block, format: str) -> float:
+        """Seconds from hand-over to applied aggregate when nothing hides them: the body up and down, both delays."""
+        nbytes = block.wire_bytes(format)
+        return nbytes / self.up + nbytes / self.down + 2 * self.delay
+
+    def steps_to_hide(self, block: Block, format: str, step_s: float, staleness: int) -> int | None:
+        """The fewest local steps of `step_s` seconds that hide it; None at staleness 0, where nothing can."""
+        if staleness == 0:
+            return None
+        nbytes = block.wire_bytes(format)
+        return steps_to_hide(self.exchange_s(block, format), nbytes / self.up, nbytes / self.down, step_s, staleness)
 
 
-def forecast(plan: BlockPlan, memory: Predictor, rate: float, delay: float, step_s: float | None) -> dict[str, Any]:
-    """The plan in figures. With a `rate` (bytes a second) and a step time (seconds) also what hides the transfers."""
+def forecast(
+    plan: BlockPlan, memory: Predictor, rate: float, delay: float, step_s: float | None, staleness: int
+) -> dict[str, Any]:
+    """The plan in figures. With a `rate` (bytes per second, each way) and a step time (seconds) also how long an
+    exchange takes (`exchange_s`) and how many local steps hide it; no number of them (None) does at staleness 0."""
+    link = Link(rate, rate, delay)
     blocks = []
     for block, held in zip(plan.blocks, memory.blocks, strict=True):
         entry: dict[str, Any] = {
@@ -36,15 +57,17 @@ def forecast(plan: BlockPlan, memory: Predictor, rate: float, delay: float, step
             "residual_bytes": held.residual,
         }
         if rate and step_s:
-            seconds = {format: communication_s(block, format, rate, delay) for format in FORMATS}
-            entry["communication_s"] = seconds
-            entry["local_steps_to_hide"] = {format: math.ceil(value / step_s) for format, value in seconds.items()}
+            entry["exchange_s"] = {format: link.exchange_s(block, format) for format in FORMATS}
+            entry["local_steps_to_hide"] = {
+                format: link.steps_to_hide(block, format, step_s, staleness) for format in FORMATS
+            }
         blocks.append(entry)
     return {
         "digest": plan.digest,
         "step_s": step_s,
         "rate_bytes_per_s": rate,
         "delay_s": delay,
+        "staleness": staleness,
         "memory": memory.peak().to_dict(),
         "blocks": blocks,
     }
@@ -76,17 +99,22 @@ def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tenso
     return sorted(times[1:])[1]
 
 
-def verdict(plan: BlockPlan, format: str, local_steps: int, rate: float, delay: float, step_s: float) -> str:
-    """Whether rounds of `local_steps` steps hide the transfer of the heaviest block. Units as of `forecast`."""
+def verdict(plan: BlockPlan, format: str, staleness: int, local_steps: int, link: Link, step_s: float) -> str:
+    """Whether rounds of `local_steps` steps of `step_s` seconds hide the exchange of the heaviest block."""
     heaviest = max(plan.blocks, key=lambda block: block.numel)
-    seconds = communication_s(heaviest, format, rate, delay)
-    needed, compute_s = math.ceil(seconds / step_s), local_steps * step_s
-    needs = f"{heaviest.name} needs {seconds:.2f} s up and down in {format}"
+    needed, compute_s = link.steps_to_hide(heaviest, format, step_s, staleness), local_steps * step_s
+    needs = f"{heaviest.name} needs {link.exchange_s(heaviest, format):.2f} s up and down in {format}"
+    if needed is None:
+        enough = link.steps_to_hide(heaviest, format, step_s, 1)
+        return (
+            f"not hidden: at staleness 0 training waits for every exchange. {needs}; --staleness 1 with "
+            f"--local-steps {enough} would hide it"
+        )
     if needed <= local_steps:
-        return f"hidden: {needs}, and {local_steps} local steps take {compute_s:.2f} s"
+        return f"hidden at staleness {staleness}: {needs}, and {local_steps} local steps take {compute_s:.2f} s"
     return (
-        f"not hidden: {needs}, but {local_steps} local steps take only {compute_s:.2f} s; --local-steps {needed} "
-        "would hide it"
+        f"not hidden at staleness {staleness}: {needs}, but {local_steps} local steps take only {compute_s:.2f} s; "
+        f"--local-steps {needed} would hide it"
     )
 
 
@@ -94,13 +122,17 @@ def render(plan: BlockPlan, memory: Predictor, figures: dict[str, Any]) -> str:
     """The forecast for a reader."""
     heaviest = max(figures["blocks"], key=lambda entry: entry["parameters"])
     lines = [plan.describe(), "", memory.peak().render()]
-    if "communication_s" in heaviest:
+    if "exchange_s" in heaviest:
         lines.append("")
         link = (
             f"{figures['rate_bytes_per_s'] * 8 / 1e6:g} Mbit/s each way, {figures['delay_s'] * 1e3:g} ms one-way delay"
         )
         lines.append(f"at {link} and {figures['step_s']:.3f} s a local step, {heaviest['name']} needs:")
         for format in FORMATS:
-            seconds, steps = heaviest["communication_s"][format], heaviest["local_steps_to_hide"][format]
-            lines.append(f"  {format:>5}: {seconds:8.2f} s up and down, hidden by {steps} local steps or more")
+            seconds, steps = heaviest["exchange_s"][format], heaviest["local_steps_to_hide"][format]
+            if steps is None:
+                effect = "not hidden, as staleness 0 wants it"
+            else:
+                effect = f"hidden by {steps} local steps or more at staleness {figures['staleness']}"
+            lines.append(f"  {format:>5}: {seconds:8.2f} s up and down, {effect}")
     return "\n".join(lines)

@@ -2,10 +2,14 @@
 
 A stage's seconds are those in which it was under way, however many transfers were: overlapping stretches count once.
 Stages overlap each other; that is what the runtime is for.
+
+Here is also what follows from such seconds wherever they come from (a summary, a status, a benchmark, a plan): the
+share of an exchange that was hidden, and the local steps that hide one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -34,10 +38,44 @@ NO_TIME = StageSeconds()
 STAGES = StageSeconds.__struct_fields__
 
 
+def total(of: Iterable[StageSeconds], factor: float = 1.0) -> StageSeconds:
+    """The sum of each stage, times `factor`; zeros of none."""
+    listed = list(of)
+    return StageSeconds(**{name: sum(getattr(s, name) for s in listed) * factor for name in STAGES})
+
+
 def mean(of: Iterable[StageSeconds]) -> StageSeconds:
     """The mean of each stage; zeros of none."""
     listed = list(of)
-    return StageSeconds(**{name: sum(getattr(s, name) for s in listed) / max(1, len(listed)) for name in STAGES})
+    return total(listed, 1 / max(1, len(listed)))
+
+
+def hidden_share(exposed_s: float, exchange_s: float | None) -> float | None:
+    """`1 − exposed / exchange`: the share of the seconds of one or several exchanges that training did not wait for.
+
+    Negative where training waited for longer than the exchanges take; None without exchanges. `exposed_s` must not
+    contain what training waited for other clients: see `waited_for_others`.
+    """
+    return None if not exchange_s else 1 - exposed_s / exchange_s
+
+
+def waited_for_others(blocked_s: float, wait_s: float) -> float:
+    """Of the seconds for which training was blocked, those that would not have been if all other clients had delivered
+    in time. `wait_s`: the stage `wait` of the same rounds.
+
+    Without the wait every aggregate would have come `wait_s` earlier, so training would have been blocked for so much
+    less, but not for less than nothing.
+    """
+    return max(0.0, min(blocked_s, wait_s))
+
+
+def steps_to_hide(exchange_s: float, send_s: float, receive_s: float, step_s: float, staleness: int) -> int:
+    """The fewest local steps a round that hide exchanges, at a staleness of 1 or more. All times in seconds.
+
+    An exchange may take `staleness` rounds. But each direction of the link carries one body per round, so a round that
+    is shorter than `send_s` or `receive_s` waits, whatever the staleness.
+    """
+    return max(1, math.ceil(max(exchange_s / staleness, send_s, receive_s) / step_s))
 
 
 class StageClock:
@@ -54,7 +92,7 @@ class StageClock:
         self._stretches[stage].append((start_ns, end_ns))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Notes seconds that somebody else has measured."""
+        """Notes seconds that somebody else has measured, and that overlap no others of their stage."""
         self._window[stage] += seconds
 
     def take(self) -> StageSeconds:

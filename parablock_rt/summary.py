@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import mean
 from typing import Any
 
 import msgspec
@@ -11,15 +10,16 @@ from parablock_rt.client.run import Run
 from parablock_rt.codec import body_bytes
 from parablock_rt.config import RunConfig
 from parablock_rt.server.outcome import Outcome
-from parablock_rt.stages import mean as mean_stages
+from parablock_rt.stages import hidden_share, total, waited_for_others
+from parablock_rt.wire.protocol import Goodbye
 
-SUMMARY_VERSION = 1
-"""Of the names and meanings in summary.json; a reader of another version says so."""
+SUMMARY_VERSION = 2
+"""Of the names and meanings in summary.json; a reader of another version says so.
 
-
-def overlap_efficiency(exposed_s: float, serial_s: float | None) -> float | None:
-    """`1 − exposed / serial`: the share of the communication time that was hidden. None without a serial figure."""
-    return None if not serial_s else 1 - exposed_s / serial_s
+2: `exposed_comm_s` and `serial_comm_s` do not contain the wait for other clients any more, which is
+`waited_for_others_s`; means over clients are those of a client that took part in all of the run; `wall_s` of a resumed
+run contains the rounds before; `resumed_from` and `snapshot_bytes` are new.
+"""
 
 
 def summarise(
@@ -33,16 +33,34 @@ def summarise(
 ) -> dict[str, Any]:
     """What `summary.json` holds. Times in seconds, bytes without framing; times of clients are means over them.
 
+    `exposed_comm_s`: for how long training was blocked on communication; `waited_for_others_s`: for how long it was
+    blocked because other clients had not delivered yet, which no link can help.
+
     `serial_comm_s`: what the same transfers take when nothing hides them, from a run with staleness 0 on the same link.
-    With staleness 0 it is the run's own exposed time; otherwise, without it, there is no overlap efficiency.
+    With staleness 0 it is the run's own exposed time; otherwise, without it, there is no overlap efficiency. Nor is
+    there one of a run that was resumed (`resumed_from`: the first round that this server closed): its clients were
+    blocked without a server, too, and no record tells that time apart.
     """
     rounds = outcome.rounds
     finished = [goodbye for goodbye in outcome.goodbyes.values() if not goodbye.reason]
-    compute_s = mean(g.compute_s for g in finished) if finished else sum(r.compute_s for r in rounds)
-    exposed_s = mean(g.exposed_s for g in finished) if finished else sum(r.exposed_s for r in rounds)
+    if finished:
+        factor = _to_a_whole_run(finished, len(rounds) * config.cohort_size / config.clients)
+        stages = total((g.stages for g in finished), factor)
+        compute_s = factor * sum(g.compute_s for g in finished)
+        blocked_s = factor * sum(g.exposed_s for g in finished)
+        others_s = factor * sum(waited_for_others(g.exposed_s, g.stages.wait) for g in finished)
+    else:
+        stages = total(r.stages for r in rounds)
+        compute_s, blocked_s = sum(r.compute_s for r in rounds), sum(r.exposed_s for r in rounds)
+        others_s = sum(waited_for_others(r.exposed_s, r.stages.wait) for r in rounds)
+    exposed_s = blocked_s - others_s
     serial_s = exposed_s if config.staleness == 0 else serial_comm_s
+    if outcome.resumed_from is not None:
+        serial_s = None
     bytes_up = rounds[-1].bytes_up if rounds else 0
     bytes_down = rounds[-1].bytes_down if rounds else 0
+    snapshot_bytes = rounds[-1].snapshot_bytes if rounds else 0
+    packed_bytes = bytes_up + bytes_down - snapshot_bytes
     return {
         "version": SUMMARY_VERSION,
         "complete": len(rounds) == config.rounds and len(finished) > 0 and not outcome.unfinished,
@@ -51,6 +69,7 @@ def summarise(
         "schedule": config.schedule,
         "seed": config.seed,
         "rounds": len(rounds),
+        "resumed_from": outcome.resumed_from,
         "clients": config.clients,
         "blocks": blocks,
         "local_steps": config.local_steps,
@@ -58,16 +77,19 @@ def summarise(
         "compute_s": compute_s,
         "serial_comm_s": serial_s,
         "exposed_comm_s": exposed_s,
+        "waited_for_others_s": others_s,
         "skew_s": sum(r.skew_s for r in rounds),
-        "overlap_efficiency": overlap_efficiency(exposed_s, serial_s),
-        "stages": msgspec.to_builtins(mean_stages(g.stages for g in finished)),
+        "overlap_efficiency": hidden_share(exposed_s, serial_s),
+        "stages": msgspec.to_builtins(stages),
         "stages_of": {
             "server": msgspec.to_builtins(outcome.server_stages),
             **{f"client {seat}": msgspec.to_builtins(g.stages) for seat, g in sorted(outcome.goodbyes.items())},
         },
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,
-        "bytes_as_bf16": round((bytes_up + bytes_down) * body_bytes(128, "bf16") / body_bytes(128, config.format)),
+        "snapshot_bytes": snapshot_bytes,  # of bytes_down; a whole block has the same size in every format
+        "bytes_as_bf16": round(packed_bytes * body_bytes(128, "bf16") / body_bytes(128, config.format))
+        + snapshot_bytes,
         "bad_groups": sum(r.bad_groups for r in rounds),
         "train_loss_last": rounds[-1].loss if rounds else None,
         "eval_loss_before": eval_loss_before,
@@ -83,8 +105,18 @@ def summarise(
     }
 
 
+def _to_a_whole_run(finished: list[Goodbye], rounds: float) -> float:
+    """What makes sums over these clients figures of one that took part in all of the run, in `rounds` rounds.
+
+    A client that came late, or in another's place, has trained fewer of them: a mean would take its part for a whole.
+    """
+    trained = sum(goodbye.rounds for goodbye in finished)
+    return rounds / trained if trained and all(goodbye.rounds for goodbye in finished) else 1 / len(finished)
+
+
 def summarise_client(run: Run) -> dict[str, Any]:
     """What a client's own `summary.json` holds, also of a run that it has left early. Units as in `summarise`."""
+    others_s = waited_for_others(run.exposed_s, run.stages.wait)
     return {
         "version": SUMMARY_VERSION,
         "client": run.client,
@@ -93,7 +125,8 @@ def summarise_client(run: Run) -> dict[str, Any]:
         "local_steps": run.config.local_steps,
         "digest": run.digest,
         "compute_s": run.compute_s,
-        "exposed_comm_s": run.exposed_s,
+        "exposed_comm_s": run.exposed_s - others_s,
+        "waited_for_others_s": others_s,
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,
         "bad_groups": run.bad_groups,

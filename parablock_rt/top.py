@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parablock_rt.errors import ConnectError, HandshakeError, PeerLostError
+from parablock_rt.stages import hidden_share
 from parablock_rt.wire.connection import Connection, pause_before
 from parablock_rt.wire.protocol import Status
 from parablock_rt.wire.tls import Tls
@@ -33,10 +34,11 @@ def figures(status: Status) -> dict[str, Any]:
 
 
 def hidden(status: Status) -> float | None:
-    """The share of the last rounds' communication that was hidden, estimated from the durations of their transfers."""
-    if not status.exchange_s or status.exposed_s is None:
+    """The share of the last exchanges that was hidden, estimated from the durations of their transfers."""
+    if status.exposed_s is None:
         return None
-    return 0.0 if status.staleness == 0 else max(0.0, 1 - status.exposed_s / status.exchange_s)
+    share = hidden_share(status.exposed_s - (status.others_s or 0.0), status.exchange_s)
+    return None if share is None else 0.0 if status.staleness == 0 else max(0.0, share)
 
 
 def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group:
@@ -52,8 +54,8 @@ def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group
     share = hidden(status)
     lines = [
         f"hidden {'–' if share is None else f'{share:.0%}'} of the last exchanges (about {_s(status.exchange_s)} each)",
-        f"a round: {_s(status.round_s)}, of which {_s(status.compute_s)} computing and {_s(status.exposed_s)} waiting; "
-        f"this one is open for {status.open_s:.1f} s",
+        f"a round: {_s(status.round_s)}, of which {_s(status.compute_s)} computing and {_s(status.exposed_s)} waiting "
+        f"({_s(status.others_s)} for other clients); this one is open for {status.open_s:.1f} s",
         f"loss {'–' if status.loss is None else f'{status.loss:.4f}'}   "
         f"up {_moved(status, earlier, 'bytes_up')}   down {_moved(status, earlier, 'bytes_down')}",
     ]

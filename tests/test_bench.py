@@ -17,8 +17,8 @@ from codec_cases import DTYPES, changes, to_body, to_bytes, to_numpy, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import cli, eager, links, lora, machine, namespaces, overlap, page, scale
-from bench.result import Comparison, compare, read
+from bench import cli, eager, kernels, links, lora, machine, namespaces, overlap, page, scale
+from bench.result import Comparison, compare, comparison_table, read, unlike_settings
 from parablock_rt import codec
 from parablock_rt.errors import ConfigError
 
@@ -89,10 +89,12 @@ def test_a_result_worse_than_the_threshold_ends_with_1(tmp_path: Path, factor: f
     assert bench(tmp_path, *CODEC, "--compare", tmp_path / "older.json")[0] == code
 
 
-def test_only_what_both_results_have_is_compared_the_worst_first() -> None:
+def test_what_the_older_result_has_is_compared_the_worst_first_and_what_is_gone_is_the_worst() -> None:
     found = compare({"a": 2.0, "b": 4.0, "gone": 1.0}, {"a": 1.0, "b": 4.0, "new": 1.0})
-    assert found == [Comparison("a", 2.0, 1.0), Comparison("b", 4.0, 4.0)]
-    assert [each.ratio for each in found] == [0.5, 1.0]
+    assert found == [Comparison("gone", 1.0, None), Comparison("a", 2.0, 1.0), Comparison("b", 4.0, 4.0)]
+    assert [each.ratio for each in found] == [0.0, 0.5, 1.0]
+    (names, *_) = comparison_table(found, 0.9).columns
+    assert list(names.cells) == ["gone (not in the new result)", "a", "b"]
     with pytest.raises(ConfigError, match="no metric in common"):
         compare({"a": 1.0}, {"b": 1.0})
 
@@ -102,6 +104,28 @@ def test_only_what_both_results_have_is_compared_the_worst_first() -> None:
 )
 def test_what_got_worse_never_looks_better_where_there_is_no_ratio(old: float, new: float, ratio: float) -> None:
     assert Comparison("a", old, new).ratio == ratio
+
+
+def test_a_kernel_that_fails_now_is_below_the_threshold() -> None:
+    row = {"params": 100, "case": "encode", "by": "kernel", "gb_per_s": 1000.0}
+    older, newer = (
+        {"rows": [row, row | {"case": "apply"}]},
+        {"rows": [row | {"gb_per_s": None}, row | {"case": "apply"}]},
+    )
+    assert compare(kernels.metrics(older), kernels.metrics(newer))[0] == Comparison("encode 100", 1000.0, None)
+
+
+def test_results_with_other_settings_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(tmp_path / "older", *CODEC)
+    assert bench(tmp_path, *CODEC, "--repetitions", "2", "--compare", tmp_path / "older", "--threshold", "0")[0] == 0
+    assert bench(tmp_path, *CODEC, "--params", "2048", "--compare", tmp_path / "older", "--threshold", "0")[0] == 1
+    assert "has other settings (params: 4096 instead of 2048)" in capsys.readouterr().out
+
+
+def test_a_setting_that_one_release_did_not_know_does_not_stand_in_the_way() -> None:
+    older, newer = {"settings": {"rates": ["1x"], "gone": 1}}, {"settings": {"rates": ("1x",), "new": 2}}
+    assert unlike_settings(older, newer) == []
+    assert unlike_settings({"settings": {"rates": ["10mbit"]}}, newer) == ["rates: ['10mbit'] instead of ['1x']"]
 
 
 def test_a_revision_is_that_of_this_code_and_not_of_a_checkout_around_it(

@@ -293,7 +293,7 @@ def test_the_plan_shows_blocks_bytes_and_what_hides_them(main: Main) -> None:
     for block in plan["blocks"]:
         nbytes = {format: codec.body_bytes(TINY_BLOCK, format) for format in codec.FORMATS}
         assert block["wire_bytes"] == nbytes
-        assert block["communication_s"]["int8"] == pytest.approx(2 * (nbytes["int8"] / 1e6 + 0.01))
+        assert block["exchange_s"]["int8"] == pytest.approx(2 * (nbytes["int8"] / 1e6 + 0.01))
         assert block["local_steps_to_hide"]["int8"] == 2
     measured = main(*arguments, "--blocks", "2")
     assert measured.code == 0

@@ -19,7 +19,7 @@ ALLOWED = {
     "client": {"blocks", "wire", "staging", "observe"},
     "finetune": {"blocks", "wire", "staging", "observe", "client"},
 }
-PLAIN = {"_C", "codec", "config", "errors", "exits", "schedule", "stages", "units", "version"}
+PLAIN = {"_C", "codec", "config", "errors", "exits", "limits", "schedule", "stages", "units", "version"}
 
 
 def imported_parts(file: Path) -> set[str]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import parablock_rt as pb
 from parablock_rt.cli import app
 from parablock_rt.errors import HandshakeError
-from parablock_rt.link_check import LinkReport, check_link
+from parablock_rt.link_check import check_link
 from parablock_rt.server import probe
 from parablock_rt.wire import protocol
 from parablock_rt.wire.connection import Connection
@@ -37,11 +37,6 @@ def test_a_measurement_sees_the_link_s_delay_and_rate_and_takes_no_seat() -> Non
         assert report.tls is None
         digest = start(client, running.address, token=TOKEN).expect("done")["digest"]
         assert running.wait(WAIT_S).digest == digest
-
-
-def test_the_rate_of_both_ways_is_that_of_a_link_as_slow_in_each() -> None:
-    report = LinkReport("", 0.0, 0.0, up=1e6, down=3e6, clock_offset_s=0.0, clock_error_s=0.0, tls=None)
-    assert pytest.approx(2 / report.both_ways) == 1 / 1e6 + 1 / 3e6
 
 
 def test_strangers_are_not_served() -> None:
@@ -142,8 +137,25 @@ def test_the_command_shows_the_link_its_tls_and_whether_a_model_is_hidden(tmp_pa
         assert deployment().server.fingerprint in text
         model = ["--model", "tiny", "--json"]
         slow = CliRunner().invoke(app, [*common, *model, "--step-time", "1"], catch_exceptions=False)
-        assert re.match(r"hidden: .* 4 local steps take 4\.00 s", json.loads(slow.output)["overlap"])
+        assert re.match(r"hidden at .* 2 local steps take 2\.00 s", json.loads(slow.output)["overlap"])
         fast = CliRunner().invoke(app, [*common, *model, "--step-time", "0.0000001"], catch_exceptions=False)
         verdict = json.loads(fast.output)
-        assert re.match(r"not hidden: .* --local-steps \d+ would hide it", verdict["overlap"])
+        assert re.match(r"not hidden at .* --local-steps \d+ would hide it", verdict["overlap"])
         assert verdict["up"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "verdict"),
+    [
+        ([], r"not hidden: at staleness 0 .* in int4; "),
+        (
+            ["--staleness", "2", "--local-steps", "5", "--format", "bf16"],
+            r"hidden at staleness 2: .* in bf16, and 5 local",
+        ),
+    ],
+)
+def test_the_command_asks_the_server_for_its_settings_and_flags_win(flags: list[str], verdict: str) -> None:
+    with start_server(clients=1, staleness=0, local_steps=3, format="int4") as running:
+        common = ["doctor", "--peer", running.address, "--model", "tiny", "--step-time", "100"]
+        result = CliRunner().invoke(app, [*common, *flags], catch_exceptions=False)
+        assert re.match(verdict, result.output.splitlines()[-1])

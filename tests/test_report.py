@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from parablock_rt import cli
 from parablock_rt.errors import ConfigError
 from parablock_rt.report import figures, folder, render, write
 from parablock_rt.report.figures import covered, length
-from parablock_rt.report.page import embeddable
+from parablock_rt.report.folder import Span
+from parablock_rt.report.page import _timeline, embeddable
 from parablock_rt.report.verdict import percent, verdict
 
 Main = Any
@@ -182,6 +184,90 @@ def test_the_stages_that_the_run_itself_recorded_win_over_those_of_the_trace(run
     assert stages.keys().isdisjoint({"nonsense", "fold"})
 
 
+def rewrite_lines(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line | change(line)) for line in lines))
+
+
+def test_a_transfer_that_had_not_ended_yet_is_not_taken_for_one_of_no_length(tmp_path: Path) -> None:
+    """The first lines say 0 of exchanges that end in later rounds: the trace knows, and without it they count for
+    nothing."""
+    write_run(tmp_path / "r", rounds=3, serial_comm_s=None, overlap_efficiency=None)
+
+    def stages(line: dict[str, Any]) -> dict[str, Any]:
+        seconds = 0.15 if line["round"] == 2 else 0.0
+        return {"stages": {"compute": 0.4, "send": seconds, "receive": seconds, "fold": 0.0}}
+
+    rewrite_lines(tmp_path / "r", stages)
+    for traces in ("there", "gone"):
+        (loaded,) = folder.load(tmp_path / "r")
+        ahead = figures.forecast(loaded)
+        assert ahead is not None
+        assert ahead.exchange_s == pytest.approx(0.3)
+        if traces == "there":
+            assert [entry["stages"]["send"] for entry in figures.rounds(loaded)] == pytest.approx([0.15] * 3)
+            for path in (tmp_path / "r").rglob("trace.json"):
+                path.unlink()
+
+
+def test_a_direction_that_is_slower_than_the_other_is_not_hidden_by_more_staleness(tmp_path: Path) -> None:
+    """0.25 s up and 0.05 s down: two rounds have room for 0.3 s in three steps of 0.1 s, not in two."""
+    write_run(tmp_path / "r", staleness=2)
+    rewrite_lines(tmp_path / "r", lambda _: {"stages": {"send": 0.25, "receive": 0.05}})
+    for path in (tmp_path / "r").rglob("trace.json"):
+        path.unlink()
+    (loaded,) = folder.load(tmp_path / "r")
+    ahead = figures.forecast(loaded)
+    assert ahead is not None
+    assert (ahead.exchange_s, ahead.send_s, ahead.receive_s) == pytest.approx((0.3, 0.25, 0.05))
+    assert [ahead.steps_to_hide(staleness) for staleness in (1, 2, 9)] == [3, 3, 3]
+
+
+def test_what_was_waited_for_other_clients_is_named_and_no_link_blamed_for_it(tmp_path: Path) -> None:
+    write_run(tmp_path / "r", waited_for_others_s=2.0)
+    (loaded,) = folder.load(tmp_path / "r")
+    assert "waited 2.1 s, 2.0 s of it for other clients, beside 2.4 s of computing" in verdict(loaded)
+    assert verdict(loaded).startswith(f"97{NBSP}% of the communication was hidden")
+
+
+def test_where_more_was_waited_for_than_all_transfers_there_is_no_advice(tmp_path: Path) -> None:
+    write_run(tmp_path / "r", overlap_efficiency=-0.5, exposed_comm_s=2.7)
+    (loaded,) = folder.load(tmp_path / "r")
+    assert "the wait for communication is longer than all transfers take one after another" in verdict(loaded)
+    assert "local step" not in verdict(loaded)
+
+
+def test_of_a_run_that_was_resumed_no_share_is_claimed_and_a_note_says_what_its_times_contain(tmp_path: Path) -> None:
+    write_run(tmp_path / "r", resumed_from=4, serial_comm_s=None, overlap_efficiency=None)
+    (shown,) = data_of(render([tmp_path / "r"]))["runs"]
+    assert "closed the rounds from 5 on" in shown["notes"][0]
+    assert "of computing, which contains the time in which there was no server (" in shown["verdict"]
+    assert "which 3 of the 4 local steps would hide." in shown["verdict"]
+    assert "was hidden" not in shown["verdict"]
+    assert "still be hidden" not in shown["verdict"]
+
+
+def test_whole_blocks_are_no_part_of_a_round_s_exchange(run: Path) -> None:
+    trace = json.loads((run / "client-0" / "trace.json").read_text())
+    lanes = [e for e in trace["traceEvents"] if e["ph"] == "X" and e["cat"] == "receive"]
+    trace["traceEvents"].append(lanes[0] | {"ts": 0.0, "dur": 9e6, "args": {"kind": "snapshot", "round": 0}})
+    (run / "client-0" / "trace.json").write_text(json.dumps(trace))
+    (loaded,) = folder.load(run)
+    assert [span.kind for span in loaded.spans].count("snapshot") == 1
+    assert figures.rounds(loaded)[0]["stages"]["receive"] == pytest.approx(0.15)
+
+
+def test_curves_of_processes_that_began_at_different_times_stand_over_the_same_time(run: Path) -> None:
+    (loaded,) = folder.load(run)
+    origin_ns = int(figures.origin_us(loaded) * 1e3)
+    for part, began_s in ((run, -2.0), (run / "client-0", 1.0)):
+        line = {"process": part.name, "t_s": 0.5, "at_ns": origin_ns + int((began_s + 0.5) * 1e9)}
+        (part / "telemetry.jsonl").write_text(json.dumps(line | {"link.x.bytes_in_rate": 1e6}))
+    (loaded,) = folder.load(run)
+    points = {each["name"]: each["points"] for each in figures.telemetry(loaded)}
+    assert points == {"night-run: in": [(-1.5, 1.0)], "client-0: in": [(1.5, 1.0)]}
+
+
 def test_activity_is_the_share_of_each_bin_that_was_busy(run: Path) -> None:
     (loaded,) = folder.load(run)
     busy = figures.activity(loaded)
@@ -247,6 +333,33 @@ def test_a_trace_cut_off_in_the_middle_is_left_out_and_named(run: Path) -> None:
     assert {process for process, _ in shown["timeline"]["rows"]} == {"server", "client 0"}
 
 
+def test_a_trace_of_another_boot_is_left_out_and_named(run: Path) -> None:
+    trace = json.loads((run / "client-1" / "trace.json").read_text())
+    trace["otherData"]["boot"] = "another"
+    (run / "client-1" / "trace.json").write_text(json.dumps(trace))
+    (run / "client-1" / "telemetry.jsonl").write_text('{"process": "client 1", "at_ns": 1}')
+    (loaded,) = folder.load(run)
+    assert {span.process for span in loaded.spans} == {"server", "client 0"}
+    assert loaded.samples == {}
+    (note,) = loaded.notes
+    assert note.startswith("client-1/trace.json was recorded on another machine or boot")
+
+
+def test_records_that_a_trace_lacks_are_told(run: Path) -> None:
+    trace = json.loads((run / "client-1" / "trace.json").read_text())
+    trace["otherData"]["lost_records"] = 1234
+    (run / "client-1" / "trace.json").write_text(json.dumps(trace))
+    (loaded,) = folder.load(run)
+    (note,) = loaded.notes
+    assert note.startswith("client-1/trace.json lacks 1,234 records that its process could not keep")
+
+
+def test_the_tracks_of_many_clients_stand_in_the_order_of_their_numbers() -> None:
+    spans = [Span(f"client {seat}", f"lane {lane}", "x", 0.0, 1.0, 0) for seat in (10, 2, 1) for lane in (11, 3)]
+    rows = [f"{process}, {track}" for process, track in _timeline(spans, 0.0)["rows"]]
+    assert rows == [f"client {seat}, lane {lane}" for seat in (1, 2, 10) for lane in (3, 11)]
+
+
 def test_numbers_that_are_none_become_gaps(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines[1] |= {"loss": float("nan"), "bytes_up": None, "compute_s": "fast", "open_s": True}
@@ -263,7 +376,7 @@ def test_numbers_that_are_none_become_gaps(run: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "note"),
     [
-        (7, "summary.json has version 7, this release knows 1"),
+        (7, "summary.json has version 7, this release knows 2"),
         (None, "summary.json names no version"),
         ("x", "summary.json has version 'x'"),
     ],

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -368,12 +369,33 @@ def test_parablock_serve_is_resumed_from_its_run_folder_alone(start: Start, tmp_
     assert [process.wait() for process in (again, *clients)] == [0, 0, 0], (tmp_path / "server" / "errors").read_text()
     summary = json.loads((tmp_path / "server" / "output").read_text())
     assert (summary["complete"], summary["rounds"], summary["format"]) == (True, 12, "int4")
+    assert summary["resumed_from"] == 5
+    assert summary["overlap_efficiency"] is None
     assert summary["digest"]["clients"] == [summary["digest"]["server"]] * 2
     assert summary["reconnects"] == 2
     ends = [json.loads((tmp_path / f"client{i}" / "output").read_text()) for i in range(2)]
     assert [end["reconnects"] for end in ends] == [1, 1]
     metrics = [json.loads(line) for line in (tmp_path / "server" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in metrics] == list(range(12))
+    assert summary["wall_s"] >= sum(line["open_s"] for line in metrics) * (1 - 1e-9)  # of both servers
+    for stage, seconds in summary["stages_of"]["server"].items():
+        assert seconds >= sum(line["server_stages"][stage] for line in metrics) * (1 - 1e-9)
+    samples = (tmp_path / "server" / "run" / "telemetry.jsonl").read_text().splitlines()
+    assert sum(a > b for a, b in pairwise(json.loads(line)["t_s"] for line in samples)) == 1  # it began twice
+
+
+def test_a_new_run_in_the_folder_of_one_that_can_be_resumed_is_refused_and_takes_nothing_away(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "state").mkdir(parents=True)
+    left = {"state/journal": "of the run", "settings.json": "{}", "summary.json": "{}", "metrics.jsonl": "{}"}
+    for name, text in left.items():
+        (folder / name).write_text(text)
+    process = start(command, ["serve", "--model", "tiny", "--run-dir", "run"], str(tmp_path))
+    assert process.wait() != 0
+    assert "holds the state of a run already; resume that run" in (tmp_path / "errors").read_text()
+    assert {name: (folder / name).read_text() for name in left} == left
 
 
 def test_resuming_where_there_is_no_run_says_so(start: Start, tmp_path: Path) -> None:

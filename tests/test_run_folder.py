@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError
+from parablock_rt.observe import reporters
 from parablock_rt.observe.run_folder import RunFolder, to_json
+from parablock_rt.observe.telemetry import Sample
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.stages import StageSeconds
-from parablock_rt.summary import overlap_efficiency, summarise
+from parablock_rt.summary import SUMMARY_VERSION, summarise
 from parablock_rt.wire.protocol import Goodbye
 
 json_values = st.recursive(
@@ -54,6 +56,24 @@ def test_a_run_folder_is_made_with_its_parents_and_has_the_metrics_of_one_run(tm
     again = RunFolder(folder.path)
     again.append_metrics({"round": 0})
     assert (folder.path / "metrics.jsonl").read_text() == '{"round": 0}\n'
+
+
+def test_a_folder_that_is_used_again_keeps_nothing_of_the_earlier_run(tmp_path: Path) -> None:
+    for name in ("summary.json", "trace.json", "report.html", "telemetry.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("of an earlier run")
+    (tmp_path / "notes.txt").write_text("of the user")
+    RunFolder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.txt"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_that_is_resumed_keeps_its_telemetry_and_adds_to_it(tmp_path: Path) -> None:
+    for name in ("summary.json", "telemetry.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"of": "the server before"}\n')
+    lines = reporters.JsonLines(RunFolder(tmp_path, resumed=True))
+    lines.sample("server", Sample(0.0, 1, 2.0, {}))
+    assert [len((tmp_path / f).read_text().splitlines()) for f in ("telemetry.jsonl", "metrics.jsonl")] == [2, 0]
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -127,8 +147,9 @@ def test_the_figures_of_a_summary() -> None:
     assert (summary["rounds"], summary["clients"], summary["blocks"], summary["local_steps"]) == (3, 3, 4, 4)
     assert (summary["staleness"], summary["format"], summary["schedule"], summary["seed"]) == (1, "int8", "cyclic", 0)
     assert (summary["wall_s"], summary["skew_s"], summary["bad_groups"]) == (9.0, 1.5, 3)
-    assert (summary["compute_s"], summary["exposed_comm_s"]) == (5.0, 1.5)  # of those who stayed
-    assert (summary["serial_comm_s"], summary["overlap_efficiency"]) == (3.0, 0.5)
+    assert (summary["compute_s"], summary["exposed_comm_s"]) == (5.0, 1.0)  # of those who stayed
+    assert summary["waited_for_others_s"] == 0.5
+    assert (summary["serial_comm_s"], summary["overlap_efficiency"]) == (3.0, 1 - 1 / 3)
     assert (summary["bytes_up"], summary["bytes_down"]) == (390, 780)
     assert summary["bytes_as_bf16"] == 1170 * 256 / 130
     assert (summary["eval_loss_before"], summary["eval_loss_after"]) == (2.0, 1.0)
@@ -142,7 +163,7 @@ def test_the_figures_of_a_summary() -> None:
 
 def test_without_overlap_all_communication_is_exposed() -> None:
     summary = summarise(RunConfig(rounds=3, clients=2, staleness=0), outcome(3), blocks=4)
-    assert summary["serial_comm_s"] == summary["exposed_comm_s"] == 1.5
+    assert summary["serial_comm_s"] == summary["exposed_comm_s"] == 1.0
     assert summary["overlap_efficiency"] == 0.0
 
 
@@ -157,8 +178,53 @@ def test_a_run_that_was_cut_short_has_a_summary_that_says_so() -> None:
     assert nothing["digest"] == {"server": "", "clients": []}
 
 
-def test_overlap_efficiency_needs_something_to_hide() -> None:
-    assert overlap_efficiency(1.0, 4.0) == 0.75
-    assert overlap_efficiency(5.0, 4.0) == -0.25  # worse than serial, and it says so
-    assert overlap_efficiency(1.0, None) is None
-    assert overlap_efficiency(0.0, 0.0) is None
+def test_waiting_for_other_clients_is_not_communication() -> None:
+    """The first waited 1 s of its 3 s for the second, which was blocked for 1 s and waited for nobody."""
+    both = {
+        0: Goodbye(digest="d", reason="", compute_s=4.0, exposed_s=3.0, rounds=3, stages=StageSeconds(wait=1.0)),
+        1: Goodbye(digest="d", reason="", compute_s=6.0, exposed_s=1.0, rounds=3, stages=StageSeconds()),
+    }
+    ended = Outcome(rounds=[closed(round) for round in range(3)], goodbyes=both)
+    hidden = summarise(RunConfig(rounds=3, clients=2), ended, blocks=4, serial_comm_s=3.0)
+    assert (hidden["exposed_comm_s"], hidden["waited_for_others_s"], hidden["overlap_efficiency"]) == (1.5, 0.5, 0.5)
+    serial = summarise(RunConfig(rounds=3, clients=2, staleness=0), ended, blocks=4)
+    assert (serial["serial_comm_s"], serial["exposed_comm_s"], serial["overlap_efficiency"]) == (1.5, 1.5, 0.0)
+
+
+def test_a_client_that_waits_for_others_while_it_computes_was_not_blocked_by_them() -> None:
+    goodbye = Goodbye(digest="d", reason="", compute_s=4.0, exposed_s=0.25, rounds=1, stages=StageSeconds(wait=3.0))
+    summary = summarise(RunConfig(rounds=1, clients=1), Outcome(rounds=[closed(0)], goodbyes={0: goodbye}), blocks=4)
+    assert (summary["exposed_comm_s"], summary["waited_for_others_s"]) == (0.0, 0.25)
+
+
+def test_a_client_that_came_in_anothers_place_counts_for_the_rounds_that_it_took() -> None:
+    """A whole run takes 1 s of computing and 0.5 s of waiting per round, whoever tells it."""
+    stages = {rounds: StageSeconds(compute=1.0 * rounds, send=0.25 * rounds) for rounds in (12, 3)}
+    whole, part = (
+        Goodbye(digest="d", reason="", compute_s=1.0 * rounds, exposed_s=0.5 * rounds, rounds=rounds, stages=of)
+        for rounds, of in stages.items()
+    )
+    ended = Outcome(rounds=[closed(round) for round in range(12)], goodbyes={0: whole, 1: part})
+    summary = summarise(RunConfig(rounds=12, clients=2), ended, blocks=4, serial_comm_s=12.0)
+    assert summary["compute_s"] == pytest.approx(12.0)
+    assert summary["exposed_comm_s"] == pytest.approx(6.0)
+    assert summary["overlap_efficiency"] == pytest.approx(0.5)
+    assert (summary["stages"]["compute"], summary["stages"]["send"]) == pytest.approx((12.0, 3.0))
+
+
+def test_whole_blocks_are_counted_apart_and_have_the_same_size_in_every_format() -> None:
+    ended = Outcome(rounds=[closed(0, bytes_up=1300, bytes_down=1300 + 50_000, snapshot_bytes=50_000)])
+    summary = summarise(RunConfig(rounds=1, clients=1), ended, blocks=4)
+    assert (summary["bytes_down"], summary["snapshot_bytes"]) == (51_300, 50_000)
+    assert summary["bytes_as_bf16"] == 2 * 2560 + 50_000
+
+
+def test_a_run_that_was_resumed_says_so_and_claims_no_hidden_share() -> None:
+    """Its clients have been blocked while there was no server, which is no communication."""
+    ended = outcome(3)
+    ended.resumed_from = 2
+    for staleness in (0, 1):
+        summary = summarise(RunConfig(rounds=3, clients=3, staleness=staleness), ended, blocks=4, serial_comm_s=3.0)
+        assert (summary["resumed_from"], summary["version"]) == (2, SUMMARY_VERSION)
+        assert (summary["serial_comm_s"], summary["overlap_efficiency"]) == (None, None)
+    assert summarise(RunConfig(rounds=3, clients=3), outcome(3), blocks=4)["resumed_from"] is None

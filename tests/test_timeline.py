@@ -15,7 +15,16 @@ from parablock_rt import _C
 from parablock_rt.config import RunConfig
 from parablock_rt.observe import timeline
 from parablock_rt.observe.timeline import RECORD, Stage, Timeline
-from parablock_rt.stages import STAGES, StageClock, StageSeconds, mean
+from parablock_rt.stages import (
+    STAGES,
+    StageClock,
+    StageSeconds,
+    hidden_share,
+    mean,
+    steps_to_hide,
+    total,
+    waited_for_others,
+)
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport
 
@@ -156,15 +165,47 @@ def test_stretches_that_overlap_count_once(found: list[tuple[int, int]]) -> None
 def test_a_window_holds_what_ended_in_it_and_the_total_is_the_sum_of_the_windows() -> None:
     clock = StageClock()
     clock.add("encode", 0, 2 * 10**9)
-    clock.add_seconds("wait", 0.5)
-    assert clock.take() == StageSeconds(encode=2.0, wait=0.5)
+    clock.add_seconds("fold", 0.5)
+    assert clock.take() == StageSeconds(encode=2.0, fold=0.5)
     clock.add("encode", 10**9, 4 * 10**9)  # its first second was counted in the window before
     assert clock.take() == StageSeconds(encode=2.0)
     clock.add("apply", 0, 10**9)
-    assert clock.total() == StageSeconds(encode=4.0, wait=0.5, apply=1.0)
+    assert clock.total() == StageSeconds(encode=4.0, fold=0.5, apply=1.0)
 
 
 def test_the_mean_of_stages_is_taken_one_by_one() -> None:
     assert mean([StageSeconds(compute=1.0, send=3.0), StageSeconds(compute=2.0)]) == StageSeconds(compute=1.5, send=1.5)
     assert mean([]) == StageSeconds()
+    assert total([StageSeconds(compute=1.0), StageSeconds(compute=2.0)], 2.0) == StageSeconds(compute=6.0)
     assert STAGES == ("compute", "encode", "copy", "send", "fold", "wait", "receive", "apply")
+
+
+# ---- What follows from seconds
+
+
+def test_the_hidden_share_needs_something_to_hide() -> None:
+    assert hidden_share(1.0, 4.0) == 0.75
+    assert hidden_share(5.0, 4.0) == -0.25  # longer than the exchanges take, and it says so
+    assert hidden_share(1.0, None) is None
+    assert hidden_share(0.0, 0.0) is None
+
+
+def test_no_more_was_waited_for_others_than_training_was_blocked() -> None:
+    assert waited_for_others(3.0, 1.0) == 1.0
+    assert waited_for_others(0.5, 1.0) == 0.5
+    assert waited_for_others(-1e-9, 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("send_s", "receive_s", "staleness", "steps"),
+    [(3.0, 1.0, 1, 8), (3.0, 1.0, 2, 6), (1.0, 3.0, 4, 6), (2.0, 2.0, 2, 4), (0.0, 0.0, 1, 8)],
+)
+def test_each_direction_carries_a_body_per_round_whatever_the_staleness(
+    send_s: float, receive_s: float, staleness: int, steps: int
+) -> None:
+    """An exchange of 4 s and steps of 0.5 s."""
+    assert steps_to_hide(4.0, send_s, receive_s, 0.5, staleness) == steps
+
+
+def test_there_is_at_least_one_local_step() -> None:
+    assert steps_to_hide(0.1, 0.05, 0.05, 10.0, 1) == 1

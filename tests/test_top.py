@@ -23,6 +23,8 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import HandshakeError, PeerLostError
 from parablock_rt.server import watch
 from parablock_rt.server.members import Candidate, Identity
+from parablock_rt.server.outcome import ClosedRound, Outcome
+from parablock_rt.stages import StageSeconds
 from parablock_rt.top import hidden, look_once, render
 from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.connection import Connection
@@ -150,7 +152,24 @@ def test_the_hidden_share_is_what_was_not_waited_for() -> None:
     assert hidden(status(staleness=0)) == 0.0
     assert hidden(status(exposed_s=3.0)) == 0.0
     assert hidden(status(exchange_s=None)) is None
+    assert hidden(status(exposed_s=None)) is None
+    assert hidden(status(exposed_s=3.0, others_s=2.75)) == pytest.approx(0.75)  # what others were waited for is no part
     assert top.figures(status())["hidden"] == pytest.approx(0.9)
+
+
+def test_rounds_before_which_no_aggregate_is_due_are_no_part_of_the_mean_wait() -> None:
+    common = {"block": 0, "loss": 1.0, "contributions": 1, "weight": 1.0, "bad_groups": 0, "compute_s": 1.0}
+    common |= {"open_s": 1.0, "skew_s": 0.0, "bytes_up": 1, "bytes_down": 1, "fingerprint": 0}
+    waited = ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (4.0, 3.0), (2.0, 5.0))  # before the round, and for other clients
+    rounds = [
+        ClosedRound(round=i, exposed_s=exposed, stages=StageSeconds(wait=wait), **common)  # type: ignore[arg-type]
+        for i, (exposed, wait) in enumerate(waited)
+    ]
+    watching = watch.Watch(RunConfig(rounds=9, clients=1, staleness=2))
+    before = watching._look([], Outcome(rounds=rounds[:3]), wall_s=1.0, open_s=0.0)
+    assert (before.exposed_s, before.others_s, before.compute_s) == (None, None, 1.0)
+    seen = watching._look([], Outcome(rounds=rounds), wall_s=1.0, open_s=0.0)
+    assert (seen.exposed_s, seen.others_s, seen.compute_s) == (3.0, 2.5, 1.0)
 
 
 def test_the_view_names_the_slow_client_and_the_rates() -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,14 @@ def test_a_timeline_that_was_off_gives_a_trace_without_events_of_its_own(tmp_pat
     assert found["otherData"]["lost_records"] == 0
 
 
+def test_a_slice_names_what_is_transferred(federation: Federation) -> None:
+    kinds: dict[str, set[str]] = {}
+    for event in json.loads(federation.files["server"].read_text())["traceEvents"]:
+        if event["ph"] == "X":
+            kinds.setdefault(event["cat"], set()).add(event["args"]["kind"])
+    assert (kinds["receive"], kinds["send"], kinds["close"]) == ({"upload"}, {"update"}, {"round"})
+
+
 def test_times_keep_their_nanoseconds(tmp_path: Path) -> None:
     made = Timeline("p", "main")
     made.add(Stage.COMPUTE, 10**15 + 1, 10**15 + 1002, round=7, block=3)
@@ -187,6 +195,9 @@ def test_every_lane_of_a_link_has_its_tracks_and_a_snapshot_is_there_too(tmp_pat
     assert {"checksum", "send"} <= {event.get("cat") for event in found["server"]}
     snapshots = [r for _, records in run.timeline.threads() for r in records if r["kind"] == Kind.SNAPSHOT]
     assert {Stage(int(record["stage"])) for record in snapshots} == {Stage.RECEIVE, Stage.VERIFY}
+    received = [event["args"]["kind"] for event in found["client"] if event.get("cat") == "receive"]
+    assert received.count("snapshot") == len(snapshots) // 2
+    assert server.outcome.rounds[-1].snapshot_bytes == sum(int(r["bytes"]) for r in snapshots) // 2
 
 
 # ---- Several processes
@@ -300,6 +311,7 @@ def test_every_side_knows_how_long_its_stages_took(federation: Federation) -> No
     for seat, run in federation.runs.items():
         of_client = outcome.goodbyes[seat].stages
         assert of_client == run.stages
+        assert outcome.goodbyes[seat].rounds == ROUNDS
         for stage in ("compute", "encode", "send", "fold", "wait", "apply"):
             assert getattr(of_client, stage) > 0, stage
         assert of_client.receive >= 0  # what comes whole in one turn of the transport's loop takes no time
@@ -352,3 +364,39 @@ def test_a_client_that_is_last_waits_for_nobody(monkeypatch: pytest.MonkeyPatch)
         server.wait(WAIT_S)
     assert waits[0] >= (held_until - taken_ns[0]) / 1e9 > 0
     assert waits[1] < waits[0]
+
+
+def test_the_uploads_of_two_rounds_that_wait_at_the_same_time_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With staleness 1, two uploads of the first client lie there until the second one begins."""
+    both_taken, taken_ns = threading.Event(), []
+    held_s = 0.5  # what would be counted twice
+
+    def note(*_: object) -> None:
+        taken_ns.append(time.monotonic_ns())
+        if len(taken_ns) == 2:
+            both_taken.set()
+
+    take_spy(monkeypatch, note)
+    waits: dict[int, float] = {}
+    with start_server(rounds=2, clients=2, local_steps=1, staleness=1, deadline=WAIT_S) as server:
+
+        def client(seat: int, first_step: Callable[[], object]) -> None:
+            with pb.join(server.address, make_model(), sgd) as run:
+                for batch in run.stream(make_batches(0)):
+                    if run.round == 0:
+                        first_step()
+                    run.train_step(batch, loss_fn)
+            waits[seat] = run.stages.wait
+
+        def hold_back() -> None:
+            assert both_taken.wait(WAIT_S)
+            threading.Event().wait(held_s)
+
+        threads = [threading.Thread(target=client, args=each) for each in enumerate((lambda: None, hold_back))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        server.wait(WAIT_S)
+        ended_ns = time.monotonic_ns()
+    assert held_s < waits[0] <= (ended_ns - taken_ns[0]) / 1e9

@@ -19,7 +19,6 @@ from parablock_rt.cli.options import (
     Dtype,
     Format,
     Json,
-    LocalSteps,
     Model,
     Outer,
     Rate,
@@ -87,7 +86,7 @@ def show_plan(
     predictor = memory.Predictor(net, plan, run_config, trained, kind)
     if shape.rate and seconds is None:
         seconds = _time_step(workload, plan)
-    forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds)
+    forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds, staleness)
     if as_json:
         print(to_json(forecast, indent=2))
     else:
@@ -133,8 +132,9 @@ def show_doctor(
     row_limit: RowLimit = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    local_steps: LocalSteps = 4,
-    format: Format = "int8",
+    staleness: Annotated[int | None, typer.Option(help="With --model, another than the server's.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="With --model, others than the server's.")] = None,
+    format: Annotated[str | None, typer.Option(help="With --model, another than the server's.")] = None,
     step_time: Annotated[float | None, typer.Option(help="Seconds a local step takes; else it is measured.")] = None,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -151,7 +151,9 @@ def show_doctor(
         print(to_json(findings, indent=2) if as_json else doctor.render(findings))
         return
     tell_news()
-    config.RunConfig(rounds=1, clients=1, local_steps=local_steps, format=format)  # raises for what is none
+    asked = {"staleness": staleness, "local_steps": local_steps, "format": format}
+    given = {name: value for name, value in asked.items() if value is not None}
+    config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises for what is none
     seconds = seconds_of(step_time)
     plan = None
     if model is not None:
@@ -164,8 +166,11 @@ def show_doctor(
     result = link_check.as_dict(report)
     lines = [link_check.render(report)]
     if plan is not None:
+        status = top.look_once(peer, token, tls=tls)
+        run = {name: given.get(name, getattr(status, name)) for name in asked}
         step_s = _time_step(workload, plan) if seconds is None else seconds
-        verdict = planner.verdict(plan, format, local_steps, report.both_ways, report.round_trip_s / 2, step_s)
+        link = planner.Link(report.up, report.down, report.round_trip_s / 2)
+        verdict = planner.verdict(plan, **run, link=link, step_s=step_s)
         result["overlap"] = verdict
         lines.append(verdict)
     print(to_json(result, indent=2) if as_json else "\n".join(lines))

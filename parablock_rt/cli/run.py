@@ -240,7 +240,7 @@ def serve(
     try:
         with record.telemetry, server:
             # Only now is it certain that the folder becomes this run's: whatever is refused has changed nothing in it.
-            folder = RunFolder(path)
+            folder = RunFolder(path, resumed=resume is not None)
             record.begin(folder, past)
             record.telemetry.start("server", meters.of_this_machine(server.link_stats))
             if durable:

@@ -157,7 +157,10 @@ class Exchange:
                 assert isinstance(arrival.message, protocol.Update)  # it has arrived
                 self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
                 self._timeline.stages.add_seconds("fold", arrival.message.fold_s)
-                self._timeline.stages.add_seconds("wait", arrival.message.wait_s)
+                # The uploads of two rounds may wait at the same time: put behind each other, that would count twice.
+                # On this clock the round was closed when the first byte of its aggregate came, or a little before.
+                waited_ns = int(arrival.message.wait_s * 1e9)
+                self._timeline.stages.add("wait", arrival.first_byte_ns - waited_ns, arrival.first_byte_ns)
                 with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
                     self._replica.apply(round, block, arrival.landing.body(), arrival.message.fingerprint)
                 if not self._replica.on_gpu:

@@ -73,7 +73,7 @@ def join(
             it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
         idle_timeout: seconds of silence after which a connection counts as broken.
         pinned_memory: for a model on a GPU, the bytes of host memory that may be pinned; None: what the run uses, at
-            most half of this machine's memory.
+            most half of the memory that this process may use.
         trace: record what happens to every chunk, for `RunFolder.write_trace`.
 
     Raises:

@@ -122,6 +122,7 @@ class Run:
         self.client = welcome.client
         self.timeline = timeline
         self.compute_s = 0.0
+        self.rounds = 0  # that this client has trained
         self.digest: str | None = None
         self.frozen = plan.frozen_digests(model)  # as the run found it
         self._link = link
@@ -486,6 +487,7 @@ class Run:
             self.timeline.add(Stage.COMPUTE, round.began_ns, ended_ns, **key)
         seconds = (ended_ns - round.began_ns) / 1e9 - waited_s
         self.compute_s += seconds
+        self.rounds += 1
         return seconds
 
     def _finish(self) -> None:
@@ -518,6 +520,7 @@ class Run:
             reason=reason[: protocol.REASON_CHARS],
             compute_s=self.compute_s,
             exposed_s=self.exposed_s,
+            rounds=self.rounds,
             reconnects=self.reconnects,
             resumed_bytes=self.resumed_bytes,
             resent_bytes=self.resent_bytes,

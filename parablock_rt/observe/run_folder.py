@@ -33,11 +33,16 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+_LEFT_BY_A_RUN = ("summary.json", "telemetry.jsonl", "trace.json", "report.html")
+
+
 class RunFolder:
     """`runs/NAME/`: what a run leaves behind. Every file is replaced whole or appended a line at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates the folder, without the metrics and telemetry of an earlier run.
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
+        """Creates the folder, without what an earlier run has left in it: a reader would take its summary for that of
+        this run. With `resumed` this is that run, and only metrics.jsonl begins anew: the server's state has its
+        rounds.
 
         Raises ConfigError when it cannot be written.
         """
@@ -45,7 +50,8 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "metrics.jsonl").write_text("")
-            (path / "telemetry.jsonl").unlink(missing_ok=True)
+            for name in () if resumed else _LEFT_BY_A_RUN:
+                (path / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"

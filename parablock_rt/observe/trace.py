@@ -32,6 +32,7 @@ _PID = 1  # one process a file; trace_merge.py gives new numbers
 _LINES_AT_ONCE = 10_000
 _OUT, _IN, _THREAD = 0, 1, 2
 _TEXTS = {Kind.UPLOAD: "upload", Kind.UPDATE: "update", Kind.SNAPSHOT: "snapshot", 0: "round"}
+_NAMES = np.array([_TEXTS.get(kind, "transfer") for kind in range(256)])  # by kind
 _READY = (Stage.ENCODE, Stage.COPY)  # what a chunk is sent after: on a GPU packing and copying are one
 _LINK_STAGES = {Stage.SEND: _OUT, Stage.ACKNOWLEDGED: _OUT, Stage.RECEIVE: _IN, Stage.VERIFY: _IN}
 
@@ -153,11 +154,12 @@ class _View:
         name = stage.name.lower()
         template = (
             f'{{"ph":"X","name":"{name} round %d","cat":"{name}","pid":{_PID},"tid":%d,"ts":%d.%03d,"dur":%d.%03d,'
-            '"args":{"round":%d,"block":%d,"bytes":%d' + ("}}" if whole else ',"chunk":%d}}')
+            '"args":{"kind":"%s","round":%d,"block":%d,"bytes":%d' + ("}}" if whole else ',"chunk":%d}}')
         )
         at = self._records[places]
         columns = [at["round"], self._track[places], *_micros(at["start_ns"])]
-        columns += [*_micros(at["end_ns"] - at["start_ns"]), at["round"], at["block"], at["bytes"]]
+        columns += [*_micros(at["end_ns"] - at["start_ns"]), _NAMES[at["kind"]]]
+        columns += [at["round"], at["block"], at["bytes"]]
         if not whole:
             columns.append(at["chunk"])
         return (template % row for row in zip(*(column.tolist() for column in columns), strict=True))
@@ -198,8 +200,7 @@ class _View:
         last = np.roll(first, -1)
         phases = np.where(first, "s", np.where(last, "f", "t"))
         template = f'{{"ph":"%s","name":"%s","cat":"{FLOW}","id":"%016x","bp":"e","pid":{_PID},"tid":%d,"ts":%d.%03d}}'
-        names = np.array([_TEXTS.get(kind, "transfer") for kind in range(256)])[self._records["kind"][places]]
-        columns = [phases, names, ids, self._track[places], *_micros(at_ns)]
+        columns = [phases, _NAMES[self._records["kind"][places]], ids, self._track[places], *_micros(at_ns)]
         return (template % row for row in zip(*(column.tolist() for column in columns), strict=True))
 
     def _pairs(

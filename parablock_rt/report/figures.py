@@ -5,7 +5,6 @@ Pure functions of a `Recorded`. A figure that cannot be computed is None or abse
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,12 +13,14 @@ from statistics import mean, median
 from typing import Any
 
 from parablock_rt.report.folder import Recorded, Span, number
+from parablock_rt.stages import hidden_share, steps_to_hide
 
 TRAINING = ("compute", "apply", "exposed")
 EXCHANGE = ("encode", "copy", "send", "fold", "wait", "receive")
 STAGES = (*TRAINING, *EXCHANGE, "upload", "update", "close")
 BINS = 300
 _FAR_LONGER = 1.5  # a sender's time over the receiver's, from where on the receiver did not see the link being busy
+_LATE_TO_END = ("send", "receive")  # of the exchange of an earlier round: the first lines have none, and say 0
 _LINK_RATE = re.compile(r"link\.[^.]+\.bytes_(in|out)_rate")  # those of its lanes are parts of it
 
 Interval = tuple[float, float]
@@ -38,6 +39,16 @@ def stage_of(span: Span) -> str:
     if span.process.split(" ")[0] == "server":
         return {"receive": "upload", "send": "update", "compute": "", "encode": "", "apply": ""}.get(stage, stage)
     return stage
+
+
+def origin_us(run: Recorded) -> float:
+    """Where the report's time begins, on the clock of the run's processes: with the first span, or else sample."""
+    if run.spans:
+        return min(span.start_us for span in run.spans)
+    at_ns = [
+        at for samples in run.samples.values() for each in samples if (at := number(each.get("at_ns"))) is not None
+    ]
+    return min(at_ns, default=0.0) / 1e3
 
 
 def covered(intervals: Iterable[Interval]) -> list[Interval]:
@@ -68,7 +79,9 @@ def rounds(run: Recorded) -> list[dict[str, Any]]:
             entries[int(index)]["stages"] = {
                 stage: seconds
                 for stage, value in (recorded.items() if isinstance(recorded, dict) else ())
-                if stage in (*TRAINING, *EXCHANGE) and (seconds := number(value)) is not None
+                if stage in (*TRAINING, *EXCHANGE)
+                and (seconds := number(value)) is not None
+                and (seconds > 0 or stage not in _LATE_TO_END)
             }
     for index, stages in _stages_of_spans(run.spans).items():
         entry = entries.setdefault(index, {"round": index, "stages": {}})
@@ -91,7 +104,7 @@ def _stages_of_spans(spans: list[Span]) -> dict[int, dict[str, float]]:
     closing: dict[int, float] = {}
     for span in spans:
         stage = stage_of(span)
-        if not stage or span.round is None:
+        if not stage or span.round is None or span.kind == "snapshot":  # which belongs to no round's exchange
             continue
         if stage == "upload":
             arrived[span.round][span.track] = max(arrived[span.round].get(span.track, 0.0), span.end_us)
@@ -198,16 +211,21 @@ def clients(run: Recorded) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What would hide a run's exchanges. Seconds a round; `measured`: from a run without overlap, not estimated."""
+    """What would hide a run's exchanges. Seconds per round; `measured`: from a run without overlap, not estimated.
+
+    `send_s`, `receive_s`: for how long an exchange takes either direction of the link.
+    """
 
     exchange_s: float
+    send_s: float
+    receive_s: float
     step_s: float
     steps: int
     measured: bool
 
     def steps_to_hide(self, staleness: int) -> int:
         """The fewest local steps behind which an exchange fits, with this staleness (at least 1)."""
-        return max(1, math.ceil(self.exchange_s / max(1, staleness) / self.step_s))
+        return steps_to_hide(self.exchange_s, self.send_s, self.receive_s, self.step_s, max(1, staleness))
 
 
 def forecast(run: Recorded) -> Forecast | None:
@@ -218,23 +236,27 @@ def forecast(run: Recorded) -> Forecast | None:
         return None
     step_s = median(entry["stages"]["compute"] for entry in entries) / steps
     serial = number(run.summary.get("serial_comm_s"))
+    known = [e["stages"] for e in entries if e["stages"].get("send") and e["stages"].get("receive")]
     if serial and count:
         exchange_s, measured = serial / count, True
-    else:
-        # Encoding goes on behind sending, so it is not added.
-        known = [e["stages"] for e in entries if "send" in e["stages"] and "receive" in e["stages"]]
-        if not known:
-            return None
+    elif known:
+        # Encoding goes on behind sending, so it is not added; nor is the wait for other clients, which is no transfer.
         exchange_s = median(s["send"] + s.get("fold", 0.0) + s["receive"] for s in known)
         measured = False
+    else:
+        return None
     if exchange_s <= 0 or step_s <= 0:
         return None
-    return Forecast(exchange_s, step_s, int(steps), measured)
+    if known:
+        send_s, receive_s = (median(s[stage] for s in known) for stage in ("send", "receive"))
+    else:  # at least one direction takes half of it
+        send_s = receive_s = exchange_s / 2
+    return Forecast(exchange_s, send_s, receive_s, step_s, int(steps), measured)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The share of the communication that was hidden; negative where waiting took longer than all transfers.
+    """The share of the exchanges that was hidden; negative where training waited longer than all transfers take.
     `measured`: against a run without overlap, else against the durations of this run's own transfers."""
 
     share: float
@@ -242,24 +264,34 @@ class Hidden:
 
 
 def hidden(run: Recorded) -> Hidden | None:
-    """The summary's overlap efficiency or, where there is none, an estimate; None when neither can be had."""
+    """The summary's overlap efficiency or, where there is none, an estimate; None when neither can be had.
+
+    There is none of a run that was resumed: its clients waited without a server, too.
+    """
     efficiency = number(run.summary.get("overlap_efficiency"))
     if efficiency is not None:
         return Hidden(efficiency, True)
     exposed, ahead = number(run.summary.get("exposed_comm_s")), forecast(run)
-    if exposed is None or ahead is None or not run.rounds:
+    resumed = number(run.summary.get("resumed_from")) is not None
+    if exposed is None or ahead is None or not run.rounds or resumed:
         return None
-    return Hidden(1 - exposed / (ahead.exchange_s * len(run.rounds)), False)
+    share = hidden_share(exposed, ahead.exchange_s * len(run.rounds))
+    return None if share is None else Hidden(share, False)
 
 
 def telemetry(run: Recorded) -> list[dict[str, Any]]:
-    """What telemetry.jsonl says of GPUs and links, as series of (seconds, value): utilisation in %, rates in MB/s."""
+    """What telemetry.jsonl says of GPUs and links, as series of (seconds, value): utilisation in %, rates in MB/s.
+
+    Seconds since the beginning of the timeline, by the clock that all processes share: `t_s` of each begins elsewhere.
+    """
+    begin_ns = origin_us(run) * 1e3
     series: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
     for process, samples in run.samples.items():
         for sample in samples:
-            at = number(sample.get("t_s"))
-            if at is None:
+            at_ns = number(sample.get("at_ns"))
+            if at_ns is None:
                 continue
+            at = (at_ns - begin_ns) / 1e9
             rates: dict[str, float] = defaultdict(float)
             for name, raw in sample.items():
                 value = number(raw)

@@ -26,7 +26,10 @@ _ROUND = re.compile(r"\bround (\d+)\b")
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time on a track of a process. Microseconds of the clock that the run's processes share."""
+    """A stretch of time on a track of a process. Microseconds of the clock that the run's processes share.
+
+    `kind`: of what is transferred: upload, update or snapshot; "" where nothing is, or the file does not say.
+    """
 
     process: str
     track: str
@@ -34,6 +37,7 @@ class Span:
     start_us: float
     dur_us: float
     round: int | None
+    kind: str = ""
 
     @property
     def end_us(self) -> float:
@@ -94,9 +98,18 @@ def _load_run(path: Path, name: str) -> Recorded:
     run.summary = _read_summary(path, run.notes)
     run.rounds = _read_lines(path / "metrics.jsonl", run.notes)
     clients = sorted(p for p in path.iterdir() if p.is_dir() and _CLIENT_FOLDER.fullmatch(p.name))
+    boot = ""  # of the clock that the first of the traces was recorded with
     for part in (path, *clients):
         label = "" if part is path else f"{part.name}/"
-        run.spans += _read_trace(part / "trace.json", label, run.notes)
+        spans, its_boot = _read_trace(part / "trace.json", label, run.notes)
+        boot = boot or its_boot
+        if its_boot not in ("", boot):
+            run.notes.append(
+                f"{label}trace.json was recorded on another machine or boot, whose clock does not compare: its spans "
+                f"and {label}telemetry.jsonl are left out."
+            )
+            continue
+        run.spans += spans
         for sample in _read_lines(part / "telemetry.jsonl", run.notes, label=label, optional=True):
             process = sample.get("process")
             run.samples.setdefault(process if isinstance(process, str) else part.name, []).append(sample)
@@ -122,6 +135,12 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(
             f"summary.json has version {version!r}, this release knows {SUMMARY_VERSION}: what it names as this "
             "release does is shown, the rest is left out."
+        )
+    resumed = number(summary.get("resumed_from"))
+    if resumed is not None:
+        notes.append(
+            f"The server was started again and closed the rounds from {int(resumed) + 1} on. The times of clients "
+            "contain the time in which there was no server, the wall time does not; trace.json has only what followed."
         )
     if summary.get("complete") is False:
         notes.append("The run did not end as planned: summary.json says that it is not complete.")
@@ -165,14 +184,23 @@ def _read_lines(path: Path, notes: list[str], *, label: str = "", optional: bool
     return found
 
 
-def _read_trace(path: Path, label: str, notes: list[str]) -> list[Span]:
+def _read_trace(path: Path, label: str, notes: list[str]) -> tuple[list[Span], str]:
+    """The spans of a trace, and the boot of its clock; "" where the file does not say."""
     trace = _read_json(path, label, notes)
     if trace is None:
-        return []
+        return [], ""
+    about = trace.get("otherData") if isinstance(trace, dict) else None
+    about = about if isinstance(about, dict) else {}
+    lost = number(about.get("lost_records"))
+    if lost:
+        notes.append(
+            f"{label}{path.name} lacks {int(lost):,} records that its process could not keep: what is shown of it has "
+            "gaps, and shares of time are too small."
+        )
     events = trace.get("traceEvents") if isinstance(trace, dict) else trace
     if not isinstance(events, list):
         notes.append(f"{label}{path.name} has no list of events; the timeline is left out.")
-        return []
+        return [], ""
     processes: dict[object, str] = {}
     tracks: dict[tuple[object, object], str] = {}
     spans, bad = [], 0
@@ -193,10 +221,12 @@ def _read_trace(path: Path, label: str, notes: list[str]) -> list[Span]:
             pid, tid = str(event.get("pid")), str(event.get("tid"))
             name = _text(event, "name")
             process = processes.get(pid, f"process {pid}")
-            spans.append(Span(process, tracks.get((pid, tid), tid), name, start, dur, _round_of(event, name)))
+            track, kind = tracks.get((pid, tid), tid), _text(event.get("args"), "kind")
+            spans.append(Span(process, track, name, start, dur, _round_of(event, name), "" if kind == "?" else kind))
     if bad:
         notes.append(f"{label}{path.name}: {bad:,} events are damaged and left out.")
-    return spans
+    boot = about.get("boot")
+    return spans, boot if isinstance(boot, str) else ""
 
 
 def _text(holder: object, key: str) -> str:

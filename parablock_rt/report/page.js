@@ -2,7 +2,7 @@
 // Puts the data into the page: which runs are shown, which one is shown in detail, and every section of them.
 
 const STAGES = {
-  compute: "compute", apply: "apply aggregate", exposed: "exposed: waits for communication",
+  compute: "compute", apply: "apply aggregate", exposed: "exposed: waits for communication or other clients",
   encode: "encode", copy: "copy device to host", send: "send", fold: "server fold", wait: "wait for other clients", receive: "receive",
 };
 const TRAINING = ["compute", "apply", "exposed"];
@@ -14,6 +14,7 @@ const HEADLINE = [
   ["wall_s", "wall time", format.seconds],
   ["compute_s", "computing, a client", format.seconds],
   ["exposed_comm_s", "waiting for communication, a client", format.seconds],
+  ["waited_for_others_s", "waiting for other clients, a client", format.seconds],
   ["bytes_up", "sent by clients", format.bytes],
   ["bytes_down", "sent to clients", format.bytes],
   ["eval_loss_after", "held-out loss at the end", format.loss],
@@ -21,6 +22,7 @@ const HEADLINE = [
 
 const SHOWN_AS = {
   overlap_efficiency: format.percent, bytes_up: format.bytes, bytes_down: format.bytes, bytes_as_bf16: format.bytes,
+  snapshot_bytes: format.bytes,
   eval_loss_before: format.loss, eval_loss_after: format.loss, train_loss_last: format.loss,
 };
 
@@ -169,7 +171,7 @@ function showClients(run) {
     return element("tr", {}, ...cells.map((text) => element("td", {}, String(text))), element("td", { class: "bar" }, bar));
   });
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
-  at("clients").replaceChildren(element("p", { class: "explain" }, "Means over a client's rounds, slowest first."), element("div", { class: "scroll" }, table));
+  at("clients").replaceChildren(element("p", { class: "explain" }, "Means over a client's rounds, slowest first. Waiting is that before a round: what follows the last one is in the run's figures alone."), element("div", { class: "scroll" }, table));
 }
 
 const seriesOf = (pick) => shownRuns().map(([index, run]) => ({

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -70,18 +71,17 @@ def describe(run: Recorded) -> dict[str, Any]:
         "activity": busy and {"bin_s": busy.bin_us / 1e6, "series": busy.series, "idle_link": busy.idle_link},
         "forecast": ahead and {"exchange_s": ahead.exchange_s, "step_s": ahead.step_s, "measured": ahead.measured},
         "telemetry": figures.telemetry(run),
-        "timeline": _timeline(run.spans),
+        "timeline": _timeline(run.spans, figures.origin_us(run)),
     }
 
 
-def _timeline(spans: list[Span]) -> dict[str, Any]:
+def _timeline(spans: list[Span], origin: float) -> dict[str, Any]:
     """The spans by column: `rows` are (process, track), `labels` are (name, stage); both are referred to by index."""
     order = {stage: at for at, stage in enumerate(figures.STAGES)}
     first = {(span.process, span.track): figures.stage_of(span) for span in reversed(spans)}
-    tracks = sorted(first, key=lambda row: (row[0], order.get(first[row], len(order)), row[1]))
+    tracks = sorted(first, key=lambda row: (_natural(row[0]), order.get(first[row], len(order)), _natural(row[1])))
     rows = {track: at for at, track in enumerate(tracks)}
     labels: dict[tuple[str, str], int] = {}
-    origin = min((span.start_us for span in spans), default=0.0)
     columns: dict[str, list[float]] = {"row": [], "label": [], "start": [], "dur": []}
     for span in spans:
         columns["row"].append(rows[span.process, span.track])
@@ -89,6 +89,11 @@ def _timeline(spans: list[Span]) -> dict[str, Any]:
         columns["start"].append(round((span.start_us - origin) / 1e3, 3))
         columns["dur"].append(round(span.dur_us / 1e3, 3))
     return {"rows": list(rows), "labels": list(labels), **columns}
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts client 2 before client 10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def _read(name: str) -> str:

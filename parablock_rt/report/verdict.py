@@ -15,6 +15,8 @@ HIDDEN = 0.95
 STRAGGLER = 0.1
 """A client is called slow when the round waits for it longer than this share of its length."""
 
+_WORTH_A_WORD_S = 0.05  # less reads as 0.0
+
 
 def percent(share: float) -> str:
     """A share for a reader; only what is all or nothing reads as 100 % or 0 %."""
@@ -36,15 +38,21 @@ def _hidden(run: Recorded, staleness: float | None) -> str:
     exposed, compute = number(run.summary.get("exposed_comm_s")), number(run.summary.get("compute_s"))
     if exposed is None or compute is None:
         return "How much of the communication was hidden is not known: the summary does not say."
-    waited = f"the training thread waited {exposed:.1f} s beside {compute:.1f} s of computing"
+    others = number(run.summary.get("waited_for_others_s")) or 0.0
+    blocked = exposed + others
+    of_it = f", {others:.1f} s of it for other clients," if others >= _WORTH_A_WORD_S else ""
+    waited = f"the training thread waited {blocked:.1f} s{of_it} beside {compute:.1f} s of computing"
+    if number(run.summary.get("resumed_from")) is not None:
+        waited += ", which contains the time in which there was no server"
     if staleness == 0:
         return f"Nothing was hidden, as staleness 0 wants it: {waited}."
     found = figures.hidden(run)
     if found is None:
-        share = percent(exposed / (exposed + compute)) if exposed + compute > 0 else "none"
+        share = percent(blocked / (blocked + compute)) if blocked + compute > 0 else "none"
         return f"{waited[0].upper()}{waited[1:]} ({share} of its time)."
     if found.share < 0:
-        return f"Nothing was hidden: {waited}, longer than all transfers take one after another."
+        longer = "the wait for communication is longer than all transfers take one after another"
+        return f"Nothing was hidden: {waited}; {longer}."
     if not found.measured:
         return (
             f"About {percent(found.share)} of the communication was hidden, by the length of its transfers: {waited}."
@@ -61,6 +69,9 @@ def _busy(busy: Activity | None) -> str:
 def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -> str:
     if forecast is None or staleness is None:
         return ""
+    found = figures.hidden(run)
+    if found is not None and found.share < 0:
+        return ""  # something else than the transfers was waited for, and more steps may not help
     enough = forecast.steps_to_hide(int(staleness))
     plural = "" if enough == 1 else "s"
     exchange = f"an exchange takes {'' if forecast.measured else 'about '}{forecast.exchange_s:.2f} s"
@@ -68,8 +79,7 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
         return f"With staleness 1, {enough} local step{plural} a round would hide it: {exchange}."
     if enough > forecast.steps:
         return f"{enough} local steps a round instead of {forecast.steps} would hide the rest: {exchange}."
-    found = figures.hidden(run)
-    if enough < forecast.steps and found is not None and found.share < HIDDEN:
+    if enough < forecast.steps and (found is None or found.share < HIDDEN):
         return f"{exchange[0].upper()}{exchange[1:]}, which {enough} of the {forecast.steps} local steps would hide."
     if enough < forecast.steps:
         return f"With {enough} local step{plural} instead of {forecast.steps} it would still be hidden: {exchange}."

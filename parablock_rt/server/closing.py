@@ -124,6 +124,7 @@ class Closing:
             bad_groups=encoding.bad_groups,
             bytes_up=self._participants.uplink.nbytes,
             bytes_down=self._downlink.nbytes,
+            snapshot_bytes=self._downlink.snapshots_nbytes,
             fingerprint=fingerprint,
             server_stages=self._timeline.stages.take(),
         )

@@ -31,6 +31,7 @@ from parablock_rt.server.progress import Progress
 from parablock_rt.server.rounds import OpenRounds
 from parablock_rt.server.visitors import PURPOSES, Visitors
 from parablock_rt.server.watch import Watch
+from parablock_rt.stages import total
 from parablock_rt.staging.stager import Stager
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
@@ -143,9 +144,12 @@ class Coordinator:
             self._tell_all(ParaBlockError(f"the server failed with {type(error).__name__}; its own output says why"))
             raise
         finally:
+            earlier = self.outcome.rounds[: self.outcome.resumed_from or 0]
             if self._progress.started_at is not None:
-                self.outcome.wall_s = time.monotonic() - self._progress.started_at
-            self.outcome.server_stages = self.timeline.stages.total()
+                before_s = sum(closed.open_s for closed in earlier)
+                self.outcome.wall_s = before_s + time.monotonic() - self._progress.started_at
+            closed_stages = [closed.server_stages for closed in earlier]
+            self.outcome.server_stages = total([*closed_stages, self.timeline.stages.total()])
             self.outcome.digest = self._digest()
             self.outcome.left = self._participants.attendance.gone(self.outcome.left)
 

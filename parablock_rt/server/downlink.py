@@ -35,12 +35,14 @@ class _Copy:
 
 
 class Downlink:
-    """The way down, to all clients. `nbytes`: what was sent since the run began; a restored run goes on counting.
-    `backlog`: the aggregates that may have to be sent again. `snapshot_bytes`: what all blocks weigh, sent whole."""
+    """The way down, to all clients. `nbytes`: what was sent since the run began, and `snapshots_nbytes`: of it, whole
+    blocks; a restored run goes on counting. `backlog`: the aggregates that may have to be sent again. `snapshot_bytes`:
+    what all blocks weigh, sent whole."""
 
     def __init__(self, transport: Transport, master: Master, chunk: int, stager: Stager, timeline: Timeline) -> None:
         """`chunk`: elements of a transfer's chunk."""
         self.nbytes = 0
+        self.snapshots_nbytes = 0
         self._transport = transport
         self._master = master
         self._chunk = chunk
@@ -88,6 +90,7 @@ class Downlink:
         for kept in recovery.aggregates(past, state, self._master, self._transport, self.buffers):
             self.backlog.add(kept)
         self.nbytes = past.closed[-1].closed.bytes_down if past.closed else 0
+        self.snapshots_nbytes = past.closed[-1].closed.snapshot_bytes if past.closed else 0
 
     def send_again(self, link: int, round: int) -> None:
         """Sends the aggregate of a closed round once more."""
@@ -102,6 +105,7 @@ class Downlink:
         if (copy := self._copies.get(block)) is None or copy.fingerprint != self.fingerprints[block]:
             copy = self._copies[block] = self._copy(block)
         self._send(link, Kind.SNAPSHOT, 0, block, copy.source, copy.nbytes)
+        self.snapshots_nbytes += copy.nbytes
         return copy.fingerprint
 
     def keep_copies_of(self, blocks: Collection[int]) -> None:

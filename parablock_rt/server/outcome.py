@@ -42,13 +42,19 @@ class ClosedRound:
     parts: tuple[Part, ...] = ()
     stages: StageSeconds = NO_TIME
     server_stages: StageSeconds = NO_TIME
+    snapshot_bytes: int = 0  # of `bytes_down`: whole blocks, for clients that came late or had another model
 
 
 @dataclass
 class Outcome:
-    """The result of a run, also of one that was cut short."""
+    """The result of a run, also of one that was cut short.
+
+    Of a run that was resumed it has all rounds, and `resumed_from` is the first one that this server closed. `wall_s`
+    and `server_stages` then contain the rounds that earlier servers closed, but no time without a server.
+    """
 
     rounds: list[ClosedRound] = field(default_factory=list)
+    resumed_from: int | None = None
     wall_s: float = 0.0
     digest: str = ""
     client_digests: dict[int, str] = field(default_factory=dict)

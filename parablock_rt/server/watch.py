@@ -17,6 +17,7 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import HandshakeError
 from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import Outcome
+from parablock_rt.stages import waited_for_others
 from parablock_rt.wire.protocol import ClientStatus, Status
 
 LAST_ROUNDS = 8
@@ -78,6 +79,7 @@ class Watch:
 
     def _look(self, members: Iterable[Member], outcome: Outcome, *, wall_s: float | None, open_s: float) -> Status:
         last = outcome.rounds[-LAST_ROUNDS:]
+        waiting = [r for r in last if r.round > self._config.staleness]  # no aggregate is due before the others
         clients = sorted((self._client(member, outcome) for member in members), key=lambda c: (-c.late_s, c.client))
         return Status(
             round=len(outcome.rounds),
@@ -90,7 +92,8 @@ class Watch:
             round_s=mean(r.open_s for r in last) if last else None,
             loss=last[-1].loss if last else None,
             compute_s=mean(r.compute_s for r in last) if last else None,
-            exposed_s=mean(r.exposed_s for r in last) if last else None,
+            exposed_s=mean(r.exposed_s for r in waiting) if waiting else None,
+            others_s=mean(waited_for_others(r.exposed_s, r.stages.wait) for r in waiting) if waiting else None,
             exchange_s=mean(self._uploads) + mean(self._updates) if self._uploads and self._updates else None,
             bytes_up=last[-1].bytes_up if last else 0,
             bytes_down=last[-1].bytes_down if last else 0,

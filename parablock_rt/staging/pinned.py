@@ -7,9 +7,8 @@ if the system refuses, is ordinary memory: everything still works, with copies t
 from __future__ import annotations
 
 import logging
-import os
 
-from parablock_rt import _C
+from parablock_rt import _C, limits
 from parablock_rt.blocks.layout import Block
 from parablock_rt.errors import ConfigError
 
@@ -38,15 +37,15 @@ def buffer_bytes(nbytes: int) -> int:
 
 
 def default_cap() -> int:
-    """Half of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Bytes: half of the memory that this process may use."""
+    return limits.memory_bytes() // 2
 
 
 class PinnedMemory:
     """A slab and what it is too small for. Any thread."""
 
     def __init__(self, driver: _C.Driver, needed: int, cap: int | None = None) -> None:
-        """Pins `needed` bytes, at most `cap` (half of the machine's memory if None; 0: pin nothing).
+        """Pins `needed` bytes, at most `cap` (half of the memory that this process may use if None; 0: pin nothing).
 
         Raises ConfigError for a negative cap.
         """
@@ -58,9 +57,9 @@ class PinnedMemory:
         self._overflowed = needed > cap
         if self._overflowed:
             log.warning(
-                "pinning %s of host memory instead of the %s that would be used (a cap, or half of this machine's "
-                "memory); copies of the rest are slower and the training waits for them. Raise --pinned-memory if the "
-                "machine has more to give",
+                "pinning %s of host memory instead of the %s that would be used (a cap, or half of the memory that "
+                "this process may use); copies of the rest are slower and the training waits for them. Raise "
+                "--pinned-memory if the machine has more to give",
                 _mib(cap),
                 _mib(needed),
             )

@@ -234,7 +234,7 @@ class Applied(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Goodbye(_Message, frozen=True, kw_only=True, tag=True):
-    """The last message of a client: its final digest, or why it leaves early.
+    """The last message of a client: its final digest, or why it leaves early. `rounds`: those that it has trained.
 
     `reconnects`: how often it came back. `resumed_bytes`, `resent_bytes`: of the transfers that broke off meanwhile,
     what was kept and what had to travel after the break.
@@ -244,6 +244,7 @@ class Goodbye(_Message, frozen=True, kw_only=True, tag=True):
     reason: Annotated[str, Meta(max_length=REASON_CHARS)]
     compute_s: float
     exposed_s: float
+    rounds: int = 0
     reconnects: int = 0
     resumed_bytes: int = 0
     resent_bytes: int = 0
@@ -284,7 +285,9 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(_Message, frozen=True, kw_only=True, tag=True):
     """How the run stands: means over the last rounds, None where there is none yet. `round`: rounds that are closed.
 
-    `exchange_s`: how long an upload and an update were on their way. `clients`: the slowest of those present.
+    `exposed_s`: how long training waited before a round, without the first rounds, which never wait; `others_s`: of it,
+    for other clients. `exchange_s`: how long an upload and an update were on their way. `clients`: the slowest of those
+    present.
     """
 
     round: int
@@ -305,6 +308,7 @@ class Status(_Message, frozen=True, kw_only=True, tag=True):
     present: int
     left: int
     clients: list[ClientStatus]
+    others_s: float | None = None
     mac: bytes = b""  # proves that the server knows the token
 
 

@@ -42,6 +42,7 @@ from parablock_rt.wire import certs, handshake
 from parablock_rt.wire.tls import Tls
 
 _CLIENT_EXIT_S = 30.0
+_LITTLE = 0.2  # of the time to compute
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
 
 
@@ -94,6 +95,8 @@ def run(demo: Demo, console: Console) -> dict[str, Any]:
         if "speedup" not in summaries:
             console.print(f"Stopped before the end. What there is of it is in {escape(str(demo.folder.path))}")
     console.print(_table(summaries))
+    if note := little_to_hide(summaries[SEQUENTIAL]):
+        console.print(note)
     console.print(f"Everything is in [b]{demo.folder.path}[/b]; look at report.html first")
     return summaries
 
@@ -247,6 +250,18 @@ def round_line(closed: ClosedRound, rounds: int, block: str) -> str:
         f"compute {closed.compute_s:5.2f} s  waited {closed.exposed_s:5.2f} s  "
         f"up {closed.bytes_up / 1e6:6.1f} MB  down {closed.bytes_down / 1e6:6.1f} MB"
         + (f"  [red]{closed.bad_groups} bad groups[/red]" if closed.bad_groups else "")
+    )
+
+
+def little_to_hide(sequential: dict[str, Any]) -> str | None:
+    """Why there is next to no speed-up, where that is so because of the link: nothing can hide more than there is."""
+    rounds = max(1, sequential["rounds"])
+    compute_s, communication_s = sequential["compute_s"] / rounds, sequential["exposed_comm_s"] / rounds
+    if communication_s >= _LITTLE * compute_s:
+        return None
+    return (
+        f"Computing took {compute_s:.1f} s per round and communication {communication_s:.1f} s: there was little to "
+        "hide. A slower link (--rate) or fewer local steps (--local-steps) show more"
     )
 
 

@@ -32,7 +32,7 @@ from parablock_rt import _C, cli, codec, demo
 from parablock_rt.blocks.fingerprint import digest, fingerprint
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.errors import PeerLostError
+from parablock_rt.errors import ConfigError, PeerLostError
 from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.wire import handshake
@@ -202,17 +202,23 @@ def test_a_server_that_cannot_listen_ends_before_anybody_is_served(main: Main) -
     assert "--insecure" in exposed.err
 
 
-def test_a_server_raises_its_limit_of_open_files_and_never_lowers_it(main: Main) -> None:
+def test_a_server_raises_its_limit_of_open_files_and_never_lowers_it(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(cli.run, "start_server", refuse)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     hard = 2**20 if before[1] == resource.RLIM_INFINITY else before[1]
-    with start_server() as running:
-        try:
-            for soft, expected in ((1000, min(hard, 8192)), (hard, hard)):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
-                main("serve", "--model", "tiny", "--eval-examples", 0, "--address", running.address)
-                assert resource.getrlimit(resource.RLIMIT_NOFILE) == (expected, before[1])
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    try:
+        for soft, expected in ((1000, min(hard, 8192)), (hard, hard)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+            result = main("serve", "--model", "tiny", "--eval-examples", 0, "--address", "127.0.0.1:0")
+            assert "far enough" in result.err
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (expected, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # ---- Configuration files

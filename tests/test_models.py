@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.finetune import models
 
@@ -189,6 +190,43 @@ def test_a_damaged_checkpoint_is_reported_with_its_folder(checkpoint: Path) -> N
     (checkpoint / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ParaBlockError, match=str(checkpoint)):
         models.load(checkpoint)
+
+
+def test_a_checkpoint_of_pickled_weights_is_refused_with_how_to_convert_it(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(
+        ParaBlockError, match=rf"expected safetensors in {checkpoint}, found pytorch_model.bin"
+    ) as error:
+        models.load(checkpoint)
+    assert "convert it" in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_package_that_is_missing_is_named_as_an_index_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ParaBlockError, match=r"'transformers', found none; run: pip install transformers$"):
+        models.load("tiny")
+
+
+def test_an_outline_is_planned_as_the_model_is_and_takes_config_json_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(checkpoint / "config.json", tmp_path / "bare")
+    random_state = torch.get_rng_state()
+    for whole, bare in (("tiny", "tiny"), (checkpoint, tmp_path / "bare")):
+        for dtype in (torch.float32, torch.bfloat16):
+            outline = models.outline(bare, dtype=dtype)
+            assert all(tensor.is_meta for tensor in outline.parameters())
+            for outer in ("freeze", "train"):
+                wanted = BlockPlan.from_model(models.load(whole, dtype=dtype)[0], outer=outer)
+                found = BlockPlan.from_model(outline, outer=outer)
+                assert (found.digest, found.aliases, found.frozen) == (wanted.digest, wanted.aliases, wanted.frozen)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(ParaBlockError, match=rf"expected the config.json of .* in {tmp_path / 'bare'}"):
+        models.outline(tmp_path / "bare")
 
 
 def test_a_checkpoint_without_a_tokenizer_says_that_this_is_what_it_lacks(checkpoint: Path) -> None:

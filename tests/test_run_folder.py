@@ -70,7 +70,7 @@ def test_a_folder_that_is_used_again_keeps_nothing_of_the_earlier_run(tmp_path: 
 def test_a_run_that_is_resumed_keeps_its_telemetry_and_adds_to_it(tmp_path: Path) -> None:
     for name in ("summary.json", "telemetry.jsonl", "metrics.jsonl"):
         (tmp_path / name).write_text('{"of": "the server before"}\n')
-    (lines, *_) = reporters.open_all(RunFolder(tmp_path, resumed=True), None, None, 0.5)
+    lines = reporters.JsonLines(RunFolder(tmp_path, resumed=True))
     lines.sample("server", Sample(0.0, 1, 2.0, {}))
     assert [len((tmp_path / f).read_text().splitlines()) for f in ("telemetry.jsonl", "metrics.jsonl")] == [2, 0]
     assert (tmp_path / "summary.json").exists()

@@ -452,7 +452,7 @@ def test_a_port_that_is_taken_is_refused_with_a_way_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot serve Prometheus on 127.0.0.1:{port} \(.+\); give --prometh"):
-            reporters.open_all(RunFolder(tmp_path), str(port), None, 0.5)
+            reporters.open_all(tmp_path, str(port), None)
 
 
 def test_a_closed_page_frees_its_port() -> None:
@@ -473,7 +473,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (reporter,) = reporters.open_all(RunFolder(tmp_path), None, "tensorboard", 0.0)
+    (reporter,) = reporters.open_all(tmp_path, None, "tensorboard")
     reporter.sample("server", Sample(1.25, 0, 0.0, {"process.cpu": 0.5}))
     reporter.round("server", {"round.round": 7.0, "round.loss": 2.5})
     reporter.close()
@@ -496,7 +496,7 @@ def test_wandb_gets_samples_and_rounds(tmp_path: Path, monkeypatch: pytest.Monke
     fake = types.ModuleType("wandb")
     fake.init = lambda **given: settings.update(given) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (reporter,) = reporters.open_all(RunFolder(tmp_path), None, " wandb ,wandb", 0.0)
+    (reporter,) = reporters.open_all(tmp_path, None, " wandb ,wandb")
     reporter.sample("server", Sample(1.5, 0, 0.0, {"process.cpu": 0.5}))
     reporter.round("server", {"round.round": 7.0})
     reporter.close()
@@ -506,21 +506,21 @@ def test_wandb_gets_samples_and_rounds(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("module", "options"),
+    ("module", "package", "options"),
     [
-        ("tensorboard", (None, "tensorboard")),
-        ("wandb", (None, "wandb")),
-        ("prometheus_client", ("0", None)),
+        ("tensorboard", "tensorboard", (None, "tensorboard")),
+        ("wandb", "wandb", (None, "wandb")),
+        ("prometheus_client", "prometheus-client", ("0", None)),
     ],
 )
 def test_what_is_not_installed_is_named_with_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, options: tuple[str | None, str | None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str, options: tuple[str | None, str | None]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"{module} is not installed .*pip install 'parablock-rt\[\w+\]'"):
-        reporters.open_all(RunFolder(tmp_path), *options, 0.5)
+    with pytest.raises(ConfigError, match=rf"{module} is not installed .*; install it with: pip install {package}$"):
+        reporters.open_all(tmp_path, *options)
 
 
 def test_a_reporter_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--report-to knows tensorboard, wandb; found 'mlflow'"):
-        reporters.open_all(RunFolder(tmp_path), None, "tensorboard,mlflow", 0.5)
+        reporters.open_all(tmp_path, None, "tensorboard,mlflow")

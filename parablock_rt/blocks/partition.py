@@ -22,6 +22,7 @@ _HOW_TO_NAME = (
     'name the blocks yourself: BlockPlan.from_model(model, blocks=["model.layers.0", "model.layers.1"]) with name '
     'prefixes, blocks=["encoder.*.weight"] with a glob pattern, or blocks=4 for four parts of about equal size'
 )
+_HOW_TO_PASS = "Give the plan to parablock_rt.serve as plan=; clients need nothing, for they take the server's"
 
 
 _SMALLEST_TOWER = 0.1  # of the decoder layers' parameters: a list of layers that trains in blocks of its own
@@ -52,7 +53,9 @@ def by_layers(
     lists = _layer_lists(model)
     if not lists:
         kind = type(model).__name__
-        raise PlanError(f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}")
+        raise PlanError(
+            f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}. {_HOW_TO_PASS}"
+        )
     sizes = {path: _numel(layers) for path, layers in lists.items()}
     path = max(sizes, key=sizes.__getitem__)
     least = _SMALLEST_TOWER * sizes[path] if outer == "train" else sizes[path] + 1

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from parablock_rt.cli import look, run
-from parablock_rt.cli.output import console
+from parablock_rt.cli.output import LogHandler, console
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.version import __version__
 
@@ -32,7 +32,7 @@ app.add_typer(look.traces, name="trace")
 
 def main() -> NoReturn:
     """The entry point; never returns."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager ends a run as Ctrl-C does
     try:
         app(prog_name="parablock")  # ends with SystemExit: 0, or 2 after a usage error
@@ -57,6 +57,6 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version, metavar="")
     ] = False,
 ) -> None: ...

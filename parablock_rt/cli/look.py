@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -33,10 +33,11 @@ from parablock_rt.cli.options import (
     TlsKey,
     TokenFile,
     client_tls,
+    flag,
     plan_of,
     seconds_of,
 )
-from parablock_rt.cli.output import console
+from parablock_rt.cli.output import console, tell_news
 from parablock_rt.client import memory, optimizers
 from parablock_rt.errors import ConfigError
 from parablock_rt.finetune import loop as finetune
@@ -80,16 +81,21 @@ def show_plan(
     run_config = config.RunConfig(
         rounds=config.MAX_ROUNDS, clients=1, staleness=staleness, format=format, schedule=schedule, seed=seed
     )
-    net, _, task = finetune.load(workload)
+    net = finetune.outline(workload)
     plan = plan_of(net, blocks, outer, row_limit)
     predictor = memory.Predictor(net, plan, run_config, trained, kind)
     if shape.rate and seconds is None:
-        seconds = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
+        seconds = _time_step(workload, plan)
     forecast = planner.forecast(plan, predictor, shape.rate, shape.delay, seconds, staleness)
     if as_json:
         print(to_json(forecast, indent=2))
     else:
         print(planner.render(plan, predictor, forecast))
+
+
+def _time_step(workload: Workload, plan: BlockPlan) -> float:
+    net, batch = finetune.for_timing(workload)
+    return planner.measure_step(net, plan, batch)
 
 
 @commands.command(
@@ -100,7 +106,7 @@ def make_certs(
     host: Annotated[str, typer.Option(help="Names and IP addresses by which clients reach the server, with commas.")],
     clients: Annotated[int, typer.Option(help="Client certificates to make besides.")] = 0,
     days: Annotated[int, typer.Option(help="Days that the certificates of server and clients are valid.")] = 365,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: Annotated[bool, flag("--force", help="Replace files that exist.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a CA, a certificate for the server and, if wanted, certificates for clients."""
@@ -112,11 +118,20 @@ def make_certs(
         print(certs.render(deployment))
 
 
-@commands.command("doctor", epilog="Example: [b]parablock doctor --peer server.example.org:7070 --tls-ca ca.pem[/b]")
+@commands.command(
+    "doctor",
+    epilog="Example: [b]parablock doctor --peer server.example.org:7070 --tls-ca ca.pem --token-file token[/b]",
+)
 def show_doctor(
     config_file: ConfigFile = None,
     peer: Annotated[str | None, typer.Option(help="host:port of a running server: measures the link to it.")] = None,
     model: Annotated[str | None, typer.Option(help="As of join: is the transfer of its blocks hidden there?")] = None,
+    dtype: Dtype = None,
+    blocks: Blocks = None,
+    outer: Outer = "freeze",
+    row_limit: RowLimit = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
     staleness: Annotated[int | None, typer.Option(help="With --model, another than the server's.")] = None,
     local_steps: Annotated[int | None, typer.Option(help="With --model, others than the server's.")] = None,
     format: Annotated[str | None, typer.Option(help="With --model, another than the server's.")] = None,
@@ -135,39 +150,39 @@ def show_doctor(
         findings = doctor.examine()
         print(to_json(findings, indent=2) if as_json else doctor.render(findings))
         return
+    tell_news()
     asked = {"staleness": staleness, "local_steps": local_steps, "format": format}
     given = {name: value for name, value in asked.items() if value is not None}
     config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises for what is none
+    seconds = seconds_of(step_time)
+    plan = None
+    if model is not None:
+        workload = Workload.for_model(model, dtype=dtype, batch_size=batch_size, seq_len=seq_len, row_limit=row_limit)
+        plan = plan_of(finetune.outline(workload), blocks, outer, row_limit)
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     config.parse_address(peer)
     report = link_check.check_link(peer, token=token, tls=tls)
     result = link_check.as_dict(report)
     lines = [link_check.render(report)]
-    if model is not None:
+    if plan is not None:
         status = top.look_once(peer, token, tls=tls)
         run = {name: given.get(name, getattr(status, name)) for name in asked}
-        verdict = _forecast_for(report, model, run, seconds_of(step_time))
+        step_s = _time_step(workload, plan) if seconds is None else seconds
+        link = planner.Link(report.up, report.down, report.round_trip_s / 2)
+        verdict = planner.verdict(plan, **run, link=link, step_s=step_s)
         result["overlap"] = verdict
         lines.append(verdict)
     print(to_json(result, indent=2) if as_json else "\n".join(lines))
 
 
-def _forecast_for(report: link_check.LinkReport, model: str, run: dict[str, Any], step_s: float | None) -> str:
-    workload = Workload.for_model(model)
-    net, _, task = finetune.load(workload)
-    plan = BlockPlan.from_model(net)
-    if step_s is None:
-        step_s = planner.measure_step(net, plan, task.train.take(range(workload.batch_size)))
-    link = planner.Link(report.up, report.down, report.round_trip_s / 2)
-    return planner.verdict(plan, **run, link=link, step_s=step_s)
-
-
-@commands.command("top", epilog="Example: [b]parablock top server.example.org:7070 --token-file token[/b]")
+@commands.command(
+    "top", epilog="Example: [b]parablock top server.example.org:7070 --tls-ca ca.pem --token-file token[/b]"
+)
 def show_top(
     address: Annotated[str, typer.Argument(help="host:port of the server.")],
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    once: Annotated[bool, flag("--once", help="Look once and end.")] = False,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     tls_fingerprint: TlsFingerprint = None,
@@ -176,6 +191,7 @@ def show_top(
     as_json: Json = False,
 ) -> None:
     """Watch a running server: rounds, clients, who is slow, rates, what is hidden. Takes no seat, changes nothing."""
+    tell_news()
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     config.parse_address(address)

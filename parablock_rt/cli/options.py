@@ -19,6 +19,11 @@ from parablock_rt.wire.tls import SYSTEM, Tls
 from parablock_rt.wire.transport import MAX_LANES
 
 
+def flag(*names: str, help: str) -> Any:
+    """An option that takes no value, shown without the type of one."""
+    return typer.Option(*names, help=help, metavar="")
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         settings = config.read_toml(path)
@@ -83,7 +88,7 @@ PinnedMemory = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for summary, metrics and trace; default runs/NAME.")]
 SummaryFile = Annotated[Path | None, typer.Option("--summary", help="Also write the summary to this file.")]
-Trace = Annotated[bool, typer.Option("--trace/--no-trace", help="Record what happens to every chunk.")]
+Trace = Annotated[bool, flag("--trace/--no-trace", help="Record what happens to every chunk.")]
 Period = Annotated[
     float, typer.Option("--telemetry", help="Seconds between samples of GPU, links and threads; 0: none.")
 ]
@@ -91,7 +96,7 @@ Prometheus = Annotated[
     str | None, typer.Option(help="Serve metrics to Prometheus: a port (of this machine alone), or host:port.")
 ]
 ReportTo = Annotated[str | None, typer.Option(help="Also write telemetry and rounds to tensorboard, wandb or both.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Json = Annotated[bool, flag("--json", help="Print the result as JSON on standard output.")]
 
 
 def client_tls(cert: Path | None, key: Path | None, ca: str | None, fingerprint: str | None) -> Tls | None:

@@ -1,22 +1,72 @@
-"""What the commands say: progress on standard error, results on standard output or in a file. Decides nothing."""
+"""What the commands say: progress on standard error, results on standard output or in a file. Decides nothing.
+
+A run outlives its readers: where a pipe is closed or a disk is full, what is said is lost and the command goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
 from parablock_rt.errors import ConfigError
-from parablock_rt.observe.run_folder import RunFolder, to_json
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from parablock_rt.observe.run_folder import to_json
 
 
-def say_what_is_left(folder: RunFolder, again: str = "") -> None:
+def mute(stream: IO[str] | None) -> None:
+    """Whatever is still written to the stream is lost: what waits in it, too, which would fail at the exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+class Progress(Console):
+    """Prints until that fails, and then no more."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """rich calls this for a closed pipe, and would end the program."""
+        self.quiet = True
+        mute(self.file)
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Warnings with their level, news without; on standard error until that fails, and then no more."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname} {text}"
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if isinstance(sys.exc_info()[1], OSError):
+            mute(self.stream)
+        else:
+            super().handleError(record)
+
+
+console = Progress(stderr=True, highlight=False, soft_wrap=True)
+
+
+def tell_news() -> None:
+    """From now on the log says more than warnings: who came, and what is waited for."""
+    logging.getLogger("parablock").setLevel(logging.INFO)
+
+
+def say_what_is_left(folder: Path, again: str = "") -> None:
     """Where the partial record of a run is that was stopped, and `again`: how to go on with it."""
-    console.print(f"Stopped before the end. What there is of it is in {escape(str(folder.path))}{again}")
+    console.print(f"Stopped before the end. What there is of it is in {escape(str(folder))}{escape(again)}")
 
 
 def deliver(result: dict[str, Any], file: Path | None, as_json: bool) -> None:
@@ -29,4 +79,7 @@ def deliver(result: dict[str, Any], file: Path | None, as_json: bool) -> None:
         except OSError as error:
             raise ConfigError(f"cannot write the summary {file}: {error.strerror}") from error
     if as_json:
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            mute(sys.stdout)

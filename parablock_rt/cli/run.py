@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
-import time
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import typer
+from rich.markup import escape
 
 from parablock_rt import config, demo, units
+from parablock_rt.cli import folders
 from parablock_rt.cli.options import (
     BatchSize,
     Blocks,
@@ -51,46 +51,34 @@ from parablock_rt.cli.options import (
     TokenFile,
     Trace,
     client_tls,
+    flag,
     plan_of,
     server_tls,
 )
-from parablock_rt.cli.output import console, deliver, say_what_is_left
+from parablock_rt.cli.output import console, deliver, say_what_is_left, tell_news
 from parablock_rt.cli.record import Record
 from parablock_rt.client.run import RoundReport, Run
-from parablock_rt.errors import ConfigError
+from parablock_rt.errors import ParaBlockError
 from parablock_rt.finetune import loop as finetune
+from parablock_rt.finetune import models
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.observe import meters
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.observe.telemetry import PERIOD_S
-from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.server.server import check_address
 from parablock_rt.server.server import serve as start_server
 from parablock_rt.summary import summarise, summarise_client
 from parablock_rt.wire import handshake
 from parablock_rt.wire.transport import DEFAULT_LANES, MAX_LANES, Shape
 
 commands = typer.Typer()
-_SETTINGS = "settings.json"  # of a durable run, in its folder
-_STATE = "state"  # likewise
 _OPEN_FILES = 8192  # four connections for each of 1,024 clients, strangers, and what else a server opens
-
-
-def _read_resumed(context: typer.Context, path: Path | None) -> Path | None:
-    """Takes the settings with which the run was started; flags and --config win."""
-    if path is not None:
-        try:
-            settings = json.loads((path / _SETTINGS).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"there is no run to resume in {path} ({error}); expected the run folder of `parablock serve`"
-            ) from error
-        context.default_map = settings | {"run_dir": str(path)} | dict(context.default_map or {})
-    return path
 
 
 @commands.command("demo", epilog="Example: [b]parablock demo --rate 20mbit --rounds 8[/b]")
 def run_demo(
+    context: typer.Context,
     config_file: ConfigFile = None,
     model: Model = "smollm2",
     rounds: Rounds = 20,
@@ -107,7 +95,7 @@ def run_demo(
     seq_len: SeqLen = None,
     lr: LearningRate = None,
     eval_examples: EvalExamples = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the links, with certificates made for the run.")] = False,
+    tls: Annotated[bool, flag("--tls", help="Encrypt the links, with certificates made for the run.")] = False,
     run_dir: RunDir = None,
     summary: SummaryFile = None,
     as_json: Json = False,
@@ -127,12 +115,15 @@ def run_demo(
     # A wrong setting is found before a model is loaded.
     config.RunConfig(**settings)
     shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
-    folder = _run_folder(run_dir, "demo")
+    folder = RunFolder(context.with_resource(folders.held(run_dir, "demo")))
     plan = demo.Demo(workload, shape.rate, shape.delay, folder, blocks, settings, encrypted=tls)
     deliver(demo.run(plan, console), summary, as_json)
 
 
-@commands.command(epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --token-file token --clients 2[/b]")
+@commands.command(
+    epilog="Example: [b]parablock serve --address 0.0.0.0:7070 --tls-cert tls/server.pem --tls-key tls/server.key "
+    "--token-file token --clients 2[/b]"
+)
 def serve(
     context: typer.Context,
     config_file: ConfigFile = None,
@@ -177,13 +168,15 @@ def serve(
         typer.Option(help="optional: a client without a certificate is let in by the token."),
     ] = "required",
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without TLS, or without a token.")
+        bool, flag("--insecure", help="Listen beyond loopback without TLS, or without a token.")
     ] = False,
-    save_model: Annotated[bool, typer.Option(help="Save the result to the run folder.")] = True,
-    durable: Annotated[bool, typer.Option(help="Keep the run's state in the run folder, to --resume it.")] = True,
+    save_model: Annotated[bool, flag(help="Save the result to the run folder.")] = True,
+    durable: Annotated[bool, flag(help="Keep the run's state in the run folder, to --resume it.")] = True,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Run folder of a server that was killed: go on.", is_eager=True, callback=_read_resumed),
+        typer.Option(
+            help="Run folder of a server that was killed: go on.", is_eager=True, callback=folders.read_resumed
+        ),
     ] = None,
     trace: Trace = True,
     telemetry: Period = PERIOD_S,
@@ -194,12 +187,9 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the server of a federated fine-tuning; clients come with `parablock join`."""
+    tell_news()
     given = context.params
-    flags = {
-        name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in given.items()
-        if value is not None and name not in ("config_file", "resume", "run_dir", "summary", "as_json")
-    }
+    settings = folders.settings_of(given)
     # A flag that is named like a setting is that setting.
     run_config = config.RunConfig(**{name: given[name] for name in config.RunConfig.__struct_fields__ if name in given})
     workload = Workload.for_model(
@@ -214,16 +204,12 @@ def serve(
     token = handshake.read_token(token_file)
     tls = server_tls(tls_cert, tls_key, tls_client_ca, tls_clients)
     shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
-    config.parse_address(address)
-    past = [] if resume is None else Checkpoint.closed_rounds(resume / _STATE)
-    if durable and resume is None and run_dir is not None:
-        Checkpoint.refuse_to_replace(run_dir / _STATE)
-    folder = _run_folder(run_dir, "serve", resumed=resume is not None)
-    for closed in past:
-        folder.append_metrics(msgspec.to_builtins(closed))
-    if durable:
-        folder.write_json(_SETTINGS, flags)
-    record = Record(folder, telemetry, prometheus, report_to)
+    check_address(address, token, tls, insecure=insecure)
+    path = context.with_resource(folders.held(run_dir, "serve"))
+    past = folders.earlier_rounds(path, resume, durable=durable)
+    record = Record(path, telemetry, prometheus, report_to)
+    evaluating = " and evaluating it on held-out examples" if workload.eval_examples else ""
+    console.print(f"Loading [b]{escape(workload.model)}[/b]{evaluating} ...")
     net, tokenizer, examples = finetune.load(workload)
     plan = plan_of(net, blocks, outer, row_limit)
     before = finetune.evaluate(net, examples, workload)
@@ -245,35 +231,39 @@ def serve(
         rate=shape.rate,
         delay=shape.delay,
         lanes=lanes,
-        durable=folder.path / _STATE if durable and resume is None else None,
-        resume=None if resume is None else folder.path / _STATE,
+        durable=path / folders.STATE if durable and resume is None else None,
+        resume=None if resume is None else path / folders.STATE,
         on_round=show,
         trace=trace,
         upload_budget=None if upload_budget is None else upload_budget * 2**20,
     )
     try:
         with record.telemetry, server:
+            # Only now is it certain that the folder becomes this run's: whatever is refused has changed nothing in it.
+            folder = RunFolder(path, resumed=resume is not None)
+            record.begin(folder, past)
             record.telemetry.start("server", meters.of_this_machine(server.link_stats))
             if durable:
-                folder.write_json(_SETTINGS, flags | {"address": server.address})  # the port that was taken
+                folders.write_settings(folder, settings | {"address": server.address})  # the port that was taken
             console.print(f"Listening on [b]{server.address}[/b] for {clients} clients")
             server.wait()
         after = finetune.evaluate(net, examples, workload)
         if save_model:
-            _save(net, tokenizer, folder)
+            _save(net, tokenizer, path)
     finally:
         result = summarise(
             run_config, server.outcome, blocks=len(plan.blocks), eval_loss_before=before, eval_loss_after=after
         )
         record.finish(result, server.timeline)
         if not result["complete"]:
-            again = f"; `parablock serve --resume {folder.path}` goes on with it" if durable else ""
-            say_what_is_left(folder, again)
+            resumed = f"parablock serve --resume {shlex.quote(str(path))}"
+            say_what_is_left(path, f"; `{resumed}` goes on with it" if durable else "")
     deliver(result, summary, as_json)
 
 
-@commands.command(epilog="Example: [b]parablock join server.example.org:7070 --token-file token[/b]")
+@commands.command(epilog="Example: [b]parablock join server.example.org:7070 --tls-ca ca.pem --token-file token[/b]")
 def join(
+    context: typer.Context,
     address: Annotated[str, typer.Argument(help="host:port of the server.")],
     config_file: ConfigFile = None,
     model: Model = "smollm2",
@@ -303,6 +293,7 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Take part in a run as a client, with this machine's shard of the data."""
+    tell_news()
     pinned = None if pinned_memory is None else units.parse_bytes(pinned_memory)
     workload = Workload.for_model(
         model,
@@ -318,12 +309,13 @@ def join(
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)
     shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     config.parse_address(address)
-    folder = _run_folder(run_dir, "join")
-    record = Record(folder, telemetry, prometheus, report_to)
+    path = context.with_resource(folders.held(run_dir, "join"))
+    record = Record(path, telemetry, prometheus, report_to)
     joined: list[Run] = []
 
     def begin(run: Run) -> None:
         joined.append(run)
+        record.begin(RunFolder(path))
         record.telemetry.start(f"client {run.client}", meters.of_this_machine(run.link_stats))
 
     def show(done: RoundReport) -> None:
@@ -352,17 +344,17 @@ def join(
                 pinned_memory=pinned,
                 trace=trace,
             )
+    except KeyboardInterrupt:
+        if not joined:
+            console.print("Stopped before the first round: nothing was trained")
+        raise
     finally:
         for run in joined:
             result = summarise_client(run)
             record.finish(result, run.timeline)
             if not run.finished:
-                say_what_is_left(folder)
+                say_what_is_left(path)
     deliver(result, None, as_json)
-
-
-def _run_folder(path: Path | None, kind: str, *, resumed: bool = False) -> RunFolder:
-    return RunFolder(path or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}", resumed=resumed)
 
 
 def _allow_open_files() -> None:
@@ -375,9 +367,14 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _save(net: Any, tokenizer: Any, folder: RunFolder) -> None:
-    target = folder.path / "model"
-    net.save_pretrained(target)
-    if hasattr(tokenizer, "save_pretrained"):  # the tiny model's bytes need no file
-        tokenizer.save_pretrained(target)
-    console.print(f"Saved the result to [b]{target}[/b]")
+def _save(net: Any, tokenizer: Any, path: Path) -> None:
+    """Raises ParaBlockError."""
+    target = path / "model"
+    try:
+        with models.no_progress_bars():
+            net.save_pretrained(target)
+            if hasattr(tokenizer, "save_pretrained"):  # the tiny model's bytes need no file
+                tokenizer.save_pretrained(target)
+    except Exception as error:  # each library has its own for a full disk
+        raise ParaBlockError(f"the result cannot be saved to {target}: {error}") from error
+    console.print(f"Saved the result to [b]{escape(str(target))}[/b]")

@@ -138,6 +138,7 @@ def _begin(
             fingerprints=[fingerprint(block) for block in blocks],
         )
         link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
+        log.info("joined as client %d of %d; waiting for the first round", welcome.client, config.clients)
         run._begin()
     except BaseException as error:
         run.close(f"could not begin: {type(error).__name__}")

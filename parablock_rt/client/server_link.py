@@ -405,7 +405,7 @@ class ServerLink:
                     return
                 if connection is not None:
                     connection.close("gave up")
-                log.info("try %d to come back: %s", self._tries, error)
+                log.debug("try %d to come back: %s", self._tries, error)
                 final = isinstance(error, HandshakeError) or not isinstance(error, TransportError)
                 if not final and time.monotonic() - self._lost_at < self._reconnect_s:
                     continue

@@ -63,10 +63,30 @@ def load(workload: Workload) -> tuple[nn.Module, models.Tokenizer, data.Task]:
     """The model with its initial weights, its tokenizer, and the task with its split. Sets torch's thread count."""
     torch.set_num_threads(workload.threads)
     model, tokenizer = models.load(workload.model, dtype=_DTYPES[workload.dtype])
-    if workload.row_limit is not None:
-        split_rows(model, workload.row_limit)
+    _cut(model, workload)
     task = data.load(workload.task, tokenizer, seq_len=workload.seq_len)
     return model, tokenizer, task
+
+
+def outline(workload: Workload) -> nn.Module:
+    """The model on the meta device: its shapes, which take neither weights nor a tokenizer nor data."""
+    model: nn.Module = models.outline(workload.model, dtype=_DTYPES[workload.dtype])
+    return _cut(model, workload)
+
+
+def for_timing(workload: Workload) -> tuple[nn.Module, data.Batch]:
+    """The model, and a batch of random tokens, which a step takes as long with as with text. Sets torch's threads."""
+    torch.set_num_threads(workload.threads)
+    model = models.load_weights(workload.model, dtype=_DTYPES[workload.dtype])
+    shape = (workload.batch_size, workload.seq_len)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return _cut(model, workload), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def _cut(model: nn.Module, workload: Workload) -> nn.Module:
+    if workload.row_limit is not None:
+        split_rows(model, workload.row_limit)
+    return model
 
 
 def evaluate(model: nn.Module, task: data.Task, workload: Workload) -> float | None:

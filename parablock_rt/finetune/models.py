@@ -61,6 +61,8 @@ _GGUF_LAYER_NAMES = {
 }
 _GGUF_CONTROL_TOKEN = 3
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 
 class Tokenizer(Protocol):
     """What the tasks need of a tokenizer: the common part of `ByteTokenizer` and a transformers tokenizer."""
@@ -125,11 +127,45 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfl
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"a model needs a floating-point dtype, found {dtype}; use torch.bfloat16 or torch.float32")
+    folder = _folder(name_or_path)
+    if folder is None:
+        return _tiny(dtype), ByteTokenizer()
+    tokenizer = _load_tokenizer(folder)
+    return _load_weights(folder, dtype), tokenizer
+
+
+def load_weights(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model that `load` gives, without a tokenizer, which need not be there. Raises what `load` raises."""
+    folder = _folder(name_or_path)
+    return _tiny(dtype) if folder is None else _load_weights(folder, dtype)
+
+
+def outline(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model that `load` gives on the meta device: its shapes without any weights. Of a checkpoint this takes
+    config.json alone. Raises what `load` raises.
+    """
+    folder = _folder(name_or_path)
+    _require("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = _tiny_config() if folder is None else AutoConfig.from_pretrained(str(folder), **_LOCAL)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+    except Exception as error:  # whatever a foreign config.json makes transformers raise
+        raise ParaBlockError(
+            f"expected the config.json of a Hugging Face causal language model in {folder}, found: {error}; pass "
+            "another folder"
+        ) from error
+
+
+def _folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Of the checkpoint that a name stands for; None for the tiny model, which has none. Raises ConfigError."""
     name = os.fspath(name_or_path)
     if name == "tiny":
-        return _tiny(dtype), ByteTokenizer()
+        return None
     if name == "smollm2":
-        return _load_folder(_smollm2_folder(), dtype)
+        return _smollm2_folder()
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
@@ -137,7 +173,7 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfl
             f"model {name!r}: expected 'smollm2', 'tiny' or the folder of a Hugging Face checkpoint, found {found}; "
             "models are never downloaded, so fetch the checkpoint first and pass its folder"
         )
-    return _load_folder(folder, dtype)
+    return folder
 
 
 def cache_folder() -> Path:
@@ -146,16 +182,16 @@ def cache_folder() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "parablock-rt"
 
 
-def _require(module: str, install: str) -> None:
+def _require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ParaBlockError(f"expected the Python package {module!r}, found none; run: pip install {install}")
+        raise ParaBlockError(f"expected the Python package {module!r}, found none; run: pip install {module}")
 
 
 def _tiny(dtype: torch.dtype) -> Any:
-    _require("transformers", "'parablock-rt[finetune]'")
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    _require("transformers")
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(**_TINY_CONFIG, use_cache=False)
+    config = _tiny_config()
     with torch.random.fork_rng(devices=[]):  # transformers draws weights too; they are overwritten below
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     generator = torch.Generator().manual_seed(_TINY_SEED)
@@ -172,9 +208,15 @@ def _tiny(dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def _tiny_config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**_TINY_CONFIG, use_cache=False)
+
+
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar a load, which would tear the caller's own display."""
+def no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per load and per save, which would tear the caller's own display."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -186,23 +228,35 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
-    _require("transformers", "'parablock-rt[finetune]'")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    _require("transformers")
+    from transformers import AutoTokenizer
 
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), **_LOCAL)
     except Exception as error:  # as below
         reason = str(error).partition("\n")[0]
         raise ParaBlockError(
             f"expected the model's tokenizer in {folder}, found none that can be loaded ({reason}); "
             "copy the tokenizer's files, such as tokenizer.json, there from the checkpoint that the model comes from"
         ) from error
+    return tokenizer
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
+    _require("transformers")
+    from transformers import AutoModelForCausalLM
+
+    _refuse_pickle(folder)
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), attn_implementation="sdpa", output_loading_info=True, dtype=dtype, **local
+                str(folder),
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                dtype=dtype,
+                use_safetensors=True,
+                **_LOCAL,
             )
     except Exception as error:  # whatever a damaged or foreign folder makes transformers raise
         raise ParaBlockError(
@@ -216,7 +270,18 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
             "pass the folder of a complete causal language model"
         )
     model.config.use_cache = False
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _refuse_pickle(folder: Path) -> None:
+    """A pickle can run whatever it holds when it is read, so none is."""
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ParaBlockError(
+            f"expected safetensors in {folder}, found {pickles[0].name}, which could run any code when it is read. If "
+            "you trust where it comes from, convert it: load it with transformers' from_pretrained, save it with "
+            "save_pretrained to another folder, and pass that"
+        )
 
 
 def _smollm2_gguf() -> tuple[Path, str]:
@@ -246,8 +311,8 @@ def _smollm2_folder() -> Path:
     target = root / f"smollm2-135m-instruct-{version}-{_CACHE_FORMAT}"
     if target.is_dir():
         return target
-    _require("gguf", "'parablock-rt[finetune]'")
-    _require("tokenizers", "'parablock-rt[finetune]'")
+    _require("gguf")
+    _require("tokenizers")
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))

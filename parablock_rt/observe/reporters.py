@@ -9,6 +9,7 @@ import importlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from parablock_rt.config import parse_address
@@ -45,7 +46,7 @@ class Prometheus:
 
     def __init__(self, address: str) -> None:
         """`address`: a port of this machine's loopback, or "host:port". Raises ConfigError when it cannot be taken."""
-        prometheus = _import("prometheus_client", "prometheus")
+        prometheus = _import("prometheus_client", "prometheus-client")
         host, port = parse_address(address if ":" in address else f"{LOOPBACK}:{address}")
         self._families = prometheus.metrics_core.GaugeMetricFamily
         self._lock = threading.Lock()  # the page is made on threads of the library
@@ -105,11 +106,11 @@ def labelled(name: str) -> tuple[str, dict[str, str]]:
 class TensorBoard:
     """Event files below the run folder; samples against milliseconds, rounds against their number."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: Path) -> None:
         _import("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder.path / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def sample(self, process: str, sample: Sample) -> None:
         for name, value in sample.metrics.items():
@@ -126,9 +127,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of wandb, set up by its own environment variables (WANDB_MODE, WANDB_PROJECT, ...)."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: Path) -> None:
         wandb = _import("wandb", "wandb")
-        self._run = wandb.init(dir=str(folder.path), name=folder.path.name, reinit="create_new")
+        self._run = wandb.init(dir=str(folder), name=folder.name, reinit="create_new")
         self._run.define_metric("round.*", step_metric="round.round")
         self._run.define_metric("*", step_metric="t_s")
 
@@ -142,27 +143,27 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-_BY_NAME: dict[str, Callable[[RunFolder], Reporter]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+_BY_NAME: dict[str, Callable[[Path], Reporter]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def open_all(folder: RunFolder, prometheus: str | None, report_to: str | None, period: float) -> list[Reporter]:
-    """The reporters that were asked for. `prometheus`: a port or "host:port"; `report_to`: names with commas.
+def open_all(folder: Path, prometheus: str | None, report_to: str | None) -> list[Reporter]:
+    """The reporters that were asked for; what they put into the run folder is beside what it holds.
+
+    `prometheus`: a port or "host:port"; `report_to`: names with commas.
 
     Raises ConfigError for an unknown name, one that is not installed, and a port that cannot be taken.
     """
     names = [name.strip() for name in (report_to or "").split(",") if name.strip()]
     if unknown := [name for name in names if name not in _BY_NAME]:
         raise ConfigError(f"--report-to knows {', '.join(_BY_NAME)}; found {unknown[0]!r}")
-    reporters: list[Reporter] = [JsonLines(folder)] if period > 0 else []
+    reporters: list[Reporter] = []
     if prometheus is not None:
         reporters.append(Prometheus(prometheus))
     return reporters + [_BY_NAME[name](folder) for name in dict.fromkeys(names)]
 
 
-def _import(module: str, extra: str) -> Any:
+def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"{module} is not installed ({error}); install it with: pip install 'parablock-rt[{extra}]'"
-        ) from error
+        raise ConfigError(f"{module} is not installed ({error}); install it with: pip install {package}") from error

@@ -71,6 +71,10 @@ class Telemetry:
         self._began_ns = 0
         self._thread = threading.Thread(target=self._run, name="pb-telemetry", daemon=True)
 
+    def add(self, reporter: Reporter) -> None:
+        """One more reporter, before `start`."""
+        self._reporters.append(reporter)
+
     def start(self, process: str, meters: Sequence[Meter]) -> None:
         """Begins to sample, once. `process`: its name in the trace."""
         self._process = process

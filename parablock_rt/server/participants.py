@@ -190,6 +190,10 @@ class Participants:
             if self._progress.started:
                 self._let_in_late(member)
             else:
+                here = sum(other.synced for other in self.roster.members)
+                log.info(
+                    "client %d is here, from %s: %d of %d", member.seat, member.address, here, self._config.clients
+                )
                 self.start_if_complete()
 
     def _let_copies_go(self) -> None:
@@ -218,6 +222,7 @@ class Participants:
         while member.seat in self._rounds.uploads_of(first_round):  # of the seat's former holder
             first_round += 1
         self._durability.note(journal.Started(seat=member.seat, first_round=first_round))
+        log.info("client %d is here, from %s: it begins with round %d", member.seat, member.address, first_round)
         self._let_begin(member, first_round=first_round)
 
     def _let_begin(self, member: Member, *, first_round: int) -> None:
@@ -342,7 +347,7 @@ class Participants:
     def seated(self, member: Member) -> None:
         """For the roster: a newcomer got a seat."""
         self._durability.note(journal.Seated(seat=member.seat, secret=member.secret))
-        log.info("client %d joined from %s", member.seat, member.address)
+        log.debug("client %d connects from %s", member.seat, member.address)
 
     def vacated(self, member: Member, reason: str) -> None:
         """For the roster: a seat is free, and with it what was kept of its holder."""

@@ -30,7 +30,7 @@ from parablock_rt.server.members import Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.version import __version__
 from parablock_rt.wire.tls import Tls
-from parablock_rt.wire.transport import MAX_LANES, Shape, Transport
+from parablock_rt.wire.transport import MAX_LANES, Shape, Transport, check_free, check_protection
 
 _BUDGET_PART, _ELEMENT_BYTES, _MOST_AHEAD = 32, 9, 2**30
 _SUM_BYTES = 16.25  # an element of the sum, and the scales of as many int8 uploads as weigh that much
@@ -238,6 +238,16 @@ def serve(
             state.close()
         raise
     return Server(coordinator, transport, taken, model, claim, state)
+
+
+def check_address(address: str, token: str | None, tls: Tls | None, *, insecure: bool) -> None:
+    """What `serve` would refuse of an address, for those who have a model to load first.
+
+    Raises ConfigError for one that lacks protection, TransportError for one that is taken.
+    """
+    protected = _proves_clients(token, tls)
+    check_protection(address, protected=protected, encrypted=tls is not None, insecure=insecure)
+    check_free(address)
 
 
 def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool) -> RunConfig | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,26 +144,11 @@ class Transport:
         host is not this machine's.
         """
         host, port = parse_address(address)
-        if not (insecure or _is_loopback(host)):
-            if not protected:
-                raise ConfigError(
-                    f"refusing to listen on {address} without protection: anyone who reaches it could join the run. "
-                    "Set a token, ask for client certificates, listen on 127.0.0.1, or say --insecure when the network "
-                    "itself is trusted"
-                )
-            if not self.encrypted:
-                raise ConfigError(
-                    f"refusing to listen on {address} without TLS: the token keeps strangers out, but whoever is on "
-                    "the way could read and change everything, and take over a connection that has proved it. Give "
-                    "--tls-cert and --tls-key (`parablock certs` makes them), listen on 127.0.0.1, or say --insecure "
-                    "when the network itself is trusted"
-                )
+        check_protection(address, protected=protected, encrypted=self.encrypted, insecure=insecure)
         try:
             taken = self.native.listen(host, port)
         except OSError as error:
-            raise TransportError(
-                f"cannot listen on {address}: {_why(error)}; is another server running there?"
-            ) from error
+            raise _cannot_listen(address, _why(error)) from error
         return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
 
     def connect(self, address: str, *, tries: int = 8, timeout: float = 5.0) -> int:
@@ -180,6 +166,8 @@ class Transport:
                         f"no server at {address} after {tries} tries ({_why(error)}); is `parablock serve` running "
                         "there, and does a firewall let this port through?"
                     ) from error
+                if attempt == 1:
+                    log.info("no server at %s yet (%s); trying again for a while", address, _why(error))
                 time.sleep(min(0.1 * 2 ** (attempt - 1), 5.0))
         raise ConfigError(f"tries must be at least 1; found {tries}")
 
@@ -220,6 +208,55 @@ class Transport:
     def close(self, flush: float = 5.0) -> None:
         """Lets queued messages leave for at most `flush` seconds, closes every link and ends the thread."""
         self.native.close(flush)
+
+
+def check_protection(address: str, *, protected: bool, encrypted: bool, insecure: bool = False) -> None:
+    """Raises ConfigError for an address that others can reach without both TLS (`encrypted`) and a proof of who the
+    clients are (`protected`), unless `insecure`."""
+    if insecure or (protected and encrypted) or _is_loopback(parse_address(address)[0]):
+        return
+    if protected:
+        lacks = (
+            "without TLS: the token keeps strangers out, but whoever is on the way could read and change everything, "
+            "and take over a connection that has proved it"
+        )
+    else:
+        lacks = "without protection: anyone who reaches it could join the run"
+        lacks += "" if encrypted else ", and whoever is on the way could read and change everything"
+    wanted = [] if protected else ["a token (--token-file) or client certificates (--tls-client-ca)"]
+    wanted += [] if encrypted else ["TLS (--tls-cert and --tls-key; `parablock certs` makes them)"]
+    raise ConfigError(
+        f"refusing to listen on {address} {lacks}. Give {', and '.join(wanted)}; or listen on 127.0.0.1, or say "
+        "--insecure when the network itself is trusted"
+    )
+
+
+def check_free(address: str) -> None:
+    """Whether `Transport.listen` would get the address now. Nobody can connect to it meanwhile.
+
+    Raises TransportError as that does.
+    """
+    host, port = parse_address(address)
+    failure: OSError | None = None
+    try:
+        for family, kind, protocol_number, _, at in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                with socket.socket(family, kind, protocol_number) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(at)
+                return
+            except OSError as error:
+                failure = error
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        raise _cannot_listen(address, str(failure.strerror)) from failure
+
+
+def _cannot_listen(address: str, why: str) -> TransportError:
+    return TransportError(f"cannot listen on {address}: {why}; is another server running there?")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,0 +1,142 @@
+"""Run folders before anything in them is touched: whose a folder is, and how a server is resumed from one.
+
+A command holds the lock of its folder from its first check to its end, so that a second one is refused before it has
+replaced anything of the first. Writes no more than the lock and a server's settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from parablock_rt.errors import CheckpointError, ConfigError
+from parablock_rt.observe.run_folder import RunFolder
+from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.outcome import ClosedRound
+
+STATE = "state"
+"""A durable server's state, in its run folder."""
+
+_SETTINGS = "settings.json"  # likewise
+_LOCK = ".lock"
+_RUNS = Path("runs")
+_NOT_SETTINGS = ("config_file", "resume", "run_dir", "summary", "as_json")
+
+
+@contextlib.contextmanager
+def held(path: Path | None, kind: str) -> Iterator[Path]:
+    """The run folder `path`, for this command alone until it ends; None makes a new one below runs/.
+
+    What is in it stays as it is. A folder that was made here and in which nothing was left goes again. Raises
+    ConfigError when another command has it or it cannot be written.
+    """
+    made = [folder for folder in (path or _RUNS, *(path or _RUNS).parents) if not folder.exists()]
+    try:
+        if path is None:
+            path = _new(kind)
+            made.insert(0, path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another command is using the run folder {path}; stop it first, or choose another folder with "
+                "--run-dir"
+            ) from error
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # somebody else has removed it
+            if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
+                (path / _LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
+        os.close(lock)
+
+
+def _new(kind: str) -> Path:
+    """Several commands of a script may start in the same second."""
+    name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = _RUNS / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
+def read_resumed(context: typer.Context, path: Path | None) -> Path | None:
+    """For the option --resume: takes the settings with which the run was started; flags and --config win."""
+    if path is not None:
+        file = path / _SETTINGS
+        try:
+            settings = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"there is no run to resume in {path} ({error}); expected the run folder of `parablock serve`"
+            ) from error
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"expected the settings of a run in {file}, a table by their names; found a "
+                f"{type(settings).__name__}. Put back the file that `parablock serve` wrote, or start a new run"
+            )
+        context.default_map = settings | {"run_dir": str(path)} | dict(context.default_map or {})
+    return path
+
+
+def earlier_rounds(path: Path, resume: Path | None, *, durable: bool) -> list[ClosedRound]:
+    """The closed rounds of the run that goes on in the folder; none of a new run.
+
+    Raises ConfigError where another run would be replaced or another folder be written, CheckpointError for a state
+    that is damaged, missing or used by another server.
+    """
+    if resume is None:
+        if durable:
+            try:
+                Checkpoint.refuse_to_replace(path / STATE)
+            except CheckpointError as error:
+                raise ConfigError(
+                    f"the run folder {path} holds the state of a run already: go on with that by --resume, or choose "
+                    "another folder with --run-dir"
+                ) from error
+        return []
+    if path.resolve() != resume.resolve():
+        raise ConfigError(f"expected no --run-dir beside --resume, which goes on in {resume}; found {path}")
+    return Checkpoint.closed_rounds(path / STATE)
+
+
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `serve` was told, as a later --resume takes it, from whatever folder that is called."""
+    settings = {
+        name: str(value.absolute()) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None and name not in _NOT_SETTINGS
+    }
+    if (model := Path(settings["model"]).expanduser()).is_dir():  # else it is a name
+        settings["model"] = str(model.absolute())
+    return settings
+
+
+def write_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Raises ConfigError."""
+    try:
+        folder.write_json(_SETTINGS, settings)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {folder.path / _SETTINGS} ({error.strerror}), without which the run cannot be resumed; make "
+            "room, choose another folder with --run-dir, or say --no-durable"
+        ) from error

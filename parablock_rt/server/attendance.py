@@ -51,8 +51,9 @@ class Attendance:
 
     @property
     def lost(self) -> list[Member]:
-        """Those whose connection broke and who have not come back yet."""
-        return [m for m in self._roster.members if m.link is None and m.goodbye is None]
+        """Those whose connection broke and who are not back yet: who is connected again and has not said where it stands
+        is still on its way back."""
+        return [m for m in self._roster.members if not m.here and m.goodbye is None]
 
     def gone(self, left: Iterable[str]) -> list[str]:
         """Who is not there any more, and why. `left`: those whose seats are free again."""

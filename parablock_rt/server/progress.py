@@ -109,7 +109,10 @@ class Progress:
         """
         last, self._turn_at = self._turn_at, time.monotonic()
         if self._turn_at - last > min(_PAUSED_S, max(self.deadline.seconds / 2, 10 * longest)):
-            self.oldest_since += self._turn_at - last
+            # A round that became the oldest during that turn loses only what came after that.
+            self.oldest_since += self._turn_at - max(last, self.oldest_since)
+            if self._deserted_since is not None:
+                self._deserted_since += self._turn_at - max(last, self._deserted_since)
 
     def deserted(self, *, anybody: bool, may_return: bool) -> bool:
         """Whether nobody has been there for so long that it makes no sense to wait. `anybody`: somebody is there now;

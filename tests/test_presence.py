@@ -5,9 +5,12 @@ The clients here say what they like; what they would be waited for in time is pu
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeAlias
 
 import pytest
+from deadlines import do_not_wait_for
 from leftovers import settles
 from processes import start_server
 from test_bad_input import RawClient, announcement, good_body
@@ -16,6 +19,8 @@ from test_replay import Returning
 import parablock_rt as pb
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
+
+Clients: TypeAlias = dict[int, tuple[RawClient, protocol.Welcome]]
 
 
 def loop_turns(running: pb.Server) -> None:
@@ -26,12 +31,35 @@ def loop_turns(running: pb.Server) -> None:
         assert settles(lambda before=before: progress._turn_at > before or not running.running)
 
 
-def come_back(client: Returning, welcome: protocol.Welcome, **said: Any) -> protocol.RejoinAnswer:
+@contextlib.contextmanager
+def begun(running: pb.Server, count: int, given_up: Callable[[int], Collection[int]] | None = None) -> Iterator[Clients]:
+    """So many clients in their first round, by seat. `given_up` of a round: as for `do_not_wait_for`."""
+    with contextlib.ExitStack() as stack:
+        clients = {}
+        for _ in range(count):
+            each = stack.enter_context(RawClient(running.address))
+            welcome = each.take_seat()
+            clients[welcome.client] = each, welcome
+        if given_up is not None:
+            do_not_wait_for(running, given_up)
+        for each, welcome in clients.values():
+            each.say(each.ready(welcome))
+        for each, _ in clients.values():
+            each.hear(protocol.Begin)
+        yield clients
+
+
+def come_back(client: Returning, welcome: protocol.Welcome, **stands: Any) -> None:
     """Has a client take its seat up again and say where it stands."""
     client.claim(welcome.client, welcome.secret)
     client.hear(protocol.WelcomeBack)
-    client.say(protocol.Rejoin(**{"applied": -1, "handed_over": -1, "held": [], "undecided": []} | said))
-    return client.hear(protocol.RejoinAnswer)
+    client.say(protocol.Rejoin(**{"applied": -1, "handed_over": -1, "held": [], "undecided": []} | stands))
+
+
+def deliver(client: RawClient, index: int) -> None:
+    """Announces and sends an upload."""
+    client.say(announcement(index))
+    client.send_body(index, good_body())
 
 
 # ---- On the way back
@@ -89,3 +117,38 @@ def test_time_in_which_the_server_was_stopped_does_not_count_as_time_without_cli
         assert not progress.deserted(anybody=False, may_return=False)
     clock[0] = 1031.0
     assert progress.deserted(anybody=False, may_return=False)
+
+
+# ---- Verdicts
+
+
+def test_an_upload_that_counts_is_not_called_refused_because_many_rounds_closed_before_its_verdict_was_heard() -> None:
+    """The client's connection is dead and nobody knows it: rounds close without it, and each time it is told so."""
+    settings = {"clients": 2, "quorum": 1, "rounds": 12, "staleness": 0}
+    with (
+        start_server(**settings) as running,
+        begun(running, 2, lambda index: {0} if index > 0 else ()) as clients,
+        Returning(running.address) as returning,
+    ):
+        (deaf, welcome), (other, _) = clients[0], clients[1]
+        deliver(deaf, 0)
+        for index in range(10):
+            deliver(other, index)
+            assert other.hear(protocol.Update).round == index
+        come_back(returning, welcome, handed_over=0, undecided=[0])
+        verdict = returning.hear(protocol.Verdict)
+        assert (verdict.round, verdict.accepted, verdict.reason) == (0, True, "")
+    assert running.outcome.rounds[0].contributions == 2
+
+
+def test_of_a_round_that_was_closed_without_it_a_client_hears_that_it_was_late() -> None:
+    with (
+        start_server(clients=2, quorum=1, staleness=0) as running,
+        begun(running, 2, lambda index: {0}) as clients,
+        Returning(running.address) as returning,
+    ):
+        deliver(clients[1][0], 0)
+        assert clients[1][0].hear(protocol.Update).contributions == 1
+        assert "closed at its deadline" in clients[0][0].hear(protocol.Verdict).reason
+        come_back(returning, clients[0][1], handed_over=0, undecided=[0])
+        assert "closed at its deadline" in returning.hear(protocol.Verdict).reason

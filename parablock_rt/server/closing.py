@@ -13,7 +13,6 @@ import msgspec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import RoundError
 from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.server import rejoin
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -137,4 +136,4 @@ class Closing:
             if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
                 continue
             if member.here:
-                self._participants.say_verdict(member, round.index, rejoin.LATE.format(round.index))
+                self._participants.say_late(member, round.index)

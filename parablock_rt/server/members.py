@@ -158,7 +158,7 @@ class Member:
     next_post: int = 0  # the first round for which no upload was posted yet
     posted: dict[int, UploadSlot] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)
-    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # the last: one that got lost is said again
+    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # on uploads that came; the last, to repeat
     goodbye: protocol.Goodbye | None = None
 
     @property
@@ -196,7 +196,8 @@ class Member:
         self.announced.clear()  # likewise: with several lanes the rest of a body may come before it is announced again
 
     def remember(self, verdict: protocol.Verdict, at_most: int) -> None:
-        """Keeps a verdict in case the connection breaks before it is heard; of the last `at_most` rounds."""
+        """Keeps the last `at_most` verdicts in case the connection breaks before they are heard: a client has no more
+        uploads without one."""
         self.verdicts[verdict.round] = verdict
         while len(self.verdicts) > at_most:
             del self.verdicts[min(self.verdicts)]

@@ -158,12 +158,22 @@ class Participants:
 
     def say_verdict(self, member: Member, index: int, reason: str) -> None:
         """Tells a member what became of its upload for a round. `reason`: why it was refused, or an empty text."""
-        if reason:
-            log.warning("round %d: upload of client %d rejected: %s", index, member.seat, reason)
-        block = self._schedule.block(index)
-        verdict = protocol.Verdict(round=index, block=block, accepted=not reason, reason=reason)
+        verdict = self._verdict(member, index, reason)
         member.remember(verdict, self._config.staleness + 3)
         self.roster.say(member, verdict)
+
+    def say_late(self, member: Member, index: int) -> None:
+        """Tells a member that a round was closed without its upload.
+
+        This is not remembered. It says no more than that there is no verdict, and a member that no longer hears
+        anything gets one per round: they would take the place of a verdict that counts.
+        """
+        self.roster.say(member, self._verdict(member, index, rejoin.LATE.format(index)))
+
+    def _verdict(self, member: Member, index: int, reason: str) -> protocol.Verdict:
+        if reason:
+            log.warning("round %d: upload of client %d rejected: %s", index, member.seat, reason)
+        return protocol.Verdict(round=index, block=self._schedule.block(index), accepted=not reason, reason=reason)
 
     # ---- Coming
 
@@ -250,7 +260,10 @@ class Participants:
         self.attendance.takes_part(member)
         self._outcome.reconnects += 1
         for index, reason in rejoin.verdicts_owed(member, message, oldest).items():
-            self.say_verdict(member, index, rejoin.LATE.format(index) if reason is None else reason)
+            if reason is None:
+                self.say_late(member, index)
+            else:
+                self.say_verdict(member, index, reason)
         wanted = rejoin.uploads_wanted(member, message, oldest, self._rounds)
         for index in rejoin.uploads_lost(member, message, oldest, self._rounds):
             if member.seat in self._rounds[index].cohort:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeAlias
 
 import pytest
-from deadlines import do_not_wait_for
+from deadlines import _WithoutSeats, do_not_wait_for
 from leftovers import settles
-from processes import start_server
+from processes import WAIT_S, start_server
 from test_bad_input import RawClient, announcement, good_body
 from test_replay import Returning
 
 import parablock_rt as pb
+from parablock_rt.errors import RoundError
+from parablock_rt.schedule import cohort_of
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
 
@@ -32,7 +34,9 @@ def loop_turns(running: pb.Server) -> None:
 
 
 @contextlib.contextmanager
-def begun(running: pb.Server, count: int, given_up: Callable[[int], Collection[int]] | None = None) -> Iterator[Clients]:
+def begun(
+    running: pb.Server, count: int, given_up: Callable[[int], Collection[int]] | None = None
+) -> Iterator[Clients]:
     """So many clients in their first round, by seat. `given_up` of a round: as for `do_not_wait_for`."""
     with contextlib.ExitStack() as stack:
         clients = {}
@@ -60,6 +64,13 @@ def deliver(client: RawClient, index: int) -> None:
     """Announces and sends an upload."""
     client.say(announcement(index))
     client.send_body(index, good_body())
+
+
+def verdict_on(client: RawClient, index: int) -> protocol.Verdict:
+    """What a client hears about its upload for a round."""
+    while (verdict := client.hear(protocol.Verdict)).round != index:
+        pass
+    return verdict
 
 
 # ---- On the way back
@@ -152,3 +163,62 @@ def test_of_a_round_that_was_closed_without_it_a_client_hears_that_it_was_late()
         assert "closed at its deadline" in clients[0][0].hear(protocol.Verdict).reason
         come_back(returning, clients[0][1], handed_over=0, undecided=[0])
         assert "closed at its deadline" in returning.hear(protocol.Verdict).reason
+
+
+# ---- Quorum
+
+
+class PatientDeadline(_WithoutSeats):
+    """Passes like that of `do_not_wait_for`, but a round without a quorum waits for those whose connection broke."""
+
+    @property
+    def without_quorum(self) -> float:
+        return 300.0
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["silent", "away"])
+def test_a_round_below_its_quorum_waits_for_clients_that_were_given_up(away: bool) -> None:
+    """Each of two clients has missed a round, and together they are the cohort of the third: only they can deliver.
+    One of them does so in the end, if need be on a new connection after the deadline."""
+    seed = next(seed for seed in range(1000) if third_is_of_the_first_two([cohort_of(seed, t, 4, 2) for t in range(3)]))
+    cohorts = [cohort_of(seed, index, 4, 2) for index in range(3)]
+    gone = cohorts[2]
+    settings = {"clients": 4, "rounds": 3, "fraction": 0.5, "staleness": 0, "seed": seed}
+    with (
+        start_server(**settings) as running,
+        begun(running, 4, lambda index: gone if away or index < 2 else ()) as clients,
+        Returning(running.address) as returning,
+    ):
+        if away:
+            running._coordinator._progress.deadline = PatientDeadline(running, lambda index: gone)
+            for seat in gone:
+                clients[seat][0].__exit__()
+        for index in range(2):
+            (seat,) = cohorts[index] - gone
+            deliver(clients[seat][0], index)
+            assert clients[seat][0].hear(protocol.Update).contributions == 1
+        loop_turns(running)
+        assert running.running
+        last, welcome = clients[min(gone)]
+        if away:
+            last = returning
+            come_back(returning, welcome)
+            returning.hear(protocol.RejoinAnswer)
+        deliver(last, 2)
+        assert verdict_on(last, 2).accepted
+        assert settles(lambda: len(running.outcome.rounds) == 3)
+        assert running._coordinator._progress.deadline._seen == []
+
+
+def third_is_of_the_first_two(cohorts: list[frozenset[int]]) -> bool:
+    """Whether the third cohort has one of the first and one of the second, which have nobody in common."""
+    first, second, third = cohorts
+    return not first & second and len(first & third) == len(second & third) == 1
+
+
+def test_a_round_whose_whole_cohort_was_refused_ends_the_run_at_once() -> None:
+    with start_server(clients=1) as running, begun(running, 1) as clients:
+        only = clients[0][0]
+        assert not only.upload(0, good_body(), announcement(0, weight=-1.0)).accepted
+        with pytest.raises(RoundError, match="round 0 cannot be closed: 0 of 1 clients delivered"):
+            running.wait(WAIT_S)

@@ -36,12 +36,19 @@ class Attendance:
 
     def expected(self, round: Round) -> set[int]:
         """The seats whose delivery a round waits for: a seat may be vacant for a while, or begin later."""
-        not_yet = {member.seat for member in self._roster.members if member.first_round > round.index}
-        return set(round.cohort) - self._absent - not_yet
+        return self._able(round) - self._absent
 
     def outstanding(self, round: Round) -> set[int]:
         """Those of the expected that neither delivered nor were refused."""
         return self.expected(round) - round.uploads.keys() - round.refused.keys()
+
+    def missing(self, round: Round) -> set[int]:
+        """All seats that may still deliver to a round: those with them that it does not wait for if it has a quorum."""
+        return self._able(round) - round.uploads.keys() - round.refused.keys()
+
+    def _able(self, round: Round) -> set[int]:
+        """The seats of a round's cohort but for those whose holder begins with a later round."""
+        return set(round.cohort) - {member.seat for member in self._roster.members if member.first_round > round.index}
 
     def is_needed(self, newcomer: Member, round: Round) -> bool:
         """Whether a round cannot reach its quorum without this member, who could still take part in it."""
@@ -51,8 +58,8 @@ class Attendance:
 
     @property
     def lost(self) -> list[Member]:
-        """Those whose connection broke and who are not back yet: who is connected again and has not said where it stands
-        is still on its way back."""
+        """Those whose connection broke and who are not back yet: one that is connected again, and has not said where it
+        stands, is still on its way."""
         return [m for m in self._roster.members if not m.here and m.goodbye is None]
 
     def gone(self, left: Iterable[str]) -> list[str]:

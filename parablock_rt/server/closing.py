@@ -50,6 +50,7 @@ class Closing:
         self._timeline = timeline
         self._outcome = outcome
         self._on_round = on_round
+        self._was_short = -1  # the last round that waited for seats that are not expected, for its quorum
 
     def close_due(self) -> None:
         """Closes the oldest open rounds, in order, as long as nothing more is expected for them.
@@ -63,16 +64,21 @@ class Closing:
             if waited_for and not overdue:
                 return
             if len(round.uploads) < self._config.quorum_size:
-                if self._may_reach_quorum(waited_for):
+                if self._may_reach_quorum(round):
+                    self._was_short = round.index
                     return
                 raise RoundError(self._without_quorum(round))
             self._attendance.give_up(waited_for)
-            self._close(round, complete=not waited_for)
+            self._close(round, complete=not (waited_for or overdue or self._was_short == round.index))
 
-    def _may_reach_quorum(self, waited_for: set[int]) -> bool:
-        """Whether some of those whose uploads are missing lost their connection not so long ago."""
+    def _may_reach_quorum(self, round: Round) -> bool:
+        """Whether to wait on for the uploads that a round lacks, whether or not they were expected: until its deadline,
+        and longer for one whose connection broke."""
+        missing = self._attendance.missing(round)
         lost = {member.seat for member in self._attendance.lost}
-        return bool(waited_for & lost) and self._progress.open_s < self._progress.deadline.without_quorum
+        deadline = self._progress.deadline
+        limit = deadline.without_quorum if missing & lost else deadline.seconds
+        return bool(missing) and self._progress.open_s < limit
 
     def _without_quorum(self, round: Round) -> str:
         missing = self._attendance.who_is_missing(round, self._outcome.left)

@@ -96,7 +96,7 @@ class Progress:
 
     def close_oldest(self, open_s: float, *, complete: bool) -> None:
         """The oldest open round was closed after so many seconds; the next one is the oldest. `complete`: everyone who
-        was waited for had delivered."""
+        was waited for had delivered in time."""
         if complete:
             self.deadline.saw(open_s)
         self.oldest += 1

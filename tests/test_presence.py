@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -22,6 +23,7 @@ from parablock_rt.schedule import cohort_of
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
 
+LEAVES = protocol.Goodbye(digest="", reason="enough", compute_s=0.0, exposed_s=0.0)
 Clients: TypeAlias = dict[int, tuple[RawClient, protocol.Welcome]]
 
 
@@ -222,3 +224,89 @@ def test_a_round_whose_whole_cohort_was_refused_ends_the_run_at_once() -> None:
         assert not only.upload(0, good_body(), announcement(0, weight=-1.0)).accepted
         with pytest.raises(RoundError, match="round 0 cannot be closed: 0 of 1 clients delivered"):
             running.wait(WAIT_S)
+
+
+# ---- After a restart
+
+
+def test_a_resumed_run_does_not_ask_for_uploads_that_went_with_the_earlier_server(tmp_path: Path) -> None:
+    """A client delivered a round and left, and a newcomer took its seat from the next round on. Then the server ended:
+    the upload is gone, and so is the only one who had it."""
+    settings = {"clients": 2, "quorum": 2, "staleness": 1, "durable": tmp_path / "state"}
+    with start_server(**settings) as running, begun(running, 2) as clients, RawClient(running.address) as newcomer:
+        deliver(clients[0][0], 0)
+        assert settles(lambda: 0 in running._coordinator._rounds.uploads_of(0))
+        clients[0][0].say(LEAVES)
+        assert settles(lambda: len(running.outcome.left) == 1)
+        welcome = newcomer.take_seat()
+        newcomer.say(newcomer.ready(welcome))
+        assert newcomer.hear(protocol.Begin).first_round == 1
+        running.close("the machine is restarted")
+    with (
+        start_server(resume=tmp_path / "state") as running,
+        Returning(running.address) as first,
+        Returning(running.address) as second,
+    ):
+        for each, seat in ((first, welcome), (second, clients[1][1])):
+            come_back(each, seat)
+            each.hear(protocol.RejoinAnswer)
+        deliver(second, 0)
+        assert second.hear(protocol.Update).contributions == 1
+        for each in (first, second):
+            deliver(each, 1)
+        assert second.hear(protocol.Update).contributions == 2
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        assert attendance.quorum(rounds[2]) == 2
+
+
+def test_a_resumed_run_knows_who_was_given_up_and_how_long_its_rounds_took(tmp_path: Path) -> None:
+    settings = {"clients": 2, "quorum": 1, "staleness": 0, "durable": tmp_path / "state"}
+    with (
+        start_server(**settings) as running,
+        begun(running, 2, lambda index: {0} if index == 0 else ()) as clients,
+    ):
+        other, welcome = clients[1]
+        for index in range(3):
+            deliver(other, index)
+            assert other.hear(protocol.Update).round == index
+        took = [closed.open_s for closed in running.outcome.rounds]
+    with start_server(resume=tmp_path / "state") as running, Returning(running.address) as returning:
+        deadline = running._coordinator._progress.deadline
+        assert deadline._seen == took[1:]  # the first one ran to its deadline
+        come_back(returning, welcome, applied=2, handed_over=2)
+        returning.hear(protocol.RejoinAnswer)
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        assert attendance.expected(rounds[3]) == {1}
+        deliver(returning, 3)
+        assert returning.hear(protocol.Update).round == 3
+
+
+def test_a_vacant_seat_that_the_quorum_needs_is_waited_for_after_a_restart(tmp_path: Path) -> None:
+    settings = {"clients": 2, "quorum": 2, "staleness": 0, "durable": tmp_path / "state"}
+    with start_server(**settings) as running, begun(running, 2) as clients:
+        clients[0][0].say(LEAVES)
+        assert settles(lambda: len(running.outcome.left) == 1)
+        running.close("the machine is restarted")
+    with (
+        start_server(resume=tmp_path / "state") as running,
+        Returning(running.address) as returning,
+        RawClient(running.address) as newcomer,
+    ):
+        come_back(returning, clients[1][1])
+        returning.hear(protocol.RejoinAnswer)
+        deliver(returning, 0)
+        assert settles(lambda: 1 in running._coordinator._rounds.uploads_of(0) or not running.running)
+        loop_turns(running)
+        newcomer.begin()
+        deliver(newcomer, 0)
+        assert returning.hear(protocol.Update).contributions == 2
+
+
+def test_a_resumed_run_that_ends_without_a_quorum_does_not_advise_what_a_resume_refuses(tmp_path: Path) -> None:
+    with start_server(clients=1, durable=tmp_path / "state") as running, begun(running, 1) as clients:
+        clients[0][0].say(announcement(0, weight=-1.0))
+        clients[0][0].send_body(0, good_body())
+        with pytest.raises(RoundError) as failure:
+            running.wait(WAIT_S)
+    assert "resume the run and restart them" in str(failure.value)
+    assert "--quorum" not in str(failure.value)

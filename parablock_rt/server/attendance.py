@@ -21,10 +21,20 @@ class Attendance:
         self._roster = roster
         self._config = config
         self._absent: set[int] = set()  # seats that no round waits for
+        self._later: dict[int, int] = {}  # since a resume: the first round for which a seat can deliver
 
     def begin_with(self, members: Iterable[Member]) -> None:
-        """The run begins, or goes on, with these; rounds do not wait for the other seats until somebody takes them."""
+        """The run begins with these; rounds do not wait for the other seats until somebody takes them."""
         self._absent = set(range(self._config.clients)) - {member.seat for member in members}
+
+    def resume_with(self, members: Iterable[Member], given_up: Iterable[int]) -> None:
+        """The run goes on with these after its server has ended. `given_up`: by that server.
+
+        Where a seat had changed hands, an open round may have had the former holder's upload, which went with the
+        server: nobody can deliver it again.
+        """
+        self._later = {member.seat: member.first_round for member in members}
+        self._absent = set(range(self._config.clients)) - self._later.keys() | set(given_up)
 
     def takes_part(self, member: Member) -> None:
         """A member begins, is back or has trained a round: rounds wait for it."""
@@ -54,7 +64,17 @@ class Attendance:
         """Whether a round cannot reach its quorum without this member, who could still take part in it."""
         training = {m.seat for m in self._roster.here if m.begun and m.first_round <= round.index}
         reachable = round.uploads.keys() | (round.cohort & training - round.refused.keys())
-        return len(reachable) < self._config.quorum_size and newcomer.seat in round.cohort - round.uploads.keys()
+        return len(reachable) < self.quorum(round) and newcomer.seat in round.cohort - round.uploads.keys()
+
+    def quorum(self, round: Round) -> int:
+        """How many uploads a round must have to be closed. After a resume no more than can still come."""
+        possible = sum(self._later.get(seat, 0) <= round.index for seat in round.cohort)
+        return min(self._config.quorum_size, max(possible, 1))
+
+    @property
+    def given_up(self) -> list[int]:
+        """The seats that no round waits for."""
+        return sorted(self._absent)
 
     @property
     def lost(self) -> list[Member]:

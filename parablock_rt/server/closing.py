@@ -13,6 +13,7 @@ import msgspec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import RoundError
 from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.server import journal
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -63,7 +64,7 @@ class Closing:
             waited_for = self._attendance.outstanding(round)
             if waited_for and not overdue:
                 return
-            if len(round.uploads) < self._config.quorum_size:
+            if len(round.uploads) < self._attendance.quorum(round):
                 if self._may_reach_quorum(round):
                     self._was_short = round.index
                     return
@@ -82,10 +83,13 @@ class Closing:
 
     def _without_quorum(self, round: Round) -> str:
         missing = self._attendance.who_is_missing(round, self._outcome.left)
+        advice = "restart them, or set a lower --quorum or a longer --deadline"
+        if self._durability.is_kept:  # which are settings of a new run
+            advice = "resume the run and restart them before its deadline passes"
         return (
             f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients delivered in "
-            f"the {self._progress.open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
-            f"({missing}); restart them, or set a lower --quorum or a longer --deadline"
+            f"the {self._progress.open_s:.1f} s it was open, at least {self._attendance.quorum(round)} are needed "
+            f"({missing}); {advice}"
         )
 
     def _close(self, round: Round, *, complete: bool) -> None:
@@ -104,7 +108,14 @@ class Closing:
             bad_groups=round.accumulator.bad_groups,
         )
         closed = self._record_of(round, encoding, value)
-        self._durability.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
+        record = journal.Closed(
+            closed=closed,
+            update=update,
+            verdicts=round.refused | dict.fromkeys(round.uploads, ""),  # a seat may have had two holders
+            complete=complete,
+            given_up=self._attendance.given_up,
+        )
+        self._durability.close(record, encoding.body, self._downlink.backlog.rounds)
         self._say_verdicts(round)
         for member in receivers:
             own = update

@@ -70,11 +70,17 @@ class Finished(_Record, frozen=True, kw_only=True, tag=True):
 
 
 class Closed(_Record, frozen=True, kw_only=True, tag=True):
-    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat."""
+    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat.
+
+    `complete`: everyone who was waited for had delivered in time. `given_up`: the seats that later rounds do not wait
+    for.
+    """
 
     closed: ClosedRound
     update: protocol.Update
     verdicts: dict[int, str]
+    complete: bool = False
+    given_up: list[int] = []
 
 
 Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed

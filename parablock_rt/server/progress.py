@@ -6,6 +6,7 @@ Reads the clock and says what is due; does nothing about it, and knows no client
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from parablock_rt.config import RunConfig
 
@@ -88,11 +89,14 @@ class Progress:
         """The first round begins."""
         self.started_at = self.oldest_since = time.monotonic()
 
-    def restore(self, closed: int, *, started: bool) -> None:
-        """Goes on where an earlier server ended, which had closed so many rounds."""
+    def restore(self, closed: int, open_s: Iterable[float], *, started: bool) -> None:
+        """Goes on where an earlier server ended, which had closed so many rounds. `open_s`: how long those of them were
+        open that were complete."""
         self.oldest = closed
+        for seconds in open_s:
+            self.deadline.saw(seconds)
         if started:
-            self.started_at = self.oldest_since
+            self.start()
 
     def close_oldest(self, open_s: float, *, complete: bool) -> None:
         """The oldest open round was closed after so many seconds; the next one is the oldest. `complete`: everyone who

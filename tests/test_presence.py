@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import pytest
 from deadlines import _WithoutSeats, do_not_wait_for
 from leftovers import settles
@@ -18,10 +19,14 @@ from test_bad_input import RawClient, announcement, good_body
 from test_replay import Returning
 
 import parablock_rt as pb
+from parablock_rt import _C
 from parablock_rt.errors import RoundError
 from parablock_rt.schedule import cohort_of
+from parablock_rt.server.participants import Participants
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
+from parablock_rt.wire.protocol import Kind
+from parablock_rt.wire.transport import raw_layout
 
 LEAVES = protocol.Goodbye(digest="", reason="enough", compute_s=0.0, exposed_s=0.0)
 Clients: TypeAlias = dict[int, tuple[RawClient, protocol.Welcome]]
@@ -66,6 +71,15 @@ def deliver(client: RawClient, index: int) -> None:
     """Announces and sends an upload."""
     client.say(announcement(index))
     client.send_body(index, good_body())
+
+
+def close_alone(client: RawClient, rounds: range) -> None:
+    """Has a client deliver to rounds that wait for nobody else, and apply them."""
+    for index in rounds:
+        deliver(client, index)
+        update = client.hear(protocol.Update)
+        assert update.round == index
+        client.say(protocol.Applied(round=index, fingerprint=update.fingerprint))
 
 
 def verdict_on(client: RawClient, index: int) -> protocol.Verdict:
@@ -310,3 +324,70 @@ def test_a_resumed_run_that_ends_without_a_quorum_does_not_advise_what_a_resume_
             running.wait(WAIT_S)
     assert "resume the run and restart them" in str(failure.value)
     assert "--quorum" not in str(failure.value)
+
+
+# ---- Catching up
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may leave more lying than the newest rounds, and no round beyond them; while catching up, a snapshot."""
+    original = Participants.__init__
+
+    def without_room(self: Participants, *args: Any, **named: Any) -> None:
+        original(self, *args, **named, update_budget=0)
+
+    monkeypatch.setattr(Participants, "__init__", without_room)
+    monkeypatch.setattr("parablock_rt.server.participants.MAX_LAG", 3)
+
+
+@pytest.mark.usefixtures("no_room")
+def test_a_newcomer_is_not_dismissed_as_it_begins_for_what_gathered_while_it_took_its_snapshot() -> None:
+    settings = {"clients": 2, "quorum": 1, "staleness": 0, "rounds": 20}
+    with (
+        start_server(**settings) as running,
+        begun(running, 2, lambda index: {0}) as clients,
+        RawClient(running.address) as newcomer,
+    ):
+        other, _ = clients[1]
+        clients[0][0].say(LEAVES)
+        assert settles(lambda: len(running.outcome.left) == 1)
+        welcome = newcomer.take_seat()
+        lacks_one = newcomer.ready(welcome)
+        newcomer.say(msgspec.structs.replace(lacks_one, fingerprints=[1, *lacks_one.fingerprints[1:]]))
+        newcomer.hear(protocol.Snapshot)
+        close_alone(other, range(8))
+        block_bytes = running._coordinator._participants._downlink.snapshot_bytes // 4
+        layout = raw_layout(block_bytes, welcome.config.chunk)
+        newcomer._transport.native.receive(newcomer._link, Kind.SNAPSHOT, 0, 0, _C.Buffer(block_bytes), layout)
+        assert newcomer.hear(protocol.Begin).first_round == 9
+        loop_turns(running)
+        assert running._coordinator._roster.holder(0) is not None
+
+
+@pytest.mark.usefixtures("no_room")
+def test_a_client_is_not_dismissed_while_it_is_sent_what_it_missed_nor_for_what_gathered_meanwhile() -> None:
+    settings = {"clients": 2, "quorum": 1, "staleness": 0, "rounds": 40}
+    with (
+        start_server(**settings) as running,
+        begun(running, 2, lambda index: {0}) as clients,
+        Returning(running.address) as returning,
+    ):
+        other, _ = clients[1]
+        clients[0][0].__exit__()
+        assert settles(lambda: bool(running._coordinator._participants.attendance.lost))
+        close_alone(other, range(8))
+        come_back(returning, clients[0][1])
+        assert returning.hear(protocol.RejoinAnswer).updates_from == 8
+        close_alone(other, range(8, 16))
+        member = running._coordinator._roster.holder(0)
+        assert member is not None
+        assert member.catching_up
+        fingerprint = running.outcome.rounds[8].fingerprint
+        returning.say(protocol.Applied(round=8, fingerprint=fingerprint))
+        assert settles(lambda: not member.catching_up)
+        close_alone(other, range(16, 17))
+        loop_turns(running)
+        assert running._coordinator._roster.holder(0) is member
+        close_alone(other, range(17, 20))  # from here on it is slow
+        assert "rounds behind" in returning.hear(protocol.Failure).reason

@@ -154,7 +154,9 @@ class Member:
     first_round: int = 0
     updates_from: int = 0
     applied: int = -1
-    max_lag: int = 0  # rounds it may be behind
+    catching_up: bool = False  # it is being sent what it lacks of the model
+    gathered_rounds: int = 0  # that closed meanwhile: so many more it may be behind
+    gathered_bytes: int = 0  # what their aggregates weigh
     next_post: int = 0  # the first round for which no upload was posted yet
     posted: dict[int, UploadSlot] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)

@@ -119,6 +119,8 @@ class Participants:
         if not 0 <= message.round < len(closed) or message.fingerprint != closed[message.round].fingerprint:
             raise DigestError(f"client {member.seat} holds other bits than the server after round {message.round}")
         member.applied = max(member.applied, message.round)
+        if member.catching_up and member.applied >= member.updates_from:
+            self._has_caught_up(member)
 
     def _take_goodbye(self, member: Member, message: protocol.Goodbye) -> None:
         if not message.reason and message.digest != self._digest():
@@ -180,7 +182,7 @@ class Participants:
     def _take_ready(self, member: Member, message: protocol.Ready) -> None:
         here = self._downlink.fingerprints
         member.check(message, self._identity, len(here))
-        member.ready = True
+        member.ready = member.catching_up = True
         member.updates_from = self._progress.oldest
         member.applied = self._progress.oldest - 1
         member.to_send = [block for block, value in enumerate(here) if value != message.fingerprints[block]]
@@ -234,9 +236,15 @@ class Participants:
         member.first_round = first_round
         member.next_post = first_round
         member.begun = True
-        member.max_lag = MAX_LAG + self._config.staleness + self._progress.oldest - member.updates_from
+        self._has_caught_up(member)
         self.attendance.takes_part(member)
         self.roster.say(member, protocol.Begin(first_round=first_round, updates_from=member.updates_from))
+
+    def _has_caught_up(self, member: Member) -> None:
+        """From here on it may leave as much lying as others, and what has gathered so far."""
+        member.catching_up = False
+        gathered = self._left_lying(member)
+        member.gathered_rounds, member.gathered_bytes = len(gathered), self._weight(gathered)
 
     def _is_needed(self, newcomer: Member) -> bool:
         """Whether the oldest open round waits for this very member."""
@@ -256,7 +264,6 @@ class Participants:
         member.rejoining = False
         member.applied = message.applied
         member.updates_from = oldest
-        member.max_lag = MAX_LAG + self._config.staleness
         self.attendance.takes_part(member)
         self._outcome.reconnects += 1
         for index, reason in rejoin.verdicts_owed(member, message, oldest).items():
@@ -271,6 +278,7 @@ class Participants:
                 self._rounds[index].refused.setdefault(member.seat, reason)
         backlog = self._downlink.backlog
         missed, whole = backlog.missed(range(message.applied + 1, oldest), self._schedule.block)
+        member.catching_up = bool(missed or whole)
         self.roster.say(member, protocol.RejoinAnswer(updates_from=oldest, snapshots=whole, uploads=wanted))
         self.intake.resume(member)
         for index in missed:
@@ -335,21 +343,28 @@ class Participants:
             assert member.link is not None
             behind = self._progress.oldest - 1 - member.applied
             reason = f"this client fell {behind} rounds behind; join again for a snapshot"
-            if not member.begun:
-                reason = (
-                    f"{behind} rounds have closed while this client took its snapshot: its link is too slow for them"
-                )
+            if member.catching_up:
+                what = "what it missed" if member.begun else "its snapshot"
+                reason = f"{behind} rounds have closed while this client took {what}: its link is too slow for them"
             self.dismiss(member.link, RoundError(reason))
 
     def _lags(self, member: Member) -> bool:
-        """Whether more is kept for a member than one may leave lying. A snapshot may take many rounds, as long as their
-        aggregates weigh no more than the snapshot."""
-        behind = range(max(member.applied + 1, member.updates_from), self._progress.oldest)
+        """Whether more is kept for a member than one may leave lying. A snapshot may take many rounds, and so may what
+        a client missed while it was away, as long as the aggregates since weigh no more than a snapshot."""
+        behind = self._left_lying(member)
         newest = self._config.staleness + 2
-        left_lying = sum(self._schedule.body_bytes(index) for index in behind[:-newest])
-        if not member.begun:
-            return left_lying > max(self._update_budget, self._downlink.snapshot_bytes)
-        return len(behind) > member.max_lag or left_lying > self._update_budget
+        weight = self._weight(behind[:-newest])
+        if member.catching_up:
+            return weight > max(self._update_budget, self._downlink.snapshot_bytes)
+        rounds = MAX_LAG + self._config.staleness + member.gathered_rounds
+        return len(behind) > rounds or weight > self._update_budget + member.gathered_bytes
+
+    def _left_lying(self, member: Member) -> range:
+        """The closed rounds whose aggregates were sent to a member as they closed, and that it has not applied."""
+        return range(max(member.applied + 1, member.updates_from), self._progress.oldest)
+
+    def _weight(self, rounds: range) -> int:
+        return sum(self._schedule.body_bytes(index) for index in rounds)
 
     def seated(self, member: Member) -> None:
         """For the roster: a newcomer got a seat."""

@@ -128,7 +128,7 @@ class Closing:
         self._downlink.backlog.drop_through(min(behind, default=round.index))
         self._timeline.add(Stage.CLOSE, start_ns, time.monotonic_ns(), round=round.index, block=round.block)
         self._timeline.drain()
-        self._outcome.rounds.append(closed)
+        self._outcome.add([closed])
         self._rounds.retire(round)  # now, when nobody waits for it
         self._progress.close_oldest(closed.open_s, complete=complete)
         if self._on_round is not None:

@@ -12,7 +12,7 @@ import msgspec
 
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
-from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.server.outcome import WHOLE_ROUNDS, ClosedRound
 from parablock_rt.wire import protocol
 
 FORMAT = 1
@@ -98,13 +98,16 @@ class SeatState:
     secret: bytes
     first_round: int | None = None  # None: it never began
     finished: protocol.Goodbye | None = None
+    verdicts: dict[int, str] = field(default_factory=dict)  # the last ones; by round, as in Closed
 
 
 @dataclass
 class Past:
-    """What a journal says of a run so far."""
+    """What a journal says of a run so far. `whole`: everything, for somebody who reads it once; a server keeps less of
+    early rounds, so that its memory does not grow with rounds times clients."""
 
     begin: Begin
+    whole: bool = False
     starts: int = 0  # of servers
     address: str = ""
     seats: dict[int, SeatState] = field(default_factory=dict)
@@ -127,12 +130,25 @@ class Past:
             case Finished() if record.seat in self.seats:
                 self.seats[record.seat].finished = record.goodbye
             case Closed() if record.closed.round == len(self.closed):
-                self.closed.append(record)
+                self._take_closed(record)
             case _:
                 raise CheckpointError(
                     f"the journal has a record ({type(record).__name__}) that cannot stand where it does: it was "
                     "changed by something else than this program"
                 )
+
+    def _take_closed(self, record: Closed) -> None:
+        index = record.closed.round
+        for seat, reason in record.verdicts.items():
+            holder = self.seats.get(seat)
+            if holder is not None and holder.first_round is not None and holder.first_round <= index:
+                holder.verdicts[index] = reason
+                if len(holder.verdicts) > self.begin.config.staleness + 3:
+                    del holder.verdicts[min(holder.verdicts)]
+        self.closed.append(record)
+        if not self.whole and (old := index - WHOLE_ROUNDS) >= 0:
+            kept = self.closed[old]
+            self.closed[old] = msgspec.structs.replace(kept, closed=kept.closed.brief(), verdicts={}, given_up=[])
 
     def last_round_of(self, block: int) -> int | None:
         """The last round that changed a block."""

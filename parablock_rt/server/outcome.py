@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from parablock_rt.stages import NO_TIME, StageSeconds
 from parablock_rt.wire import protocol
+
+WHOLE_ROUNDS = 16  # the last ones, of which everything is kept
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class ClosedRound:
     stages: StageSeconds = NO_TIME
     server_stages: StageSeconds = NO_TIME
 
+    def brief(self) -> ClosedRound:
+        """Without what grows with the number of clients, and without the stages."""
+        return replace(self, parts=(), stages=NO_TIME, server_stages=NO_TIME)
+
 
 @dataclass
 class Outcome:
-    """The result of a run, also of one that was cut short."""
+    """The result of a run, also of one that was cut short. `rounds`: all, without parts and stages but for the last."""
 
     rounds: list[ClosedRound] = field(default_factory=list)
     wall_s: float = 0.0
@@ -57,3 +64,10 @@ class Outcome:
     left: list[str] = field(default_factory=list)  # who went before the end, and why
     reconnects: int = 0  # connections that broke and were replaced
     unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting
+
+    def add(self, closed: Iterable[ClosedRound]) -> None:
+        """Some more rounds are closed. Memory does not grow with rounds times clients: of earlier ones less is kept."""
+        for each in closed:
+            self.rounds.append(each)
+            if (old := len(self.rounds) - WHOLE_ROUNDS - 1) >= 0:
+                self.rounds[old] = self.rounds[old].brief()

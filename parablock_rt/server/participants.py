@@ -383,7 +383,7 @@ class Participants:
 
     def restore(self, past: Past, state: Checkpoint) -> None:
         """Takes up the run where an earlier server left it. Raises CheckpointError when an aggregate is damaged."""
-        self._outcome.rounds = [record.closed for record in past.closed]
+        self._outcome.add(record.closed for record in past.closed)
         self._outcome.left = list(past.left)
         self._durability.restore(self._outcome.rounds)
         for member in recovery.members(past):

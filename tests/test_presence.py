@@ -391,3 +391,80 @@ def test_a_client_is_not_dismissed_while_it_is_sent_what_it_missed_nor_for_what_
         assert running._coordinator._roster.holder(0) is member
         close_alone(other, range(17, 20))  # from here on it is slow
         assert "rounds behind" in returning.hear(protocol.Failure).reason
+
+
+# ---- Changing hands, and the end
+
+
+def test_who_leaves_before_it_begins_leaves_neither_a_connection_nor_a_trace_of_itself() -> None:
+    with start_server(clients=2) as running:
+        for number in range(3):
+            with RawClient(running.address) as restless:
+                restless.take_seat()
+                restless.say(LEAVES)
+                restless.hear_closed()
+                assert len(running.outcome.left) == number + 1
+        assert running.timeline.seats == {}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_whose_link_it_was_is_known_as_long_as_a_trace_may_ask(trace: bool) -> None:
+    with start_server(clients=1, trace=trace) as running, begun(running, 1) as clients:
+        client, _ = clients[0]
+        deliver(client, 0)
+        client.hear(protocol.Update)
+        assert list(running.timeline.seats.values()) == [0]
+        client.say(LEAVES)
+        client.hear_closed()
+        assert settles(lambda: bool(running.timeline.seats) == trace)
+
+
+def test_a_newcomer_begins_behind_all_that_the_former_holder_of_its_seat_has_delivered() -> None:
+    """What that delivered to the oldest round was refused, but not what it delivered to the next one."""
+    settings = {"clients": 2, "quorum": 1, "staleness": 1, "deadline": 300.0}
+    with start_server(**settings) as running, begun(running, 2) as clients, RawClient(running.address) as newcomer:
+        leaver, _ = clients[0]
+        assert not leaver.upload(0, good_body(), announcement(0, weight=-1.0)).accepted
+        assert leaver.upload(1, good_body(), announcement(1)).accepted
+        leaver.say(LEAVES)
+        leaver.hear_closed()
+        welcome = newcomer.take_seat()
+        newcomer.say(newcomer.ready(welcome))
+        assert (welcome.client, newcomer.hear(protocol.Begin).first_round) == (0, 2)
+
+
+def test_a_newcomer_does_not_inherit_that_an_upload_of_its_seat_was_refused() -> None:
+    with (
+        start_server(clients=2, quorum=2, staleness=0, deadline=300.0) as running,
+        begun(running, 2) as clients,
+        RawClient(running.address) as newcomer,
+    ):
+        leaver, other = clients[0][0], clients[1][0]
+        assert not leaver.upload(0, good_body(), announcement(0, weight=-1.0)).accepted
+        leaver.say(LEAVES)
+        leaver.hear_closed()
+        newcomer.begin()
+        assert other.upload(0, good_body(), announcement(0)).accepted
+        loop_turns(running)
+        assert newcomer.upload(0, good_body(), announcement(0)).accepted
+        assert other.hear(protocol.Update).contributions == 2
+
+
+def test_at_the_end_a_client_that_was_given_up_and_is_on_its_way_back_is_waited_for() -> None:
+    with (
+        start_server(clients=2, quorum=1, staleness=0, rounds=1) as running,
+        begun(running, 2, lambda index: {0}) as clients,
+        Returning(running.address) as returning,
+    ):
+        (away, welcome), (other, _) = clients[0], clients[1]
+        away.__exit__()
+        returning.claim(welcome.client, welcome.secret)
+        returning.hear(protocol.WelcomeBack)
+        deliver(other, 0)
+        assert other.hear(protocol.Update).round == 0
+        other.say(LEAVES)
+        other.hear_closed()
+        loop_turns(running)
+        assert running.running
+        returning.say(protocol.Rejoin(applied=-1, handed_over=-1, held=[], undecided=[]))
+        assert returning.hear(protocol.RejoinAnswer).updates_from == 1

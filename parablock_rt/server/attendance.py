@@ -87,9 +87,9 @@ class Attendance:
         return [*left, *(f"client {member.seat}: {member.lost_why}" for member in self.lost)]
 
     def unfinished(self) -> list[Member]:
-        """Those whose goodbye is still to come."""
+        """Those whose goodbye is still to come; not who was given up and has no connection."""
         waiting = [m for m in self._roster.members if m.begun and m.goodbye is None]
-        return [m for m in waiting if m.here or m.seat not in self._absent]
+        return [m for m in waiting if m.link is not None or m.seat not in self._absent]
 
     def who_is_missing(self, round: Round, left: Iterable[str]) -> str:
         """For a reader, why a round has fewer uploads than clients."""

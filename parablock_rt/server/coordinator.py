@@ -178,6 +178,8 @@ class Coordinator:
         elif event.type == kinds.CLOSED:
             self._visitors.disconnected(event.link)
             self._participants.gone(event, time.monotonic())
+            if not self.timeline.on:  # else the trace says to the end whose link this was
+                self.timeline.seats.pop(event.link, None)
         elif event.type == kinds.CONTROL:
             self._take_message(event.link, event.message)
         elif member is not None:
@@ -204,8 +206,9 @@ class Coordinator:
             elif visits:
                 self._visitors.take(link, message)
             elif member is not None:
-                self.timeline.seats[link] = member.seat
                 self._participants.take(member, message)
+                if member.begun:  # a trace has nothing of others
+                    self.timeline.seats[link] = member.seat
         except ParaBlockError as error:
             if isinstance(error, CheckpointError):
                 raise

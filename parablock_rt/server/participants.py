@@ -128,7 +128,10 @@ class Participants:
         self._outcome.goodbyes[member.seat] = message
         if message.reason:
             printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
+            link = member.link
             self.roster.vacate(member, printable)
+            if link is not None:  # else whoever joins and leaves again and again would hold every connection there is
+                self._transport.native.close_link(link, "the client has left")
             return
         self._durability.note(journal.Finished(seat=member.seat, goodbye=message))
         member.goodbye = message
@@ -227,8 +230,9 @@ class Participants:
     def _let_in_late(self, member: Member) -> None:
         """A newcomer begins with the next round; with the oldest open one if that waits for it."""
         first_round = self._progress.oldest + (0 if member.anew or self._is_needed(member) else 1)
-        while member.seat in self._rounds.uploads_of(first_round):  # of the seat's former holder
-            first_round += 1
+        open_rounds = range(first_round, self._progress.oldest + self._config.staleness + 1)
+        of_former_holder = [index for index in open_rounds if member.seat in self._rounds.uploads_of(index)]
+        first_round = max([first_round, *(index + 1 for index in of_former_holder)])
         self._durability.note(journal.Started(seat=member.seat, first_round=first_round))
         self._let_begin(member, first_round=first_round)
 
@@ -236,6 +240,7 @@ class Participants:
         member.first_round = first_round
         member.next_post = first_round
         member.begun = True
+        self._rounds.forget_refusals(member.seat, first_round)  # of the seat's former holder
         self._has_caught_up(member)
         self.attendance.takes_part(member)
         self.roster.say(member, protocol.Begin(first_round=first_round, updates_from=member.updates_from))

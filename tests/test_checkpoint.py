@@ -16,10 +16,12 @@ from processes import WAIT_S, client, make_model, start_server, starter
 
 import parablock_rt as pb
 from parablock_rt.errors import CheckpointError, ConfigError
-from parablock_rt.server import journal
+from parablock_rt.server import journal, recovery
 from parablock_rt.server.backlog import Backlog, Kept
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.journal import Begin, Listening, Seated, Started, Vacated
+from parablock_rt.server.outcome import ClosedRound, Outcome, Part
+from parablock_rt.stages import StageSeconds
 from parablock_rt.wire import protocol
 
 CONFIG = pb.RunConfig(rounds=3, clients=2)
@@ -138,6 +140,81 @@ def test_what_a_round_changed_comes_back_to_the_bit_and_a_changed_bit_is_noticed
     os.truncate(file, 40)
     with pytest.raises(CheckpointError, match="cannot be read"):
         state.read_round(4)
+    state.close()
+
+
+def closed_record(index: int) -> journal.Closed:
+    """A round in which clients 0 to 2 were waited for; that of client 1 was refused."""
+    parts = tuple(Part(seat, 0.0, 0.0, 0.0) for seat in (0, 2))
+    closed = ClosedRound(
+        **dict.fromkeys(("loss", "weight", "compute_s", "exposed_s", "open_s", "skew_s"), 0.0),
+        **dict.fromkeys(("block", "contributions", "bad_groups", "bytes_up", "bytes_down"), 0),
+        round=index,
+        fingerprint=index,
+        parts=parts,
+        stages=StageSeconds(compute=1.0),
+    )
+    update = protocol.Update(round=index, block=0, fingerprint=index, contributions=2, bad_groups=0)
+    verdicts = {0: "", 1: "bad", 2: ""} if index < 30 else {0: ""}
+    return journal.Closed(closed=closed, update=update, verdicts=verdicts, given_up=[2] if index > 9 else [])
+
+
+def test_of_early_rounds_a_server_keeps_no_part_of_any_client_in_memory(tmp_path: Path) -> None:
+    """Those who read the journal once get everything."""
+    state = Checkpoint.create(tmp_path / "state", begin())
+    state.append(*[closed_record(index) for index in range(40)])
+    state.close()
+    state, past = Checkpoint.open(tmp_path / "state")
+    state.close()
+    outcome = Outcome()
+    outcome.add(closed_record(index).closed for index in range(40))
+    for rounds in ([record.closed for record in past.closed], outcome.rounds):
+        assert [closed.fingerprint for closed in rounds] == list(range(40))
+        assert [len(closed.parts) for closed in rounds] == [0] * 24 + [2] * 16
+        assert [closed.stages.compute for closed in rounds] == [0.0] * 24 + [1.0] * 16
+    assert [len(record.verdicts) for record in past.closed] == [0] * 24 + [3] * 6 + [1] * 10
+    assert [len(closed.parts) for closed in Checkpoint.closed_rounds(tmp_path / "state")] == [2] * 40
+
+
+def test_the_last_verdicts_on_each_seats_uploads_are_known_however_long_ago_they_were(tmp_path: Path) -> None:
+    """But not those on a former holder's."""
+    past = journal.Past(begin())
+    for seat, first_round in ((0, 0), (1, 0), (2, 28)):
+        past.take(Seated(seat=seat, secret=b""))
+        past.take(Started(seat=seat, first_round=first_round))
+    for index in range(60):
+        past.take(closed_record(index))
+    members = {member.seat: member for member in recovery.members(past)}
+    assert {seat: sorted(member.verdicts) for seat, member in members.items()} == {
+        0: [56, 57, 58, 59],
+        1: [26, 27, 28, 29],
+        2: [28, 29],
+    }
+    assert {verdict.reason for verdict in members[1].verdicts.values()} == {"bad"}
+    assert all(verdict.accepted for verdict in members[2].verdicts.values())
+
+
+def test_who_was_given_up_is_known_until_a_newcomer_has_the_seat() -> None:
+    past = journal.Past(begin())
+    found = []
+    for index in range(11):
+        past.take(closed_record(index))
+        found.append(past.given_up)
+    assert found == [set()] * 10 + [{2}]
+    past.take(Seated(seat=2, secret=b""))
+    assert past.given_up == {2}
+    past.take(Started(seat=2, first_round=11))
+    assert past.given_up == set()
+
+
+def test_a_file_that_cannot_be_removed_is_an_error_that_says_so_and_frees_the_state(tmp_path: Path) -> None:
+    Checkpoint.create(tmp_path / "state", begin()).close()
+    folder = tmp_path / "state" / "round-000007.part"  # which cannot be removed as a file is
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match=r"round-000007\.part cannot be removed"):
+        Checkpoint.open(tmp_path / "state")
+    folder.rmdir()
+    state, _ = Checkpoint.open(tmp_path / "state")
     state.close()
 
 

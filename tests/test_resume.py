@@ -394,7 +394,7 @@ def test_a_new_run_in_the_folder_of_one_that_can_be_resumed_is_refused_and_takes
         (folder / name).write_text(text)
     process = start(command, ["serve", "--model", "tiny", "--run-dir", "run"], str(tmp_path))
     assert process.wait() != 0
-    assert "holds the state of a run already; resume that run" in (tmp_path / "errors").read_text()
+    assert "holds the state of a run already: go on with that by --resume" in (tmp_path / "errors").read_text()
     assert {name: (folder / name).read_text() for name in left} == left
 
 

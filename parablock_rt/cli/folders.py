@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def read_resumed(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def earlier_rounds(path: Path, resume: Path | None, *, durable: bool) -> list[ClosedRound]:
+def earlier_rounds(path: Path, resume: Path | None, *, durable: bool) -> Iterable[ClosedRound]:
     """The closed rounds of the run that goes on in the folder; none of a new run.
 
     Raises ConfigError where another run would be replaced or another folder be written, CheckpointError for a state

@@ -80,8 +80,8 @@ class Checkpoint:
             )
 
     @classmethod
-    def open(cls, folder: Path) -> tuple[Checkpoint, Past]:
-        """Takes up the state of an earlier server; what that was writing when it died is removed.
+    def open(cls, folder: Path, *, whole: bool = False) -> tuple[Checkpoint, Past]:
+        """Takes up the state of an earlier server; what that was writing when it died is removed. `whole`: see `Past`.
 
         Raises CheckpointError when there is none, when another server uses it, or when it is damaged.
         """
@@ -94,22 +94,21 @@ class Checkpoint:
             ) from error
         try:
             _lock(journal, folder)
-            past = _read(journal, folder)
+            past = _read(journal, folder, whole=whole)
+            for file in folder.glob("round-*"):
+                if file.suffix == ".part" or _round_of(file) >= len(past.closed):
+                    _remove(file)
         except BaseException:
             os.close(journal)
             raise
-        checkpoint = cls(folder, journal)
-        for file in folder.glob("round-*"):
-            if file.suffix == ".part" or _round_of(file) >= len(past.closed):
-                file.unlink()
-        return checkpoint, past
+        return cls(folder, journal), past
 
     @classmethod
-    def closed_rounds(cls, folder: Path) -> list[ClosedRound]:
-        """The rounds that a state knows as closed. Raises as `open`."""
-        checkpoint, past = cls.open(folder)
+    def closed_rounds(cls, folder: Path) -> Iterator[ClosedRound]:
+        """The rounds that a state knows as closed, with all that it knows of them. Raises as `open`, at once."""
+        checkpoint, past = cls.open(folder, whole=True)
         checkpoint.close()
-        return [record.closed for record in past.closed]
+        return iter([record.closed for record in past.closed])  # which lets go of them at its end, whoever holds it
 
     def append(self, *records: Record) -> None:
         """Adds records, which are on the disk when this returns. Raises CheckpointError when it does not take them."""
@@ -155,10 +154,10 @@ class Checkpoint:
         return tensors
 
     def keep_rounds(self, rounds: set[int]) -> None:
-        """Removes the files of all other rounds."""
+        """Removes the files of all other rounds. Raises CheckpointError."""
         for file in self.folder.glob("round-*.safetensors"):
             if _round_of(file) not in rounds:
-                file.unlink()
+                _remove(file)
 
     def has_round(self, round: int) -> bool:
         """Whether a round's file is there."""
@@ -172,6 +171,16 @@ class Checkpoint:
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:06d}.safetensors"
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be removed ({error.strerror}): expected a folder that this user may change; give it back "
+            "its permissions, and resume"
+        ) from error
 
 
 def _round_of(file: Path) -> int:
@@ -203,34 +212,40 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(journal: int, folder: Path) -> Past:
+def _read(journal: int, folder: Path, *, whole: bool) -> Past:
     """Follows the records, and cuts off what a server that died has left of its last one."""
     with os.fdopen(os.dup(journal), "rb") as file:
         file.seek(0)
         data = file.read()
-    payloads = list(_payloads(data, folder))
-    records = []
-    for payload in payloads:
+    past, length = None, 0
+    for payload in _payloads(data, folder):
+        length += _FRAME.size + len(payload)
         try:
-            records.append(_decoder.decode(payload))
+            record = _decoder.decode(payload)
         except msgspec.DecodeError as error:
             raise CheckpointError(
                 f"the journal in {folder} has a record that this release does not understand ({error}); resume with "
                 "the release that wrote it"
             ) from error
-    if not records or not isinstance(records[0], Begin):
+        if past is None:
+            past = _begun(record, folder, whole=whole)
+        else:
+            past.take(record)
+    if past is None:
         raise CheckpointError(f"the journal in {folder} has no beginning: there is no run to resume")
-    begin = records[0]
+    os.ftruncate(journal, length)
+    return past
+
+
+def _begun(begin: Record, folder: Path, *, whole: bool) -> Past:
+    if not isinstance(begin, Begin):
+        raise CheckpointError(f"the journal in {folder} has no beginning: there is no run to resume")
     if begin.format != FORMAT:
         raise CheckpointError(
             f"the state in {folder} has format {begin.format}, written by release {begin.release}; this release, "
             f"{__version__}, reads format {FORMAT}. Resume with the release that wrote it"
         )
-    past = Past(begin)
-    for record in records[1:]:
-        past.take(record)
-    os.ftruncate(journal, sum(_FRAME.size + len(payload) for payload in payloads))
-    return past
+    return Past(begin, whole)
 
 
 def _payloads(data: bytes, folder: Path) -> Iterator[bytes]:

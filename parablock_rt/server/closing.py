@@ -13,7 +13,7 @@ import msgspec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import RoundError
 from parablock_rt.observe.timeline import Stage, Timeline
-from parablock_rt.server import rejoin
+from parablock_rt.server import journal
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -51,6 +51,7 @@ class Closing:
         self._timeline = timeline
         self._outcome = outcome
         self._on_round = on_round
+        self._was_short = -1  # the last round that waited for seats that are not expected, for its quorum
 
     def close_due(self) -> None:
         """Closes the oldest open rounds, in order, as long as nothing more is expected for them.
@@ -63,24 +64,33 @@ class Closing:
             waited_for = self._attendance.outstanding(round)
             if waited_for and not overdue:
                 return
-            if len(round.uploads) < self._config.quorum_size:
-                if self._may_reach_quorum(waited_for):
+            if len(round.uploads) < self._attendance.quorum(round):
+                if self._may_reach_quorum(round):
+                    self._was_short = round.index
                     return
                 raise RoundError(self._without_quorum(round))
             self._attendance.give_up(waited_for)
-            self._close(round, complete=not waited_for)
+            self._close(round, complete=not (waited_for or overdue or self._was_short == round.index))
 
-    def _may_reach_quorum(self, waited_for: set[int]) -> bool:
-        """Whether some of those whose uploads are missing lost their connection not so long ago."""
+    def _may_reach_quorum(self, round: Round) -> bool:
+        """Whether to wait on for the uploads that a round lacks, whether or not they were expected: until its deadline,
+        and longer for a client that is away, or was and has its upload still to send."""
+        missing = self._attendance.missing(round)
         lost = {member.seat for member in self._attendance.lost}
-        return bool(waited_for & lost) and self._progress.open_s < self._progress.deadline.without_quorum
+        back = {member.seat for member in self._roster.here if member.seated_at > self._progress.oldest_since}
+        deadline = self._progress.deadline
+        limit = deadline.without_quorum if missing & (lost | back) else deadline.seconds
+        return bool(missing) and self._progress.open_s < limit
 
     def _without_quorum(self, round: Round) -> str:
         missing = self._attendance.who_is_missing(round, self._outcome.left)
+        advice = "restart them, or set a lower --quorum or a longer --deadline"
+        if self._durability.is_kept:  # which are settings of a new run
+            advice = "resume the run and restart them before its deadline passes"
         return (
             f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients delivered in "
-            f"the {self._progress.open_s:.1f} s it was open, at least {self._config.quorum_size} are needed "
-            f"({missing}); restart them, or set a lower --quorum or a longer --deadline"
+            f"the {self._progress.open_s:.1f} s it was open, at least {self._attendance.quorum(round)} are needed "
+            f"({missing}); {advice}"
         )
 
     def _close(self, round: Round, *, complete: bool) -> None:
@@ -99,7 +109,14 @@ class Closing:
             bad_groups=round.accumulator.bad_groups,
         )
         closed = self._record_of(round, encoding, value)
-        self._durability.close(round, closed, update, encoding.body, self._downlink.backlog.rounds)
+        record = journal.Closed(
+            closed=closed,
+            update=update,
+            verdicts=round.refused | dict.fromkeys(round.uploads, ""),  # a seat may have had two holders
+            complete=complete,
+            given_up=self._attendance.given_up,
+        )
+        self._durability.close(record, encoding.body, self._downlink.backlog.rounds)
         self._say_verdicts(round)
         for member in receivers:
             own = update
@@ -112,7 +129,7 @@ class Closing:
         self._downlink.backlog.drop_through(min(behind, default=round.index))
         self._timeline.add(Stage.CLOSE, start_ns, time.monotonic_ns(), round=round.index, block=round.block)
         self._timeline.drain()
-        self._outcome.rounds.append(closed)
+        self._outcome.add([closed])
         self._rounds.retire(round)  # now, when nobody waits for it
         self._progress.close_oldest(closed.open_s, complete=complete)
         if self._on_round is not None:
@@ -133,9 +150,9 @@ class Closing:
         """Tells those whose uploads count, if they were to wait for the disk; and those who are too late."""
         for seat in round.uploads if self._durability.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
-                self._participants.say_verdict(holder, round.index, "")
+                self._participants.verdicts.say(holder, round.index, "")
         for member in self._roster.members:
             if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
                 continue
             if member.here:
-                self._participants.say_verdict(member, round.index, rejoin.LATE.format(round.index))
+                self._participants.verdicts.say_late(member, round.index)

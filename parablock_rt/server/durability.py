@@ -14,8 +14,6 @@ from parablock_rt.server import journal
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.master import Master
 from parablock_rt.server.outcome import ClosedRound
-from parablock_rt.server.rounds import Round
-from parablock_rt.wire import protocol
 
 
 class Durability:
@@ -41,14 +39,14 @@ class Durability:
         if self._state is not None:
             self._state.append(*records)
 
-    def close(self, round: Round, closed: ClosedRound, update: protocol.Update, body: Tensor, wanted: set[int]) -> None:
+    def close(self, record: journal.Closed, body: Tensor, wanted: set[int]) -> None:
         """Puts a round on the disk: what it changed, then that it is closed. `body`: the packed aggregate. `wanted`:
         earlier rounds whose aggregates somebody still lacks; those of others are removed. Raises CheckpointError."""
         if self._state is None:
             return
-        with self._timeline.span(Stage.CHECKPOINT, round=round.index, block=round.block):
-            self._state.write_round(round.index, self._master.state(round.block) | {"update": body})
-            verdicts = round.refused | dict.fromkeys(round.uploads, "")  # a seat may have had two holders
-            self._state.append(journal.Closed(closed=closed, update=update, verdicts=verdicts))
-            self._latest[round.block] = round.index
+        round, block = record.closed.round, record.closed.block
+        with self._timeline.span(Stage.CHECKPOINT, round=round, block=block):
+            self._state.write_round(round, self._master.state(block) | {"update": body})
+            self._state.append(record)
+            self._latest[block] = round
             self._state.keep_rounds(wanted | set(self._latest.values()))

@@ -12,7 +12,7 @@ import msgspec
 
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
-from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.server.outcome import WHOLE_ROUNDS, ClosedRound
 from parablock_rt.wire import protocol
 
 FORMAT = 1
@@ -70,11 +70,17 @@ class Finished(_Record, frozen=True, kw_only=True, tag=True):
 
 
 class Closed(_Record, frozen=True, kw_only=True, tag=True):
-    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat."""
+    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat.
+
+    `complete`: everyone who was waited for had delivered in time. `given_up`: the seats that later rounds do not wait
+    for.
+    """
 
     closed: ClosedRound
     update: protocol.Update
     verdicts: dict[int, str]
+    complete: bool = False
+    given_up: list[int] = []
 
 
 Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | Closed
@@ -92,18 +98,22 @@ class SeatState:
     secret: bytes
     first_round: int | None = None  # None: it never began
     finished: protocol.Goodbye | None = None
+    verdicts: dict[int, str] = field(default_factory=dict)  # the last ones; by round, as in Closed
 
 
 @dataclass
 class Past:
-    """What a journal says of a run so far."""
+    """What a journal says of a run so far. `whole`: everything, for somebody who reads it once; a server keeps less of
+    early rounds, so that its memory does not grow with rounds times clients."""
 
     begin: Begin
+    whole: bool = False
     starts: int = 0  # of servers
     address: str = ""
     seats: dict[int, SeatState] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     closed: list[Closed] = field(default_factory=list)
+    given_up: set[int] = field(default_factory=set)  # the seats that rounds did not wait for
 
     def take(self, record: Record) -> None:
         """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
@@ -115,18 +125,33 @@ class Past:
                 self.seats[record.seat] = SeatState(record.secret)
             case Started() if record.seat in self.seats:
                 self.seats[record.seat].first_round = record.first_round
+                self.given_up.discard(record.seat)
             case Vacated() if record.seat in self.seats:
                 del self.seats[record.seat]
                 self.left = with_left(self.left, record.seat, record.reason)
             case Finished() if record.seat in self.seats:
                 self.seats[record.seat].finished = record.goodbye
             case Closed() if record.closed.round == len(self.closed):
-                self.closed.append(record)
+                self._take_closed(record)
             case _:
                 raise CheckpointError(
                     f"the journal has a record ({type(record).__name__}) that cannot stand where it does: it was "
                     "changed by something else than this program"
                 )
+
+    def _take_closed(self, record: Closed) -> None:
+        index = record.closed.round
+        for seat, reason in record.verdicts.items():
+            holder = self.seats.get(seat)
+            if holder is not None and holder.first_round is not None and holder.first_round <= index:
+                holder.verdicts[index] = reason
+                if len(holder.verdicts) > self.begin.config.staleness + 3:
+                    del holder.verdicts[min(holder.verdicts)]
+        self.closed.append(record)
+        self.given_up = set(record.given_up)
+        if not self.whole and (old := index - WHOLE_ROUNDS) >= 0:
+            kept = self.closed[old]
+            self.closed[old] = msgspec.structs.replace(kept, closed=kept.closed.brief(), verdicts={}, given_up=[])
 
     def last_round_of(self, block: int) -> int | None:
         """The last round that changed a block."""

@@ -154,17 +154,24 @@ class Member:
     first_round: int = 0
     updates_from: int = 0
     applied: int = -1
-    max_lag: int = 0  # rounds it may be behind
+    catching_up: bool = False  # it is being sent what it lacks of the model
+    gathered_rounds: int = 0  # that closed meanwhile: so many more it may be behind
+    gathered_bytes: int = 0  # what their aggregates weigh
     next_post: int = 0  # the first round for which no upload was posted yet
     posted: dict[int, UploadSlot] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)
-    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # the last: one that got lost is said again
+    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # on uploads that came; the last, to repeat
     goodbye: protocol.Goodbye | None = None
 
     @property
     def here(self) -> bool:
         """Whether messages and transfers of the run may go to it now."""
         return self.link is not None and not self.rejoining
+
+    def left_lying(self, oldest: int) -> range:
+        """The closed rounds whose aggregates were sent to it as they closed, and that it has not applied. `oldest`: the
+        oldest open round."""
+        return range(max(self.applied + 1, self.updates_from), oldest)
 
     def check(self, ready: protocol.Ready, identity: Identity, blocks: int) -> None:
         """Raises PlanMismatchError when the client's model cannot take part."""
@@ -196,7 +203,8 @@ class Member:
         self.announced.clear()  # likewise: with several lanes the rest of a body may come before it is announced again
 
     def remember(self, verdict: protocol.Verdict, at_most: int) -> None:
-        """Keeps a verdict in case the connection breaks before it is heard; of the last `at_most` rounds."""
+        """Keeps the last `at_most` verdicts in case the connection breaks before they are heard: a client has no more
+        uploads without one."""
         self.verdicts[verdict.round] = verdict
         while len(self.verdicts) > at_most:
             del self.verdicts[min(self.verdicts)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from parablock_rt.stages import NO_TIME, StageSeconds
 from parablock_rt.wire import protocol
+
+WHOLE_ROUNDS = 16  # the last ones, of which everything is kept
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,18 @@ class ClosedRound:
     server_stages: StageSeconds = NO_TIME
     snapshot_bytes: int = 0  # of `bytes_down`: whole blocks, for clients that came late or had another model
 
+    def brief(self) -> ClosedRound:
+        """Without what grows with the number of clients, and without the stages."""
+        return replace(self, parts=(), stages=NO_TIME, server_stages=NO_TIME)
+
 
 @dataclass
 class Outcome:
     """The result of a run, also of one that was cut short.
 
-    Of a run that was resumed it has all rounds, and `resumed_from` is the first one that this server closed. `wall_s`
-    and `server_stages` then contain the rounds that earlier servers closed, but no time without a server.
+    `rounds` has all of them, the earlier ones without parts and stages. In a run that was resumed, `resumed_from` is
+    the first one that this server closed; `wall_s` and `server_stages` then contain the rounds that earlier servers
+    closed, but not the time without a server.
     """
 
     rounds: list[ClosedRound] = field(default_factory=list)
@@ -63,3 +71,10 @@ class Outcome:
     left: list[str] = field(default_factory=list)  # who went before the end, and why
     reconnects: int = 0  # connections that broke and were replaced
     unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting
+
+    def add(self, closed: Iterable[ClosedRound]) -> None:
+        """Some more rounds are closed. Memory does not grow with rounds times clients: of earlier ones less is kept."""
+        for each in closed:
+            self.rounds.append(each)
+            if (old := len(self.rounds) - WHOLE_ROUNDS - 1) >= 0:
+                self.rounds[old] = self.rounds[old].brief()

@@ -6,6 +6,7 @@ Reads the clock and says what is due; does nothing about it, and knows no client
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from parablock_rt.config import RunConfig
 
@@ -88,15 +89,18 @@ class Progress:
         """The first round begins."""
         self.started_at = self.oldest_since = time.monotonic()
 
-    def restore(self, closed: int, *, started: bool) -> None:
-        """Goes on where an earlier server ended, which had closed so many rounds."""
+    def restore(self, closed: int, open_s: Iterable[float], *, started: bool) -> None:
+        """Goes on where an earlier server ended, which had closed so many rounds. `open_s`: how long those of them were
+        open that were complete."""
         self.oldest = closed
+        for seconds in open_s:
+            self.deadline.saw(seconds)
         if started:
-            self.started_at = self.oldest_since
+            self.start()
 
     def close_oldest(self, open_s: float, *, complete: bool) -> None:
         """The oldest open round was closed after so many seconds; the next one is the oldest. `complete`: everyone who
-        was waited for had delivered."""
+        was waited for had delivered in time."""
         if complete:
             self.deadline.saw(open_s)
         self.oldest += 1
@@ -109,7 +113,10 @@ class Progress:
         """
         last, self._turn_at = self._turn_at, time.monotonic()
         if self._turn_at - last > min(_PAUSED_S, max(self.deadline.seconds / 2, 10 * longest)):
-            self.oldest_since += self._turn_at - last
+            # A round that became the oldest during that turn loses only what came after that.
+            self.oldest_since += self._turn_at - max(last, self.oldest_since)
+            if self._deserted_since is not None:
+                self._deserted_since += self._turn_at - max(last, self._deserted_since)
 
     def deserted(self, *, anybody: bool, may_return: bool) -> bool:
         """Whether nobody has been there for so long that it makes no sense to wait. `anybody`: somebody is there now;

@@ -14,7 +14,7 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
 from parablock_rt.server.backlog import Kept
 from parablock_rt.server.checkpoint import Checkpoint
-from parablock_rt.server.journal import Closed, Past
+from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master
 from parablock_rt.server.members import Member
 from parablock_rt.wire import protocol
@@ -70,15 +70,10 @@ def _member(seat: int, past: Past) -> Member:
     member.ready = member.synced = member.begun = True
     member.first_round = member.next_post = state.first_round
     member.goodbye = state.finished
-    for record in past.closed[state.first_round :]:
-        if seat in record.verdicts:
-            member.remember(_verdict(record, seat), past.begin.config.staleness + 3)
+    for round, reason in state.verdicts.items():
+        block = past.closed[round].closed.block
+        member.verdicts[round] = protocol.Verdict(round=round, block=block, accepted=not reason, reason=reason)
     return member
-
-
-def _verdict(record: Closed, seat: int) -> protocol.Verdict:
-    reason = record.verdicts[seat]
-    return protocol.Verdict(round=record.closed.round, block=record.closed.block, accepted=not reason, reason=reason)
 
 
 def aggregates(past: Past, state: Checkpoint, master: Master, transport: Transport, buffers: BufferPool) -> list[Kept]:

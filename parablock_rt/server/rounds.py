@@ -157,6 +157,12 @@ class OpenRounds:
         """What counts in a round, by client."""
         return self._rounds[index].uploads if index in self._rounds else {}
 
+    def forget_refusals(self, client: int, first_round: int) -> None:
+        """Somebody else is this client from `first_round` on, and may deliver what was refused of the former one."""
+        for index, round in self._rounds.items():
+            if index >= first_round:
+                round.refused.pop(client, None)
+
     def retire(self, round: Round) -> None:
         """The round is closed; its sum is emptied for another one."""
         del self._rounds[round.index]

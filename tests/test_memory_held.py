@@ -75,7 +75,7 @@ def run_watched(dtype: torch.dtype, count: int, optimizer: Any, **settings: Any)
     """A client of `count` blocks of equal layers, over a network slower than the computation, also of several rounds:
     whatever may be under way is."""
     settings = {"rounds": ROUNDS, "clients": 1, "local_steps": 2, "chunk": 4096, **settings}
-    delay = max(0.3 if settings.get("staleness", 1) > 1 else 0.05, 5 * round_s(dtype, count, optimizer, settings))
+    delay = max(0.5 if settings.get("staleness", 1) > 1 else 0.05, 8 * round_s(dtype, count, optimizer, settings))
     return watch(partial(make_model, dtype), lambda model: blocks(model, count), optimizer, delay, settings)
 
 

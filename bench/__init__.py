@@ -1,5 +1,5 @@
 """Benchmarks: `parablock bench NAME`, `python -m bench.NAME` in a checkout, `pytest bench --benchmark-only`.
 
-Installed as `parablock_rt.bench`. Each measures and says nothing of whether what it measures is right: that is the
-business of the tests. `result.py` says what a benchmark's module offers.
+Installed as `parablock_rt.bench`. Benchmarks only measure; the tests check that results are right. `result.py` defines
+the functions of a benchmark's module.
 """

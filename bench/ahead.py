@@ -1,7 +1,7 @@
-"""A GPU's stream that waits until all of its work is queued, so that what is timed on it is the work and no launch.
+"""Holds up a GPU stream until all of its work is queued, so that timing on it covers the work and not the launches.
 
-On a stream that is idle the first event is passed at once, and from then on the stream waits for the host between one
-piece of work and the next: short work would be timed at what its launches take.
+An idle stream passes the first event at once and then waits for the host between one piece of work and the next: the
+time of short work would be the time of its launches.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ MOST_CYCLES = 256_000_000
 
 
 class Ahead:
-    """Keeps one stream busy until the host has queued what comes next."""
+    """Keeps one stream busy until the host has queued the next work."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
         self._cycles = LEAST_CYCLES
 
     def queue(self, work: Callable[[], object], begin: torch.cuda.Event) -> bool:
-        """Queues `work`, which records `begin` first, behind a sleep of the stream; whether all was queued in time.
+        """Queues `work`, which records `begin` first, behind a sleep of the stream. True if all was queued in time.
 
-        If not, it is done again behind a longer sleep, twice as long each time. Not for work that the host waits for,
-        nor for more than a stream takes (some thousand launches): neither ever is in time.
+        If not, tries again behind a sleep of twice the length, up to a limit. Useless for work that the host waits for
+        and for more launches than a stream can queue (about a thousand): both always return False.
         """
         while True:
             torch.cuda.synchronize()

@@ -1,13 +1,13 @@
-"""Other ways to train the same model over the same link: what a round of as many local steps takes each of them.
+"""Other ways to train the same model over the same link: the time that each takes for a round of as many local steps.
 
-  ParaBlock             a block a round, hidden behind the next round (staleness 1)
-  sequential FedBCD     a block a round, nothing hidden (staleness 0)
+  ParaBlock             a block per round, hidden behind the next round (staleness 1)
+  sequential FedBCD     a block per round, nothing hidden (staleness 0)
   FedAvg                the whole model each round, nothing hidden
   LoRA, rank 8          adapters on every linear layer each round, nothing hidden
   gloo all-reduce       the block's change in fp32, in the training thread, between two ranks without a server
 
-The first four run on this runtime and in one format, so that they differ in what they send and when. How well each of
-them learns is not compared here.
+The first four run on this runtime and in one format, so they differ only in what they send and when. Their quality of
+learning is not compared here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .federation import Link, federation
 from .result import columns, shown
 
 WARM_UP_ROUNDS = 2
-FEW_ROUNDS = 4  # of methods whose rounds are long
+FEW_ROUNDS = 4  # for methods with long rounds
 
 
 def run(workload: Workload, link: Link, settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def _row(name: str, run: Recorded) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The methods, shortest round first; what was left out, and why."""
+    """The methods, shortest round first, and the reasons for those left out."""
     title = f"a round on a link of {result['rate_mbit']:.4g} Mbit/s and {result['delay_s'] * 1e3:g} ms"
-    table = columns(title, "method", "format", "MB up a client", "compute, s", "exposed, s", "round, s")
+    table = columns(title, "method", "format", "MB up per client", "compute, s", "exposed, s", "round, s")
     for row in sorted(result["rows"], key=lambda row: row["round_s"]):
         seconds = (shown(row[name]) for name in ("compute_s", "exposed_s", "round_s"))
         table.add_row(row["method"], row["format"], f"{row['bytes_up'] / 1e6:.2f}", *seconds)

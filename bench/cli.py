@@ -1,9 +1,8 @@
 """`parablock bench`: runs benchmarks, prints their tables, writes and draws their results, compares with older ones.
 
-While one runs, what it has measured so far is in NAME.partial.json, for those that hand it over.
+While a benchmark runs, NAME.partial.json has its results so far, if the benchmark reports them.
 
-Exit codes: 0 done; 1 something got worse than the threshold allows, is missing, or was measured with other settings; 2
-wrong usage.
+Exit codes: 0 done; 1 a metric got worse than the threshold allows or is missing, or the settings differ; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from parablock_rt.observe.run_folder import to_json
 from .machine import gpu, machine
 from .result import Benchmark, Result, compare, comparison_table, kept_by, read, unlike_settings
 
-WIDTH = 150  # of a table; a narrower terminal wraps it instead of losing figures
+WIDTH = 150  # of a table; a narrower terminal wraps the table instead of losing figures
 NAMES = ("codec", "transport", "links", "overlap", "scale", "telemetry")
 GPU_NAMES = ("kernels", "staging", "gpu-overlap", "large-model")  # without a GPU they run in a reduced form, untimed
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
         device = f", {about['gpu']}" if "gpu" in about else ""
         console.print(f"[b]{each}[/b]: {about['cpu']}, {about['cores']} cores, {about['instruction_set']}{device}")
         if each in GPU_NAMES and "gpu" not in about:
-            console.print("no GPU here: a reduced form ran to its end, what only a GPU can tell is left empty")
+            console.print("no GPU here: a reduced form ran to its end; figures that need a GPU are left empty")
         for table in benchmark.tables(result):
             if table.row_count:
                 console.print(table)
@@ -71,12 +70,12 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
 
 
 def load(name: str) -> Benchmark:
-    """The module of a benchmark; imported only now, for each has its own needs."""
+    """The module of a benchmark; imported on demand, because each needs other packages."""
     return cast(Benchmark, import_module(f".{name.replace('-', '_')}", __package__))
 
 
 def _parser(program: str, name: str | None) -> argparse.ArgumentParser:
-    """All commands; the options of the one that is asked for."""
+    """All commands, but options only for the command `name`."""
     parser = argparse.ArgumentParser(
         program,
         description="Measure the codec, the transport, the overlap, the server's growth, telemetry and the GPU's data "
@@ -108,7 +107,7 @@ def _defaults(benchmark: Benchmark) -> argparse.Namespace:
 
 
 def _keep(file: Path, common: Result, measured: Result) -> None:
-    """Writes what is measured so far in one go: whoever is killed leaves the file as it was before."""
+    """Writes the results so far atomically: a process that is killed leaves the previous file."""
     fresh = file.with_suffix(".new")
     _write_json(fresh, {**common, "machine": common["machine"] | gpu(), **measured})
     fresh.replace(file)

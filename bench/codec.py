@@ -1,8 +1,8 @@
 """Speed of the CPU codec next to a plain memory copy and to torch eager doing the same arithmetic.
 
-The repetitions of all cases and of the copies are interleaved, so that a noisy neighbour hits them alike. GB/s counts
-every byte that a case must read and write once (`bytes_per_param`), not what caches fetch besides; the copy is the
-faster of torch's and NumPy's. Checks speed only: that the bytes are right, torch's too, is the business of the tests.
+The repetitions of all cases and of the copies are interleaved, so that a noisy neighbour affects all alike. GB/s counts
+every byte that a case must read or write once (`bytes_per_param`), not the bytes that caches fetch in addition; the
+copy is the faster one of torch's and NumPy's. Measures speed only: the tests check the bytes, including torch's.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from . import eager
 from .result import Result, columns, shown
 
 DEFAULT_PARAMS = 64 << 20
-TOGETHER = 16  # uploads that are folded in one pass
+TOGETHER = 16  # uploads folded in one pass
 COPIES = ("copy torch", "copy numpy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `run` once is one pass over the whole block."""
+    """An operation to time: one `run` is one pass over the whole block."""
 
     name: str
     bytes_per_param: float
     run: Callable[[], object]
-    eager: str | None = None  # the case in which torch eager does the same
+    eager: str | None = None  # the case of the same operation in torch eager
 
 
 def make_cases(params: int, threads: int) -> list[Case]:
@@ -123,7 +123,7 @@ def measure(cases: list[Case], repetitions: int) -> dict[str, list[float]]:
 
 
 def summarise(cases: list[Case], seconds: dict[str, list[float]], params: int) -> list[dict[str, object]]:
-    """One row per case: medians, the bandwidth they mean and how they compare."""
+    """One row per case: medians, the bandwidth that follows from them, and ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     copy = max(8 * params / median[name] for name in COPIES)
     rows: list[dict[str, object]] = []
@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> Result:
 def tables(result: Result) -> list[Table]:
     """One row per case."""
     title = f"codec ({result['settings']['threads']} threads)"
-    table = columns(title, "case", "B/param", "Mparams/s", "GB/s", "/ copy", "x eager")
+    table = columns(title, "case", "B/param", "Mparams/s", "GB/s", "ratio to copy", "speed-up over torch eager")
     for row in result["rows"]:
         figures = (("bytes_per_param", ".4f"), ("mparams_per_s", ".0f"), ("gb_per_s", ".2f"), ("ratio_to_copy", ".2f"))
         table.add_row(
@@ -174,12 +174,12 @@ def tables(result: Result) -> list[Table]:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Parameters a second, by case; torch's own cases are left out."""
+    """Parameters per second, by case, without torch's own cases."""
     return {row["case"]: row["mparams_per_s"] for row in result["rows"] if not row["case"].startswith("eager")}
 
 
 def plot(result: Result, figure: Any) -> None:
-    """Bandwidth by case beside that of a copy."""
+    """Bandwidth by case, with the copy's bandwidth as a line."""
     rows = [row for row in result["rows"] if not row["case"].startswith(("eager", "copy"))]
     axis = figure.subplots()
     axis.barh([row["case"] for row in rows], [row["gb_per_s"] for row in rows])

@@ -1,7 +1,7 @@
-"""The codec's arithmetic as one would write it in torch: what the fused kernels are compared with.
+"""The codec's arithmetic in plain torch, as the baseline for the fused kernels.
 
-Gives the codec's own bytes, which a test holds it to, so that the comparison is of equal work: non-finite groups are
-sent as zeros, scales are rounded away from zero. Host or GPU, eager or under torch.compile. Is measured, never used.
+Gives the codec's own bytes (a test checks that), so that the comparison is of equal work: non-finite groups are sent as
+zeros, scales are rounded away from zero. For host or GPU, eager or torch.compile. Only for benchmarks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SIGN = -(2**63)
 
 
 def encode(now: Tensor, ref: Tensor, residual: Tensor, format: str, out: Tensor) -> Tensor:
-    """The body of `now - ref + residual` in `out`, as int8 or int4; `residual` becomes what it leaves out."""
+    """Packs `now - ref + residual` into `out` as int8 or int4; `residual` becomes the error of the packing."""
     group = codec.group_size(format)
     assert group is not None
     x = ((now.float() - ref.float()) + residual).view(-1, group)
@@ -53,7 +53,7 @@ def apply_(target: Tensor, body: Tensor, format: str) -> Tensor:
 
 
 def accumulate(hi: Tensor, lo: Tensor, body: Tensor, weight: float, format: str) -> None:
-    """Adds `weight` times the change in `body` to a sum of 128 bits an element, in units of 2^-72, by its halves."""
+    """Adds `weight` times the change in `body` to a sum of 128 bits per element, in units of 2^-72, held in halves."""
     code, scale = _unpacked(body, hi.numel(), format)
     factor = scale.double() * weight
     coarse = (factor * 2.0**20).round()
@@ -63,12 +63,12 @@ def accumulate(hi: Tensor, lo: Tensor, body: Tensor, weight: float, format: str)
     carried = torch.zeros_like(lo)
     for part in (upper << 52, lower):
         lo += part
-        carried += (lo ^ _SIGN) < (part ^ _SIGN)  # as numbers without a sign: the addition has carried
+        carried += (lo ^ _SIGN) < (part ^ _SIGN)  # an unsigned comparison: whether the addition has carried
     hi += (upper >> 12) + (lower >> 63) + carried
 
 
 def _unpacked(body: Tensor, numel: int, format: str) -> tuple[Tensor, Tensor]:
-    """Codes (int8, a row per group) and scales (fp32, a column; 0 for one that is not finite)."""
+    """Codes (int8, a row per group) and scales (fp32, a column; 0 for a scale that is not finite)."""
     group = codec.group_size(format)
     assert group is not None
     split = codec.scale_bytes(numel, format)

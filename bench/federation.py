@@ -1,6 +1,6 @@
-"""A server here and client processes that stay, to run one federation after another without loading a model each time.
+"""A server in this process and long-lived client processes, which run one federation after another without reloading.
 
-Every run starts from the same weights, and leaves a folder as a user's run does; what is measured is read from there.
+Every run starts from the same weights and leaves a run folder like a user's run; the results are read from there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from parablock_rt.report.folder import Recorded
 from parablock_rt.summary import summarise
 
 DEADLINE_S = 1800.0
-Prepare = Callable[[nn.Module], None]  # what is done to a freshly loaded model, on both sides
+Prepare = Callable[[nn.Module], None]  # changes a freshly loaded model, on both sides
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _load(workload: Workload, prepare: Prepare | None) -> tuple[nn.Module, data.
 
 
 def _client(pipe: Connection, workload: Workload, prepare: Prepare | None) -> None:
-    """The body of a client process: takes part in one run after another until it is told None."""
+    """The body of a client process: takes part in one run after another until the pipe gives None."""
     model, task = _load(workload, prepare)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -1,7 +1,7 @@
 """`torch.distributed` with gloo: the block's change is all-reduced in the training thread at the end of each round.
 
-Two ranks, each in a network namespace of its own, with a link between them that is as slow as the other systems' links:
-gloo's own sockets are slowed down, by the kernel. That takes root; `namespaces` says what else.
+Two ranks, each in its own network namespace; the kernel shapes the link between them, so gloo's own sockets are as slow
+as the links of the other systems. Needs root; `namespaces.why_not` says what else is missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(model: str, link: Link, rounds: int, local_steps: int) -> dict[str, Any]
             for rank in ranks:
                 rank.kill()
     if any(rank.returncode != 0 for rank in ranks):
-        raise ParaBlockError("a gloo rank failed; its error stands above")
+        raise ParaBlockError("a gloo rank failed; see its error above")
     first: dict[str, Any] = json.loads(said[0].splitlines()[-1])
     return first
 

@@ -1,18 +1,18 @@
-"""What the hand-over of a block costs the training on a GPU: at a round's boundary, and while transfers go on.
+"""The cost of handing a block over, for training on a GPU: at the boundary of a round, and while transfers go on.
 
-Boundary: a client trains a model of three equal blocks on the GPU, one block behind a server in a process of its own on
-the same machine, over loopback. All times are taken between CUDA events on the training stream, from the beginning of
-one step to the beginning of the next. `boundary_s` is by how much the last step of a round and the first of the next
-take longer than steps of the same two blocks in between (what a step takes depends on how far back its gradients go):
-everything that the training stream lost at a boundary, communication and the change of blocks alike.
-`block_change_s` is the same of the same model after the run, with nobody to communicate with: the block's weights are
-copied, as the reference is, fp32 masters and an optimiser are made, and in the first step the optimiser's state. The
-difference, `exposed_s`, is what communication takes from the training. `waited_s` is for how long the training thread
-was blocked on communication. Medians; the first two rounds do not count.
+Boundary: a client trains a model of three equal blocks on the GPU with staleness 1, against a server in another process
+on the same machine, over loopback. All times are between CUDA events on the training stream, from the beginning of one
+step to the beginning of the next. `boundary_s` is how much longer the last step of a round and the first step of the
+next round take than other steps of the same two blocks (the time of a step depends on how far back its gradients go):
+all time that the training stream loses at a boundary, to communication and to the change of blocks.
+`block_change_s` is the same figure for the same model trained after the run without communication: what remains are the
+copy of the block's weights that serves as reference, new fp32 masters, a new optimiser, and the optimiser's state in
+the first step. The difference, `exposed_s`, is the time that communication takes from training. `waited_s` is the time
+that the training thread was blocked on communication. Medians, without the first two rounds.
 
-Beside transfers: the time of a training step while another thread hands a block over again and again, with its error
-feedback, its body goes over loopback and comes back to the GPU, against the time without; in alternating windows. The
-rate counts what crosses between host and GPU.
+Beside transfers: the time of a training step while another thread repeatedly hands over a block with its error
+feedback, sends the body over loopback and copies it back to the GPU, against the time without transfers, in alternating
+windows. The rate counts the bytes that cross between host and GPU.
 
 Without a GPU both run to the end with a small model on the CPU, and every figure is null.
 """
@@ -47,14 +47,14 @@ BLOCKS = 3
 WARM_UP_ROUNDS = 2
 CHUNK = 1 << 18
 START_S = 300.0
-CHANGE_STEPS = 20  # of a round without communication, at most
+CHANGE_STEPS = 20  # most steps of a round without communication
 BOUNDARY = ("step_s", "round_s", "boundary_s", "block_change_s", "exposed_s", "exposed_share", "waited_s")
 Begin = tuple[int, int, Any]  # of a step: its round, its block, and an event on the training stream
 BESIDE = ("step_s_without", "step_s_with", "ratio", "transfer_gb_per_s")
 
 
 def make_model(width: int, device: str) -> nn.Sequential:
-    """Three square layers, a block each."""
+    """Three square layers, one block each."""
     layers = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16, device=device) for _ in range(BLOCKS)]
     with torch.no_grad():
         for seed, layer in enumerate(layers):
@@ -73,7 +73,7 @@ def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _serve(pipe: Any, width: int, settings: dict[str, Any]) -> None:
-    """The server's process. The client's weights come from it."""
+    """The body of the server's process. The client gets its weights from the server."""
     model = make_model(width, "cpu")
     with pb.serve(model, plan=plan_of(model), **settings) as server:
         pipe.send(server.address)
@@ -81,12 +81,12 @@ def _serve(pipe: Any, width: int, settings: dict[str, Any]) -> None:
 
 
 def plan_of(model: nn.Module) -> pb.BlockPlan:
-    """Each layer a block."""
+    """One block per layer."""
     return pb.BlockPlan.from_model(model, [[str(i)] for i in range(BLOCKS)])
 
 
 def boundary(width: int, tokens: int, rounds: int, local_steps: int) -> dict[str, Any]:
-    """The boundaries of a run, and those of the same training without communication, timed on the device."""
+    """The boundaries of a run and of the same training without communication, timed on the device."""
     settings = {"rounds": rounds, "clients": 1, "local_steps": local_steps, "staleness": 1, "format": "int8"}
     context = multiprocessing.get_context("spawn")
     pipe, there = context.Pipe(duplex=False)
@@ -131,7 +131,7 @@ def event_here() -> Any:
 
 
 def block_changes(model: nn.Module, batch: torch.Tensor, rounds: int, local_steps: int) -> list[Begin]:
-    """Trains one block after the other as a run does it, without a server. The beginnings of the steps."""
+    """Trains one block after the other like a run, but without a server. Returns the beginnings of the steps."""
     blocks = plan_of(model).materialise(model)
     freeze(model.parameters())
     begins: list[Begin] = []
@@ -159,7 +159,7 @@ def timed(begins: list[Begin]) -> list[Step]:
 
 
 def compared(steps: list[Step], alone: list[Step], local_steps: int) -> dict[str, float]:
-    """What a boundary takes in a run, and of it what it would not take without communication."""
+    """The cost of a boundary in a run, and the part of it that is due to communication."""
     step, lost = at_the_boundaries(steps)
     _, change = at_the_boundaries(alone)
     round_s, exposed = step * local_steps + lost, lost - change
@@ -176,8 +176,8 @@ class Step(NamedTuple):
 
 
 def at_the_boundaries(steps: list[Step]) -> tuple[float, float]:
-    """Seconds of a step that is not at a boundary, the mean over the blocks; and what a boundary costs beyond two such
-    steps, of the block that was trained and of the one that comes."""
+    """Seconds of a step that is not at a boundary, as the mean over the blocks; and the seconds that the two steps at a
+    boundary, of the old block and of the new one, take beyond other steps of the same blocks."""
     ends = [i for i, (one, after) in enumerate(itertools.pairwise(steps)) if one.round != after.round]
     edges = {0, *ends, *(i + 1 for i in ends)}
     within: dict[int, list[float]] = {}
@@ -190,7 +190,7 @@ def at_the_boundaries(steps: list[Step]) -> tuple[float, float]:
 
 
 class Traffic:
-    """Hand-overs of one block, over loopback and back, one behind the other for as long as the `with` body runs."""
+    """Hands one block over, over loopback and back, again and again while the `with` body runs."""
 
     def __init__(self, numel: int) -> None:
         self._numel = numel
@@ -216,7 +216,7 @@ class Traffic:
     def _run(self) -> None:
         try:
             if GPU:
-                with torch.cuda.stream(torch.cuda.Stream()):  # not the training's: it is not to be waited for
+                with torch.cuda.stream(torch.cuda.Stream()):  # apart from the training stream, which must not wait
                     self._exchange(_gpu_stager(self._numel), "cuda")
             else:
                 self._exchange(Stager(), "cpu")
@@ -252,7 +252,7 @@ class Traffic:
                     self._ready.set()
                     start = _C.monotonic_ns()
             seconds = (_C.monotonic_ns() - start) / 1e9
-            # The body to the host and back to the device, the residual the other way round.
+            # The body goes to the host and back to the device; the residual goes to the device and back.
             self.bytes_per_second = (2 * layout.nbytes + 8 * self._numel) * (moved - 1) / seconds
         stager.close()
 
@@ -310,19 +310,19 @@ def beside(width: int, tokens: int, numel: int, windows: int, steps: int) -> dic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the batch, how many rounds and windows."""
+    """The model, the batch, the number of rounds and windows."""
     # 14,768 squared is 218 M parameters per block.
-    parser.add_argument("--width", type=int, default=14_768 if GPU else 32, help="of a square block")
-    parser.add_argument("--tokens", type=int, default=8192 if GPU else 8, help="of a batch")
+    parser.add_argument("--width", type=int, default=14_768 if GPU else 32, help="width of a square block")
+    parser.add_argument("--tokens", type=int, default=8192 if GPU else 8, help="tokens per batch")
     parser.add_argument("--rounds", type=int, default=12 if GPU else 4)
     parser.add_argument("--local-steps", type=int, default=80 if GPU else 2)
     parser.add_argument("--windows", type=int, default=5 if GPU else 1)
-    parser.add_argument("--steps", type=int, default=400 if GPU else 2, help="of a window")
+    parser.add_argument("--steps", type=int, default=400 if GPU else 2, help="steps per window")
 
 
 def run(options: argparse.Namespace) -> Result:
-    """The boundary, then the windows beside transfers, on a model of a fourth of the width."""
-    fourth = -(-options.width // 4 // 16) * 16  # rows of whole 16 bytes in any dtype: others are multiplied more slowly
+    """The boundary, then the windows beside transfers, on a model of a quarter of the width."""
+    fourth = -(-options.width // 4 // 16) * 16  # rows of whole 16 bytes in any dtype, since others multiply more slowly
     numel = options.width**2 // 128 * 128
     if options.local_steps < 3 and GPU:
         raise ConfigError("--local-steps must be 3 or more: each round needs a step that is not at a boundary")
@@ -345,10 +345,10 @@ def tables(result: Result) -> list[Table]:
         "step, ms",
         "round, s",
         "lost at a boundary, ms",
-        "by the change of blocks, ms",
-        "by communication, ms",
-        "of the round",
-        "waited for communication, ms",
+        "lost to the change of blocks, ms",
+        "lost to communication, ms",
+        "share of the round lost to communication",
+        "training thread blocked, ms",
     )
     if at["step_s"] is not None:
         boundary.add_row(
@@ -359,7 +359,9 @@ def tables(result: Result) -> list[Table]:
             shown(at["exposed_share"], ".2%"),
             shown(at["waited_s"] * 1e3, ".2f"),
         )
-    beside = columns("a step beside transfers", "without, ms", "with, ms", "ratio", "transfers, GB/s")
+    beside = columns(
+        "a training step with and without transfers", "without, ms", "with, ms", "with / without", "transfers, GB/s"
+    )
     if along["ratio"] is not None:
         times = (shown(along[name] * 1e3, ".3f") for name in BESIDE[:2])
         beside.add_row(*times, shown(along["ratio"]), shown(along["transfer_gb_per_s"], ".2f"))
@@ -367,7 +369,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Steps a second beside transfers over those without, and rounds a second."""
+    """Steps per second with transfers over those without, and rounds per second."""
     at, along = result["rows"]
     found = {} if along["ratio"] is None else {"steps beside transfers": 1 / along["ratio"]}
     return found if at["round_s"] is None else found | {"rounds": 1 / at["round_s"]}

@@ -1,5 +1,5 @@
-"""What transfers cost the training: steps a second of a training thread on one core while the transport moves bodies
-to and from another process at full rate on the other core, against the same without transfers, in alternating windows.
+"""The cost of transfers for training: steps per second of a training thread on one core, in alternating windows with
+and without transfers. The transport's threads and its peer process exchange bodies at full rate on the other core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ START_S = 120.0
 
 
 def _echo(port_out: Any, core: int, nbytes: int) -> None:
-    """The other process: takes bodies from and sends bodies to whoever connects; it is killed in the end."""
+    """The body of the other process: exchanges bodies with each peer that connects, until the process is killed."""
     os.sched_setaffinity(0, {core})
     with Transport() as transport:
         port_out.send(transport.listen("127.0.0.1:0", protected=True))
@@ -64,7 +64,7 @@ def _exchange(transport: Transport, link: int, nbytes: int, stopped: Callable[[]
 
 
 def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> dict[str, Any]:
-    """Median steps a second with and without transfers at full rate. Two cores: one trains, one moves bytes."""
+    """Median steps per second with and without transfers at full rate. One core trains, the other moves bytes."""
     training_core, transport_core = sorted(os.sched_getaffinity(0))[:2]
     receiver, sender = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("spawn")
@@ -110,7 +110,7 @@ def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> d
 
 
 class _Traffic:
-    """Transfers at full rate for as long as the `with` body runs, by threads on `core`."""
+    """Transfers at full rate while the `with` body runs, by threads on `core`."""
 
     def __init__(self, address: str, core: int, nbytes: int) -> None:
         self._stop = threading.Event()

@@ -1,6 +1,6 @@
-"""What `bench.kernels` times: the codec's operations over blocks on a GPU, in Triton and in torch, and a copy.
+"""The cases of `bench.kernels`: the codec's operations over blocks on a GPU, in Triton and in torch, and a copy.
 
-Importing this imports the kernels, and so decides whether they are compiled or interpreted.
+Importing this module imports the kernels, which fixes whether they are compiled or interpreted.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from . import eager
 
 FORMATS = ("int8", "int4")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What is packed and against what: the weights themselves, or the fp32 masters of bf16 weights.
+# The dtypes of `now` and `ref`: the weights themselves, or the fp32 masters of bf16 weights.
 PAIRS = {name: (dtype, dtype) for name, dtype in DTYPES.items()} | {"fp32-bf16": (torch.float32, torch.bfloat16)}
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
-Tiles = Sequence[tuple[int, int]]  # elements a program, and its warps
+Tiles = Sequence[tuple[int, int]]  # elements per program, warps per program
 
 
 def tile_name(elements: int, warps: int) -> str:
-    """How a tile is called in results."""
+    """The name of a tile in results."""
     return f"{elements} x {warps}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `run(i)` is one pass over the i-th set of buffers."""
+    """An operation to time: `run(i)` is one pass over the i-th set of buffers."""
 
     name: str
     by: str  # "copy", "kernel", "eager", "compile", or a tile and its warps
@@ -44,14 +44,14 @@ class Case:
 
 
 def sets_for(bytes_per_set: float) -> int:
-    """Sets of buffers that together are four times the L2 cache."""
+    """The number of sets of buffers that together have four times the size of the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
     return max(1, math.ceil(4 * cache / bytes_per_set))
 
 
 @dataclass(frozen=True)
 class Work:
-    """One pass of one of the codec's operations over a block, for whoever may do it."""
+    """One pass of a codec operation over a block, with each of its implementations."""
 
     operation: str  # the kernel's module
     name: str
@@ -63,12 +63,12 @@ class Work:
     arguments: Callable[[int], tuple[object, ...]]  # of `eager`
 
     def by(self, name: str, run: Callable[[int], object]) -> Case:
-        """The case that somebody does it."""
+        """The case for one implementation."""
         return Case(self.name, name, self.bytes_per_param, self.sets, run)
 
     def cases(self, beside_torch: bool, tiles: Tiles) -> Iterator[Case]:
-        """The kernel, in its own tile and in others; and the same in torch, eager and (on a GPU) compiled once for all
-        sets of buffers."""
+        """The kernel in its default tile and in `tiles`; with `beside_torch` also torch, eager and (on a GPU) compiled
+        once for all sets of buffers."""
         yield self.by("kernel", self.kernel)
         yield from self.in_tiles(tiles)
         if not beside_torch:
@@ -80,7 +80,7 @@ class Work:
             yield self.by("compile", lambda i: compiled(*self.arguments(i)))
 
     def in_tiles(self, tiles: Tiles) -> Iterator[Case]:
-        """The kernel in each of these tiles; its own is in force again after the last."""
+        """The kernel in each of these tiles; restores the default tile afterwards."""
         module: Any = import_module(f"parablock_rt.kernels.{self.operation}")
         own = module.TILE, module.WARPS
         try:
@@ -159,7 +159,7 @@ def accumulate_work(params: int, format: str) -> Work:
 
 
 def other_cases(params: int) -> Iterator[Case]:
-    """The copy that all are held against, and the fingerprint."""
+    """The copy that serves as reference for all cases, and the fingerprint."""
     sets = sets_for(params * 8)
     source = [torch.randn(params, device=DEVICE) for _ in range(sets)]
     target = [torch.empty(params, device=DEVICE) for _ in range(sets)]
@@ -168,9 +168,10 @@ def other_cases(params: int) -> Iterator[Case]:
 
 
 def groups(params: int, beside_torch: bool, tiles: Tiles) -> Iterator[Callable[[], Iterator[Case]]]:
-    """Groups of cases that share buffers; a group's are freed before the next group's are made. The first has the copy.
+    """Groups of cases that share buffers; a group's buffers are freed before the next group's are made. The copy is in
+    the first group.
 
-    `tiles`: what each kernel is measured in besides its own.
+    `tiles`: further tiles to measure each kernel in.
     """
     yield lambda: other_cases(params)
     for format in FORMATS:

@@ -1,11 +1,11 @@
 """Speed of the GPU kernels next to a device copy and to torch, eager and compiled, doing the same arithmetic.
 
-Times are medians between CUDA events, all queued before the first is passed, so that launches by the host do not count.
-Each repetition takes another set of buffers, as many as it takes to outgrow the L2 cache. GB/s counts every byte that a
-case must read and write once (`bytes_per_param`). `--tiles` measures each kernel in other tiles and numbers of warps,
-too, which is what its own were chosen by. Checks speed only: that the bytes are right is the business of the tests.
+Times are medians between CUDA events, all queued before the GPU passes the first one, so launches by the host do not
+count. Each repetition takes another set of buffers; together the sets are larger than the L2 cache. GB/s counts every
+byte that a case must read or write once (`bytes_per_param`). `--tiles` also measures each kernel in other tiles and
+numbers of warps; the defaults were chosen by that. Measures speed only: the tests check the bytes.
 
-Without a GPU it runs every case once at a tiny size in Triton's interpreter, to show that it runs, and states no times.
+Without a GPU each case runs once at a tiny size in Triton's interpreter, to show that it runs, without times.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .result import Result, columns, keep, shown
 if TYPE_CHECKING:
     from .kernel_cases import Case
 
-# Multiples of 1024, so that bodies are aligned for torch.compile too, which copies inputs that are not.
+# Multiples of 1024, so that bodies are aligned for torch.compile too, which copies misaligned inputs.
 SIZES = tuple(-(-size // 1024) * 1024 for size in (15_000_000, 100_000_000, 218_000_000, 1_000_000_000))
 TINY = 128 * 40
-COMPARED = (SIZES[1], TINY)  # where torch, eager and compiled, is measured, too: every compilation takes seconds
+COMPARED = (SIZES[1], TINY)  # sizes also measured with torch, eager and compiled: every compilation takes seconds
 GPU = torch.cuda.is_available()
 FIGURES = ("seconds_median", "seconds_min", "seconds_max", "gb_per_s", "ratio_to_copy")
-# Of torch, eager: a pass is some forty launches, and a stream takes about a thousand ahead of time. More would have the
-# host wait for the GPU, and the launches would be timed.
+# For torch eager: a pass has some forty launches, and a stream can queue about a thousand. With more the host would
+# wait for the GPU, and the times would include launches.
 EAGER_REPETITIONS = 10
 TILES = tuple(product((1024, 2048, 4096, 8192), (4, 8)))
 
 
 def measure(case: Case, repetitions: int) -> tuple[list[float], str]:
-    """Seconds of every repetition on the device, after warm passes over all buffers; and what is to be said of them."""
+    """Seconds of every repetition on the device, after warm passes over all buffers; and a note about them, or ""."""
     for i in range(max(3, case.sets)):
         case.run(i % case.sets)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
@@ -54,12 +54,12 @@ def measure(case: Case, repetitions: int) -> tuple[list[float], str]:
 
     in_time = Ahead(torch.cuda.current_stream()).queue(passes, events[0][0])
     torch.cuda.synchronize()
-    note = "" if in_time else "more launches than the device takes ahead of time: some may count"
+    note = "" if in_time else "more launches than the device can queue: times may include some of them"
     return [start.elapsed_time(end) / 1e3 for start, end in events], note
 
 
 def row(case: Case, params: int, seconds: list[float] | None, note: str = "") -> dict[str, Any]:
-    """What is printed and written of one case; null figures without seconds."""
+    """The row of one case; without seconds, its figures are null."""
     result: dict[str, Any] = {"params": params, "case": case.name, "by": case.by, "sets": case.sets, "note": note}
     result |= {"bytes_per_param": case.bytes_per_param, **dict.fromkeys(FIGURES)}
     if seconds is None:
@@ -70,7 +70,7 @@ def row(case: Case, params: int, seconds: list[float] | None, note: str = "") ->
 
 
 def run_group(group: Callable[[], Iterator[Case]], params: int, repetitions: int) -> Iterator[dict[str, Any]]:
-    """The rows of one group. A case that fails has a row that says why, and those behind it are measured as well."""
+    """The rows of one group. A case that fails has a row with the reason, and the cases after it are still measured."""
     cases = cases_of(group)
     while True:
         case = None
@@ -86,7 +86,7 @@ def run_group(group: Callable[[], Iterator[Case]], params: int, repetitions: int
 
 
 def cases_of(group: Callable[[], Iterator[Case]]) -> Iterator[Case]:
-    """The group's cases; its buffers are made with the first."""
+    """The group's cases; the first one makes the buffers."""
     yield from group()
 
 
@@ -100,7 +100,7 @@ def measured(case: Case, params: int, repetitions: int) -> dict[str, Any]:
 
 
 def left_out(case: Case | None, params: int, error: Exception) -> dict[str, Any]:
-    """The row of a case that failed; None: its group's buffers could not be made."""
+    """The row of a case that failed. `case` is None when the buffers of its group could not be made."""
     name = "?" if case is None else f"{case.name} {case.by}"
     first = next(iter(str(error).splitlines()), "")
     why = "not enough GPU memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {first}"
@@ -108,14 +108,14 @@ def left_out(case: Case | None, params: int, error: Exception) -> dict[str, Any]
 
 
 def let_memory_go() -> None:
-    """Gives the GPU what torch has cached."""
+    """Returns the memory that torch has cached to the GPU."""
     if GPU:
         with contextlib.suppress(RuntimeError):  # a GPU that has failed: every further case will say so
             torch.cuda.empty_cache()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The blocks, the repetitions, whether other tiles are tried."""
+    """The blocks, the repetitions, whether to try other tiles."""
     default = list(SIZES if GPU else (TINY,))
     parser.add_argument("--params", type=int, nargs="+", default=default, help="elements of the blocks (x 128)")
     parser.add_argument("--repetitions", type=int, default=30, help=f"at most {EAGER_REPETITIONS} of torch, eager")
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Every case at every size; a size's copy comes first and is what its others are held against."""
+    """Every case at every size. Each size begins with the copy, the reference for its other cases."""
     if not GPU:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, with the kernels
     from .kernel_cases import groups
@@ -146,9 +146,9 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """A row per kernel and size; next to torch where that was measured; and the tiles that were tried."""
+    """A row per kernel and size; the comparison with torch, if measured; and the tiles that were tried."""
     rows = [row for row in result["rows"] if row.get("gb_per_s") is not None]
-    table = columns("kernels on the GPU", "case", "million parameters", "B/param", "µs", "GB/s", "/ copy")
+    table = columns("kernels on the GPU", "case", "million parameters", "B/param", "µs", "GB/s", "ratio to copy")
     for found in rows:
         if found["by"] in ("copy", "kernel"):
             numbers = (found["params"] / 1e6, found["bytes_per_param"], found["seconds_median"] * 1e6)
@@ -162,8 +162,14 @@ def tables(result: Result) -> list[Table]:
 
 
 def _beside_torch(rows: list[dict[str, Any]]) -> Table:
-    """How many times faster than torch, eager and compiled."""
-    table = columns("the same arithmetic in torch", "case", "million parameters", "x eager", "x compile")
+    """The time of torch, eager and compiled, over the kernel's time."""
+    table = columns(
+        "the same arithmetic in torch",
+        "case",
+        "million parameters",
+        "speed-up over torch eager",
+        "speed-up over torch.compile",
+    )
     seconds = {(row["params"], row["case"], row["by"]): row["seconds_median"] for row in rows}
     for params, case, by in seconds:
         others = [seconds.get((params, case, other)) for other in ("eager", "compile")]
@@ -175,9 +181,9 @@ def _beside_torch(rows: list[dict[str, Any]]) -> Table:
 
 
 def _tiles(rows: list[dict[str, Any]]) -> Table:
-    """Share of the copy in each tile."""
+    """Bandwidth over the copy's in each tile."""
     names = list(dict.fromkeys(row["by"] for row in rows if " x " in row["by"]))
-    table = columns("share of the copy by elements a program x warps", "case", *names)
+    table = columns("ratio to copy, by elements per program x warps", "case", *names)
     shares = {(row["case"], row["by"]): row["ratio_to_copy"] for row in rows}
     for case in dict.fromkeys(row["case"] for row in rows if row["by"] in names):
         table.add_row(case, *(shown(shares.get((case, name)), ".3f") for name in names))
@@ -191,5 +197,6 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """Bandwidth by size of block, beside the copy's and the peak."""
+    """Bandwidth by size of block, with the copy's bandwidth and the peak."""
+
     roofline.draw(result, figure)

@@ -1,11 +1,11 @@
-"""A large model trained in all of its parameters, block by block: what it takes in memory, and what a step takes.
+"""A large model whose parameters are all trained, block by block: the memory that it needs and the time of a step.
 
 Runs a server in a process of its own and a client here, over loopback, with random weights of a Llama shape in bf16,
 activation checkpointing and a full sweep over all blocks, embeddings and head included. On a CUDA device the shape is
-that of Llama 3 8B and torch is kept to `--limit-gib` of device memory; on a machine without one a small model of the
-same proportions takes its place, and the figures that only a device can give are null.
+that of Llama 3 8B and torch is limited to `--limit-gib` of device memory; on a machine without such a device, a small
+model of the same proportions takes its place, and figures that need a device are null.
 
-Weights are never held in fp32 by the client. It starts from empty memory and has them from the server's snapshot.
+The client never holds the weights in fp32. It starts with empty memory and gets the weights from the server's snapshot.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ FIGURES = (
     "loss_first",
     "loss_last",
 )
-"""Of a row; None where there are none yet."""
+"""The figures of a row; None until they are known."""
 
 
 def on_meta(shape: str) -> Any:
-    """The model without memory, in bf16, its vocabulary cut into rows so that no parameter is larger than a layer."""
+    """The model without memory, in bf16, its vocabulary split by rows so that no parameter is larger than a layer."""
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, use_cache=False, max_position_embeddings=8192)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
@@ -92,12 +92,12 @@ def largest_layer(model: Any) -> int:
 
 
 def plan_of(model: Any) -> pb.BlockPlan:
-    """Every parameter in a block, none larger than a decoder layer."""
+    """A plan that covers every parameter, with no block larger than a decoder layer."""
     return pb.BlockPlan.from_model(model, outer="train", outer_limit=largest_layer(model))
 
 
 def with_memory(model: Any, device: str) -> Any:
-    """The model on a device, its weights zero."""
+    """The model on a device, with zero weights."""
     model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +109,7 @@ def with_memory(model: Any, device: str) -> Any:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Weights as a fresh model has them: N(0, 0.02) in matrices, drawn from a table of 2^20 values; ones in norms."""
+    """Fills in weights like a fresh model's: N(0, 0.02) in matrices, from a table of 2^20 values; ones in norms."""
     table = torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -122,12 +122,12 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused: its multi-tensor form takes another four bytes per parameter inside each step."""
+    """Fused, because the multi-tensor form needs another four bytes per parameter inside each step."""
     return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
 def serve(shape: str, settings: dict[str, Any], threads: int, pipe: Connection) -> None:
-    """The server's process: sends its address, and its peak of resident memory when the run has ended."""
+    """The body of the server's process: sends its address, and after the run its digest and peak resident memory."""
     torch.set_num_threads(threads)
     model = with_memory(on_meta(shape), "cpu")
     fill(model)
@@ -138,13 +138,13 @@ def serve(shape: str, settings: dict[str, Any], threads: int, pipe: Connection) 
 
 
 def peak_resident_bytes() -> int:
-    """Of this process so far."""
+    """The peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass
 class Watch:
-    """What a client holds at its optimiser steps and hand-overs: the most of each item."""
+    """The memory that a client holds at its optimiser steps and hand-overs: the most of each item."""
 
     run: pb.Run | None = None
     items: dict[str, int] = field(default_factory=dict)
@@ -164,8 +164,8 @@ Note = Callable[[dict[str, Any]], None]
 
 
 def train(address: str, model: Any, tokens: int, pinned_memory: int, note: Note) -> str:
-    """The client: the whole run, on sequences of random tokens. Returns its digest; `note` has the figures so far every
-    few rounds and in the end."""
+    """Runs the client to the end, on sequences of random tokens, and returns its digest. Passes the figures so far to
+    `note` every few rounds and at the end."""
     device = next(model.parameters()).device
     model.train()
     checkpoint = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -194,7 +194,7 @@ def train(address: str, model: Any, tokens: int, pinned_memory: int, note: Note)
 
 
 def figures_of(run: pb.Run, rounds: list[pb.RoundReport]) -> dict[str, Any]:
-    """What a run has to say of itself after these rounds."""
+    """A run's own figures after these rounds."""
     return {
         "rounds_done": len(rounds),
         "step_s_median": statistics.median(r.compute_s for r in rounds) / run.config.local_steps,
@@ -208,7 +208,7 @@ def figures_of(run: pb.Run, rounds: list[pb.RoundReport]) -> dict[str, Any]:
 
 
 def taken(held: dict[str, int], parameters: int, predicted: memory.Prediction) -> dict[str, int | float]:
-    """The memory that is or was in use so far, beside the prediction."""
+    """The memory in use so far, and how far its peak exceeds the prediction."""
     resident = sum(held[name] for name in ("weights", "references", "master", "gradients", "optimiser state"))
     found: dict[str, int | float] = {"model_and_training_bytes_a_parameter": resident / parameters}
     found["client_peak_resident_bytes"] = peak_resident_bytes()
@@ -222,7 +222,7 @@ def taken(held: dict[str, int], parameters: int, predicted: memory.Prediction) -
 
 
 def measure(options: argparse.Namespace, keep_row: Note = lambda row: None) -> dict[str, Any]:
-    """One run and its figures; `keep_row` has the row as far as it is known: the prediction first."""
+    """One run and its figures. Passes the row so far to `keep_row`, first with only the prediction."""
     cuda = options.device == "cuda"
     model = on_meta(options.shape)
     plan = plan_of(model)
@@ -272,7 +272,7 @@ def measure(options: argparse.Namespace, keep_row: Note = lambda row: None) -> d
 
 
 def in_use() -> int:
-    """Bytes of the device that are in use, by this process and others, CUDA's own included."""
+    """Bytes of the device in use by this process and others, including CUDA's own."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
@@ -285,7 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="default: a sweep over all blocks and one round more")
     parser.add_argument("--local-steps", type=int, default=2)
     parser.add_argument(
-        "--tokens", type=int, help="of a sequence, one per step; default: 512 on a CUDA device, else 32"
+        "--tokens", type=int, help="per sequence, one sequence per step; default: 512 on a CUDA device, else 32"
     )
     parser.add_argument("--format", default="int8")
     parser.add_argument("--limit-gib", type=float, default=24.0, help="what torch may take of the device's memory")
@@ -294,7 +294,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """One run."""
-    # Blocks of different sizes come and go: without this, freed ranges that do not fit count against the limit.
+    # Blocks of different sizes come and go: without this, freed ranges too small for reuse count against the limit.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if options.device == "cpu":
         torch.set_num_threads(1)
@@ -307,28 +307,28 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """What was held next to what is predicted, and what the run took."""
+    """The memory held beside the prediction, and the figures of the run."""
     row = result["rows"][0]
     most = {item["name"]: max(item["bytes"]) / 1e9 for item in row["predicted"]["items"]}
     title = f"{row['shape']['name']}: {row['parameters']:,} parameters, all trained, in {row['blocks']} blocks"
-    held = columns(title, "held at most", "GB", "predicted, GB")
+    held = columns(title, "item", "held at most, GB", "predicted, GB")
     for name, nbytes in row["held"].items():
         held.add_row(name, shown(nbytes / 1e9), shown(most.get(name, 0.0)))
-    run = columns("the run", "", "")
+    run = columns("the run", "figure", "value")
     peak, limit = row["peak_device_bytes"], row["limit_gib"]
     if peak is not None:
-        run.add_row(f"peak of device memory, activations included, of {limit:g} GiB", f"{peak / GIB:.2f} GiB")
+        run.add_row(f"peak device memory, with activations; the limit is {limit:g} GiB", f"{peak / GIB:.2f} GiB")
     if (pinned := row["pinned_bytes"]) is not None:
         needed = row["pinned_bytes_needed"] / GIB
-        run.add_row(f"host memory that is pinned, of {needed:.2f} GiB needed", f"{pinned / GIB:.2f} GiB")
-    run.add_row("model and what trains, bytes per parameter", shown(row["model_and_training_bytes_a_parameter"]))
-    run.add_row("a step", f"{row['step_s_median'] * 1e3:.1f} ms")
-    run.add_row("exposed communication a round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
+        run.add_row(f"pinned host memory; {needed:.2f} GiB are needed", f"{pinned / GIB:.2f} GiB")
+    run.add_row("model and training state, bytes per parameter", shown(row["model_and_training_bytes_a_parameter"]))
+    run.add_row("step", f"{row['step_s_median'] * 1e3:.1f} ms")
+    run.add_row("exposed communication per round", f"{row['exposed_s_a_round_median'] * 1e3:.1f} ms")
     return [held, run]
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Steps a second, and parameters a byte of device memory."""
+    """Steps per second, and parameters per byte of device memory."""
     row = result["rows"][0]
     step, peak = row["step_s_median"], row["peak_device_bytes"]
     found = {} if step is None else {"steps per second": 1 / step}
@@ -336,7 +336,7 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """What was held, by item."""
+    """The memory held, by item."""
     row = result["rows"][0]
     axes = figure.subplots()
     axes.barh(list(row["held"]), [nbytes / 1e9 for nbytes in row["held"].values()])

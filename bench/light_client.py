@@ -1,7 +1,7 @@
-"""A client without a model: the real client's end of the conversation, with uploads that were encoded before.
+"""A client without a model: speaks the real client's protocol, with uploads that were encoded in advance.
 
-Several of them load one server, each over a link of its own, from one thread. They compute nothing, so that what is
-measured is the server and the way to it; they leave out nothing that a server waits for.
+One thread runs several of them against one server, each over its own link. They compute nothing, so that a benchmark
+measures only the server and the network, but they send everything that a server waits for.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ DEADLINE_S = 600.0
 
 
 def ready_of(model: nn.Module, plan: BlockPlan) -> protocol.Ready:
-    """What every client says that holds the server's bits. Materialises the plan."""
+    """The Ready message of a client that holds the same weights as the server. Materialises the plan."""
     fingerprints = [fingerprint(block) for block in plan.materialise(model)]
     return protocol.Ready(plan_digest=plan.digest, frozen=plan.frozen_fingerprint(model), fingerprints=fingerprints)
 
 
 def buffer_of(body: Tensor) -> _C.Buffer:
-    """A packed body where the transport can send it from."""
+    """A buffer of the transport with a copy of a packed body."""
     buffer = _C.Buffer(body.numel())
     as_tensor(buffer, body.numel()).copy_(body)
     return buffer
@@ -38,7 +38,7 @@ def buffer_of(body: Tensor) -> _C.Buffer:
 
 @dataclass
 class _Recording:
-    """A body that was encoded before, as a `ServerLink` sends it."""
+    """A body that was encoded in advance, in the form that `ServerLink.send_upload` takes."""
 
     source: Any
     nbytes: int
@@ -48,7 +48,7 @@ class LightClient:
     """One client; used as a context manager."""
 
     def __init__(self, address: str, ready: protocol.Ready) -> None:
-        """Takes a seat. The model is the server's already, so that no block has to come before the run."""
+        """Takes a seat. The client already has the server's weights, so the server sends no block before the run."""
         self._transport = Transport()
         self._buffers = BufferPool()
         connection = Connection(self._transport, address)
@@ -63,21 +63,21 @@ class LightClient:
         self._link.close(None)
 
     def begin(self) -> None:
-        """Waits until all clients are there."""
+        """Waits until all clients have joined."""
         self._link.opening()
 
     def expect(self, round: int, block: int, layout: _C.Layout) -> None:
-        """Makes room for a round's aggregate."""
+        """Posts a buffer for the aggregate of a round."""
         self._link.post_update(round, block, Landing(self._buffers.take(layout.nbytes), layout))
 
     def upload(self, round: int, block: int, buffer: _C.Buffer, layout: _C.Layout) -> None:
-        """Announces and sends the body for a round; it leaves as the server makes room."""
+        """Announces and sends the body for a round; its bytes leave as the server grants credit."""
         recording = _Recording(self._transport.native.make_source(buffer, layout, True), layout.nbytes)
         announcement = protocol.Upload(round=round, block=block, weight=1.0, loss=0.0, compute_s=0.0, exposed_s=0.0)
         self._link.send_upload(announcement, cast(Encoding, recording))
 
     def apply(self, round: int) -> int:
-        """Waits for the aggregate; returns the fingerprint that the reference has with it."""
+        """Waits for the aggregate; returns the fingerprint of the reference with the aggregate applied."""
         self._link.wait(lambda: self._link.arrived(round), f"the aggregate of round {round}")
         arrival = self._link.take_arrival(round)
         assert isinstance(arrival.message, protocol.Update)
@@ -87,5 +87,5 @@ class LightClient:
         return arrival.message.fingerprint
 
     def end(self, digest: str) -> None:
-        """Says goodbye as one whose model has these bits."""
+        """Says goodbye with the digest of the final model."""
         self._link.farewell(protocol.Goodbye(digest=digest, reason="", compute_s=0.0, exposed_s=0.0))

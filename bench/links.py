@@ -1,8 +1,8 @@
 """The transport beyond one fast link: lanes, long paths, small messages, and many links into one server.
 
-Each case is a function that returns rows. Paths are made long by the transport's own delay shaper, so that no root is
-needed; it delays frames, not TCP's segments: what several TCP connections gain on a path that loses packets must be
-measured on one (`bench/shaped.py`).
+Each case is a function that returns rows. The transport's own shaper makes paths long, so that no root is needed. The
+shaper delays frames, not TCP segments: the gain of several TCP connections on a path that loses packets must be
+measured on such a path (`bench/shaped.py`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DELAYS_S = (0.0, 0.01, 0.05)
 LONG_RATE = 100e6 / 8  # bytes per second
 LONG_DELAY_S = 0.05  # one way
 ROUND_TRIPS = 3000
-FAN_IN = (1, 16, 32)  # links; of up to 16, the server holds all uploads of a round until it closes
+FAN_IN = (1, 16, 32)  # links; with up to 16, the server holds all uploads of a round until the round closes
 CASES = ("lanes", "long", "control", "fan-in")
 
 
 def in_two_processes(listens: Callable[..., None], connects: Callable[..., None], *arguments: Any) -> tuple[Row, Row]:
-    """Runs both functions, each in a fresh process, with a pipe to this one and a pipe to each other; returns what
-    they send to this one."""
+    """Runs both functions, each in a fresh process, with a pipe to this process and a pipe between the two; returns the
+    results that they send to this process."""
     context = multiprocessing.get_context("spawn")
     between = context.Pipe()
     pipes, children = [], []
@@ -58,7 +58,7 @@ def in_two_processes(listens: Callable[..., None], connects: Callable[..., None]
 
 
 def wait_for(transport: Any, kind: str) -> Any:
-    """The next event of this type; other lanes' coming is passed over."""
+    """The next event of this type; skips other events, such as those of connections that become lanes."""
     from parablock_rt import _C
 
     while True:
@@ -73,7 +73,7 @@ def wait_for(transport: Any, kind: str) -> Any:
 
 
 def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
-    """The listening end: posts, then counts from the sender's start to its own last byte."""
+    """The listening end: posts, then measures the time from the sender's start to its own last byte."""
     from parablock_rt import _C
     from parablock_rt.wire import transport
 
@@ -150,7 +150,7 @@ def lanes_case(mib: int) -> list[Row]:
 
 
 def long_case(mib: int) -> list[Row]:
-    """100 Mbit/s with a round trip of 100 ms: the part of the rate that payload reaches, start and end included."""
+    """100 Mbit/s with a round trip of 100 ms: the share of the rate that payload reaches, start and end included."""
     rows = [transfer_row(mib * MIB, LONG_RATE, LONG_DELAY_S, lanes) for lanes in (1, 2)]
     return [row | {"part_of_rate": row["mib_per_s"] * MIB / LONG_RATE} for row in rows]
 
@@ -159,7 +159,7 @@ def long_case(mib: int) -> list[Row]:
 
 
 def answer_messages(result: Connection, peer: Connection) -> None:
-    """Sends back what comes."""
+    """Sends every message back."""
     from parablock_rt.wire import transport
 
     with transport.Transport() as here:
@@ -188,7 +188,7 @@ def ask_messages(result: Connection, peer: Connection) -> None:
 
 
 def answer_bytes(result: Connection, peer: Connection) -> None:
-    """Sends back what comes on a plain blocking socket."""
+    """Sends every byte back, on a plain blocking socket."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer.send(listener.getsockname())
         with listener.accept()[0] as here:
@@ -199,7 +199,7 @@ def answer_bytes(result: Connection, peer: Connection) -> None:
 
 
 def ask_bytes(result: Connection, peer: Connection) -> None:
-    """As `ask_messages`, on a plain blocking socket: two wake-ups a round trip, which is as few as there can be."""
+    """Like `ask_messages`, on a plain blocking socket: two wake-ups per round trip, the minimum with blocking calls."""
     with socket.create_connection(peer.recv()) as here:
         here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -211,7 +211,7 @@ def ask_bytes(result: Connection, peer: Connection) -> None:
 
 
 def timed(round_trip: Callable[[], None]) -> Row:
-    """Median and 99th percentile of many round trips, after as many that warm up."""
+    """Median and 99th percentile of many round trips, after as many to warm up."""
     micros = []
     for _ in range(2 * ROUND_TRIPS):
         start = time.perf_counter_ns()
@@ -222,7 +222,7 @@ def timed(round_trip: Callable[[], None]) -> Row:
 
 
 def control_case() -> list[Row]:
-    """Messages of 64 bytes, one at a time; and what a plain socket takes for as much."""
+    """Messages of 64 bytes, one at a time; and the same with a plain socket."""
     _, asked = in_two_processes(answer_messages, ask_messages)
     _, plain = in_two_processes(answer_bytes, ask_bytes)
     about = {"round_trips": ROUND_TRIPS, "bytes": 64}
@@ -233,8 +233,8 @@ def control_case() -> list[Row]:
 
 
 def serve_uploads(result: Connection, peer: Connection, side: int, rounds: int, clients: int) -> None:
-    """The real server, on a model of one block. Reports when each round's last upload was folded, and how long its
-    closing took from then on."""
+    """The real server, with a model of one block. Reports when each round's last upload was folded, and how long
+    closing the round took from then on."""
     import torch
 
     import parablock_rt as pb
@@ -262,7 +262,7 @@ def serve_uploads(result: Connection, peer: Connection, side: int, rounds: int, 
 
 
 def upload_all(result: Connection, peer: Connection, side: int, rounds: int, clients: int) -> None:
-    """All clients, each on a link of its own, in one process. In each round they send at once."""
+    """All clients, each on its own link, in one process. In each round they all send at the same time."""
     import torch
 
     from parablock_rt import codec
@@ -297,8 +297,8 @@ def upload_all(result: Connection, peer: Connection, side: int, rounds: int, cli
 
 
 def fan_in_row(side: int, rounds: int, clients: int) -> Row:
-    """One server, so many rounds after one that warms up: from the moment at which all clients send to that at which
-    the last upload is folded."""
+    """`rounds` rounds of one server, after one to warm up: each is timed from the moment when all clients send to the
+    moment when the last upload is folded."""
     served, sent = in_two_processes(serve_uploads, upload_all, side, rounds + 1, clients)
     pairs = zip(served["folded_ns"], sent["started_ns"], strict=True)
     return {
@@ -311,9 +311,9 @@ def fan_in_row(side: int, rounds: int, clients: int) -> Row:
 
 
 def fan_in_case(side: int, rounds: int, repetitions: int) -> list[Row]:
-    """Encoded uploads folded by the real server, next to one link that carries as many bytes and folds nothing, by
-    turns. On a shared machine one link is twice as fast in some turns as in others; its fastest turn is what is
-    compared with, so that a neighbour makes the ratio smaller and not larger."""
+    """The real server folds encoded uploads, in turns with one link that carries as many bytes without folding. On a
+    shared machine the speed of the one link varies by a factor of two; the comparison takes its fastest run, so that a
+    noisy neighbour can only lower the ratio."""
     body = side * side + side * side // 128 * 2
     alone: list[float] = []
     runs: dict[int, list[Row]] = {clients: [] for clients in FAN_IN}
@@ -347,16 +347,16 @@ def fan_in_case(side: int, rounds: int, repetitions: int) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases, and how large."""
+    """The cases and their sizes."""
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to measure")
     parser.add_argument("--mib", type=int, default=64, help="payload of the cases lanes and long")
-    parser.add_argument("--side", type=int, default=4096, help="the fan-in's block is a square of this many parameters")
-    parser.add_argument("--rounds", type=int, default=5, help="of the fan-in")
-    parser.add_argument("--repetitions", type=int, default=7, help="of the fan-in, by turns with one link")
+    parser.add_argument("--side", type=int, default=4096, help="the fan-in's block is a square with this side")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the fan-in")
+    parser.add_argument("--repetitions", type=int, default=7, help="runs of the fan-in, in turns with one link")
 
 
 def run(options: argparse.Namespace) -> Result:
-    """The rows of every case that was asked for."""
+    """The rows of every selected case."""
     measured: dict[str, Callable[[], list[Row]]] = {
         "lanes": lambda: lanes_case(options.mib),
         "long": lambda: long_case(options.mib),
@@ -371,20 +371,20 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """One table a case."""
+    """One table per case."""
     lanes = columns("lanes and delay", "one-way delay, ms", "lanes", "MiB/s", "CPU s/GiB, both ends")
-    long = columns("100 Mbit/s with a round trip of 100 ms", "lanes", "MiB", "part of the rate that payload reaches")
-    names = ("", "bytes", "round trips", "median µs", "p99 µs")
+    long = columns("100 Mbit/s with a round trip of 100 ms", "lanes", "MiB", "share of the rate that payload reaches")
+    names = ("system", "bytes", "round trips", "median, µs", "99th percentile, µs")
     control = columns("messages, from one program to another and back", *names)
     fan_in = columns(
         "uploads folded by one server",
         "links",
         "MiB per upload",
-        "MiB/s in all",
-        "/ one link's fastest turn, no fold",
+        "MiB/s of all links",
+        "share of the fastest run of one link without folding",
         "closing a round, ms",
         "server CPU s/GiB, closing included",
-        "peak - start, MiB",
+        "server's peak memory above its start, MiB",
     )
     for row in result["rows"]:
         if row["case"] == "lanes":
@@ -405,7 +405,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Rates, and round trips a second."""
+    """Rates, and round trips per second."""
     found = {}
     for row in result["rows"]:
         if row["case"] == "lanes":
@@ -420,7 +420,7 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """Speed by lanes, a line for each delay."""
+    """Speed by number of lanes, one line per delay."""
     rows = [row for row in result["rows"] if row["case"] == "lanes"]
     axis = figure.subplots()
     for delay in dict.fromkeys(row["delay_ms"] for row in rows):

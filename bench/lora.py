@@ -1,7 +1,7 @@
-"""Low-rank adapters on a model's linear layers (Hu et al. 2021), as small as a baseline needs them.
+"""Low-rank adapters on a model's linear layers (Hu et al. 2021), reduced to the needs of a baseline.
 
-`y = W x + (alpha / r) · B A x` with W frozen, A random and B zero, so that a fresh adapter changes nothing. Everything
-that the model had is frozen; what remains to be trained are the adapters.
+`y = W x + (alpha / r) · B A x` with W frozen, A random and B zero, so that a fresh adapter changes nothing. The model's
+own parameters are all frozen; only the adapters are trained.
 """
 
 from __future__ import annotations

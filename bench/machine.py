@@ -1,4 +1,4 @@
-"""What a benchmark's numbers depend on, to be written beside them."""
+"""The facts that a benchmark's numbers depend on, to be stored with them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PACKAGES = ("torch", "triton", "numpy", "transformers")
 
 
 def machine() -> dict[str, object]:
-    """The machine, the versions, the revision of the code and the command. Names no host and no folder: of an absolute
-    path in the command the last part is left."""
+    """The machine, the versions, the revision of the code and the command. Reveals no host and no folder: keeps only
+    the last part of an absolute path in the command."""
     module = getattr(sys.modules["__main__"].__spec__, "name", "")
     program = "bench" if "bench" in sys.argv[:2] else module or f"bench.{Path(sys.argv[0]).stem}"
     command = ["parablock", *sys.argv[1:]] if program == "bench" else ["python", "-m", program, *sys.argv[1:]]
@@ -41,7 +41,8 @@ def machine() -> dict[str, object]:
 
 
 def gpu() -> dict[str, object]:
-    """The GPU that torch uses, if there is one. Asking makes torch begin to use it: who says how must come first."""
+    """The GPU that torch uses, if there is one. The call initialises CUDA in torch, so make settings such as
+    PYTORCH_CUDA_ALLOC_CONF before it."""
     if not torch.cuda.is_available():
         return {}
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -63,13 +64,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-_CODE = (":/", ":!/bench/results", ":!/docs", ":!/*.md")  # results of the same code may be there already
+_CODE = (":/", ":!/bench/results", ":!/docs", ":!/*.md")  # new results and pages do not change the code
 
 
 def _revision() -> str:
-    """The revision of the checkout that this file belongs to, with "-dirty" where its code was changed since; of a copy
-    without git what PARABLOCK_REVISION says, else "unknown": also for a package that is installed below somebody else's
-    checkout."""
+    """The revision of the checkout that this file belongs to, with "-dirty" if the code was changed since. Without git,
+    and for a package installed inside another project's checkout: PARABLOCK_REVISION, else "unknown"."""
     file = Path(__file__)
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return os.environ.get("PARABLOCK_REVISION") or "unknown"
@@ -78,7 +78,7 @@ def _revision() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None when it fails or is not there."""
+    """The output of git; None if git fails or is missing."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except OSError:

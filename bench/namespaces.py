@@ -1,8 +1,8 @@
 """A link between two network namespaces of this machine, shaped by the kernel's token bucket.
 
-Without a delay the link is a pair of virtual Ethernet devices. With one it is a pair of TUN devices and a process that
-hands packets on when they are due, since not every kernel has netem. What crosses it is what any program would send.
-Needs root and Linux; `why_not` says what is missing.
+Without a delay the link is a pair of virtual Ethernet devices. With a delay it is a pair of TUN devices and a process
+that forwards packets when they are due, since not every kernel has netem. Any program can send over the link. Needs
+root and Linux; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ADDRESSES = ("198.18.0.1", "198.18.0.2")  # a network for benchmarks (RFC 2544); nothing of it leaves the two namespaces
+ADDRESSES = ("198.18.0.1", "198.18.0.2")  # the network for benchmarks (RFC 2544); stays inside the namespaces
 DEVICE = "link0"
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _TUN_MTU = 9000  # fewer packets for the process in between
-_QUEUE_S = 0.1  # what the bucket lets wait
+_QUEUE_S = 0.1  # the longest that packets wait in the token bucket's queue
 _BURST_S = 0.004  # a tick of the kernel at 250 Hz
 _LEAST_BURST = 20_000  # more than one packet
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the link does in each direction: bits a second, and the delay of a packet in seconds."""
+    """The link in each direction: bits per second, and the delay of a packet in seconds."""
 
     rate: float
     delay: float = 0.0
@@ -58,7 +58,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def link(shape: Shape) -> Iterator[tuple[str, str]]:
-    """Two namespaces with ADDRESSES and a link between them, as long as the context lasts; gives their names."""
+    """Two namespaces with ADDRESSES and a link between them while the context lasts; yields their names."""
     names = (f"parablock-link-{os.getpid()}-a", f"parablock-link-{os.getpid()}-b")
     relay = None
     try:
@@ -90,7 +90,8 @@ def link(shape: Shape) -> Iterator[tuple[str, str]]:
 
 
 def enter(namespace: str) -> None:
-    """Puts this process into a namespace. Before it starts threads: they inherit it, those there stay behind."""
+    """Moves this thread into a namespace. Call before starting threads: new threads inherit the namespace, but existing
+    ones stay outside."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}") as handle:
         if libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
@@ -113,7 +114,7 @@ def _start_relay(names: tuple[str, str], delay: float) -> multiprocessing.proces
 
 
 def _relay(names: tuple[str, str], delay: float, ready: Connection) -> None:
-    """Hands every packet of one namespace to the other one `delay` seconds later."""
+    """Forwards every packet from one namespace to the other, `delay` seconds later."""
     tuns = []
     for namespace in names:
         enter(namespace)

@@ -1,17 +1,19 @@
 """How much of the communication is hidden: a sweep over link rates, local steps, formats, staleness and blocks.
 
-A server and two client processes fine-tune the model for each cell of the sweep. For each link, format and partition a
-run without overlap (staleness 0) says what an exchange takes when nothing hides it. A cell has
+A server and two client processes fine-tune the model for each cell of the sweep. For each link, format and number of
+blocks, a run without overlap (staleness 0) gives `communication`, the time of an unhidden exchange. A cell has
 
-  ideal    max(compute, communication), with this cell's compute and that exchange, mean over rounds
-  round    the measured length of a round, and over the ideal
-  exposed  what the training thread waited for, and the hidden share 1 - exposed / communication
 
-over the rounds in steady state: the first two have nothing to hide behind. Both directions of a link work at once, so
-where communication is the longer part a round can be shorter than the ideal. A rate such as 2x is a multiple of the
-break-even rate: that at which an exchange takes as long as a round's compute with the first number of local steps.
+  ideal    max(compute, communication), with this cell's compute, mean over rounds
+  round    the measured length of a round, and its ratio to the ideal
+  exposed  the time that the training thread waited, and the hidden share 1 - exposed / communication
 
-Beside the sweep: what transfers cost the training (interference), and what other ways to train take on the same link
+over the rounds in steady state, without the first two, whose exchanges have nothing to hide behind. Both directions of
+a link work at the same time, so a round can be shorter than the ideal where communication takes longer than compute. A
+rate such as 2x is a multiple of the break-even rate, at which an exchange takes as long as the compute of a round with
+the first number of local steps.
+
+Besides the sweep: the cost of transfers for training (interference), and other ways to train on the same link
 (baselines).
 """
 
@@ -40,24 +42,26 @@ from .federation import Federation, Link, federation
 from .interference import interference
 from .result import Result, columns, shown
 
-FAST = 125e6  # bytes per second, for the run that says what a round computes
+FAST = 125e6  # bytes per second, for the run that measures the compute time of a round
 WARM_UP_ROUNDS = 2
 STAGES = (*figures.TRAINING, *figures.EXCHANGE)
-LEAST_HIDDEN = 0.95  # what the runtime is held to where a round computes for as long as an exchange takes
-LONGEST_ROUND = 1.03  # likewise everywhere, over the ideal
+LEAST_HIDDEN = 0.95  # the target for the hidden share where compute takes at least as long as communication
+LONGEST_ROUND = 1.03  # the target for the ratio of a round to the ideal, everywhere
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sweep's axes; each takes several values."""
+    """The axes of the sweep; each takes several values."""
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or the folder of a checkpoint")
-    parser.add_argument("--rounds", type=int, default=10, help="of each run, at least 4")
-    parser.add_argument("--rates", nargs="+", default=["0.5x", "1x", "2x"], help="50mbit, or 2x: of break-even")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds per run, at least 4")
+    parser.add_argument(
+        "--rates", nargs="+", default=["0.5x", "1x", "2x"], help="50mbit, or 2x: a multiple of break-even"
+    )
     parser.add_argument("--local-steps", type=int, nargs="+", default=[4])
     parser.add_argument("--formats", nargs="+", default=["int8"])
     parser.add_argument("--staleness", type=int, nargs="+", default=[1], help="1 or more; 0 is always measured")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0], help="0: one per layer")
     parser.add_argument("--delay", default="20ms", help="one way")
-    parser.add_argument("--no-interference", action="store_true", help="leave out what transfers cost the training")
+    parser.add_argument("--no-interference", action="store_true", help="leave out the cost of transfers for training")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the other ways to train")
 
 
@@ -101,7 +105,7 @@ class _Sweep:
             common = {"format": format, "blocks": self.plan(blocks), "rate_mbit": rate * 8 / 1e6}
             where = {"rate": rate, "format": format, "blocks": blocks}
             alone = self.one(local_steps=options.local_steps[0], staleness=0, **where)
-            # Round 0 waits for nothing; every later one waits for a whole exchange.
+            # Round 0 waits for nothing; every later round waits for a whole exchange.
             communication = statistics.median(entry["exposed_s"] for entry in alone.rounds[1:])
             rows.append(_row(alone, communication, **common, local_steps=options.local_steps[0], staleness=0))
             for steps, staleness in itertools.product(options.local_steps, sorted(set(options.staleness) - {0})):
@@ -121,7 +125,7 @@ class _Sweep:
         return self.clients.run(path, link, blocks or None, rounds=self.options.rounds, **settings)
 
     def rate_of(self, text: str, format: str, blocks: int) -> float:
-        """Bytes a second of "50mbit", or of "2x" times the break-even rate."""
+        """Bytes per second of "50mbit", or of "2x", a multiple of the break-even rate."""
         if not text.endswith("x"):
             return parse_rate(text)
         try:
@@ -137,7 +141,7 @@ class _Sweep:
         return factor * self.body(format, self.plan(blocks)) / room
 
     def compute_s(self, blocks: int) -> float:
-        """Seconds that a round computes on a fast link, with the first number of local steps; measured once."""
+        """Compute seconds of a round on a fast link, with the first number of local steps; measured once."""
         if blocks not in self.computed:
             settings = {"format": self.options.formats[0], "local_steps": self.options.local_steps[0], "staleness": 1}
             steady = self.one(rate=FAST, blocks=blocks, **settings).rounds[WARM_UP_ROUNDS:]
@@ -148,7 +152,7 @@ class _Sweep:
         return len(BlockPlan.from_model(self.clients.model, blocks or None).blocks)
 
     def body(self, format: str, blocks: int) -> int:
-        """Bytes of the largest block's packed body, where the model is cut into so many."""
+        """Bytes of the largest block's packed body when the model is cut into `blocks` blocks."""
         layers = BlockPlan.from_model(self.clients.model)
         plan = layers if len(layers.blocks) == blocks else BlockPlan.from_model(self.clients.model, blocks)
         return max(block.wire_bytes(format) for block in plan.blocks)
@@ -175,9 +179,18 @@ def _row(run: Recorded, communication: float, **cell: Any) -> dict[str, Any]:
 
 
 def tables(result: Result) -> list[Table]:
-    """The sweep, its stages, and what was measured beside it."""
-    cells = ("link", "steps", "format", "S", "blocks")
-    names = ("compute", "comm.", "ideal", "round", "/ ideal", "exposed", "hidden", "break-even")
+    """The sweep, the runtime's targets, the stages, and the interference and baselines, if measured."""
+    cells = ("link", "local steps", "format", "staleness", "blocks")
+    names = (
+        "compute",
+        "communication",
+        "ideal",
+        "round",
+        "round / ideal",
+        "exposed",
+        "hidden share",
+        "break-even, Mbit/s",
+    )
     sweep = columns("overlap (seconds per round)", *cells, *names)
     stages = columns("stages (seconds per round, mean over clients)", *cells, *STAGES)
     for row in result["rows"]:
@@ -198,7 +211,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def _statements(rows: list[dict[str, Any]]) -> Table:
-    """Whether the sweep holds what the runtime is held to, and its worst cells."""
+    """Whether the sweep meets the runtime's targets, and its worst cells."""
     table = columns("over the sweep, staleness 1 or more", "statement", "holds", "worst cell")
     overlapped = [row for row in rows if row["staleness"] > 0]
     hidden = [row["overlap_efficiency"] for row in overlapped if row["compute_s"] >= row["communication_s"]]
@@ -213,7 +226,7 @@ def _statements(rows: list[dict[str, Any]]) -> Table:
 
 
 def _interference_table(beside: dict[str, Any]) -> Table:
-    table = columns("training beside transfers at full rate on the other core", "", "steps/s", "MiB/s")
+    table = columns("training beside transfers at full rate on the other core", "case", "steps/s", "MiB/s")
     table.add_row("without transfers", f"{beside['steps_per_s_without']:.2f}", "–")
     table.add_row("with transfers", f"{beside['steps_per_s_with']:.2f}", f"{beside['transfer_mib_per_s']:.0f}")
     table.add_row("ratio", f"{beside['ratio']:.3f}", "")
@@ -221,8 +234,8 @@ def _interference_table(beside: dict[str, Any]) -> Table:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """The hidden share and ideal over round, by cell. Cells are told apart by their settings and their place in the
-    sweep of rates, for a break-even rate is never the same twice."""
+    """The hidden share and ideal over round, by cell. A cell's name has its settings and the position of its rate in
+    the sweep, because a multiple of the break-even rate differs from run to run."""
     found: dict[str, float] = {}
     rates: dict[tuple[Any, ...], list[float]] = {}
     for row in result["rows"]:
@@ -233,7 +246,7 @@ def metrics(result: Result) -> dict[str, float]:
         name = f"rate {len(place)}, {steps} steps, {format}, S={staleness}, {blocks} blocks"
         found[f"ideal over round, {name}"] = 1 / row["round_over_ideal"]
         if staleness > 0:
-            # Below 0, when all of it and more was waited for, there are no degrees that could be compared.
+            # A share below 0 means that training waited longer than the exchange takes: not comparable, so take 0.
             found[f"hidden, {name}"] = max(0.0, row["overlap_efficiency"])
     if "interference" in result:
         found["training speed beside transfers"] = result["interference"]["ratio"]
@@ -272,7 +285,8 @@ def plot(result: Result, figure: Any) -> None:
 
 
 def _break_even_line(rows: list[dict[str, Any]], rates: list[float], steps: list[int]) -> list[tuple[float, float]]:
-    """Where the break-even rate of each number of steps lies between the columns of the heat map."""
+    """The position of each number of steps' break-even rate between the columns of the heat map."""
+
     line = []
     for k in steps:
         known = [row["break_even_mbit"] for row in rows if row["local_steps"] == k and row.get("break_even_mbit")]

@@ -1,8 +1,8 @@
-"""The figures in docs/, made of bench/results: `python -m bench.page` writes them, `--check` only compares.
+"""The tables in docs/, made from bench/results: `python -m bench.page` writes them, `--check` only compares.
 
 docs/benchmarks.md is made as a whole; other pages have tables between `<!-- bench:NAME -->` and `<!-- end -->`.
 
-Every number on the page stands in a result file; nothing is computed here but units and ratios of two such numbers.
+Every number on a page comes from a result file, at most converted to another unit or divided by another such number.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from .result import Result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-APART = {"shaped": "bench.shaped", "peers": "bench.peers.run"}  # need root, or other systems: programs of their own
+APART = {"shaped": "bench.shaped", "peers": "bench.peers.run"}  # separate programs: need root or other systems
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 HEAD = """# Benchmarks
 
-Made by `python -m bench.page` from the files in [bench/results](../bench/results); a test holds it against them.
-`make bench` measures again. Figures differ from machine to machine and on a shared one from hour to hour: read the
-ratios, which come from one run each. `parablock bench NAME --compare OLD.json` prints the ratios to an older result and
-exits with 1 where one is below `--threshold` (0.9), where the new result lacks one, and where the settings differ.
+Made by `python -m bench.page` from the files in [bench/results](../bench/results); a test checks that the page matches
+them. `make bench` measures again. Figures differ between machines, and on a shared machine from hour to hour: read the
+ratios, because both parts of a ratio come from the same run. `parablock bench NAME --compare OLD.json` prints the
+ratios to an older result and exits with 1 if a ratio is below `--threshold` (0.9), if the new result lacks a metric, or
+if the settings differ.
 """
 
 
 def page(results: Path) -> str:
-    """The page on the results in a folder. What was not measured yet is named."""
+    """The page on the results in a folder; also names the benchmarks without a result."""
     sections = [HEAD]
     for name in NAMES:
         benchmark = load(name)
@@ -47,11 +48,11 @@ def page(results: Path) -> str:
 
 
 def section(name: str, results: Path) -> str:
-    """The tables of one benchmark with its machine, date and command; or that it was not measured."""
+    """The tables of one benchmark with its machine, date and command; or how to measure it, if there is no result."""
     file = results / f"{name}.json"
     if not file.exists():
         command = f"python -m {APART[name]}" if name in APART else f"parablock bench {name}"
-        return f"Not measured yet: `{command}` does.\n"
+        return f"Not measured yet: run `{command}`.\n"
     result: Result = json.loads(file.read_text())
     benchmark = import_module(APART[name]) if name in APART else load(name)
     tables = [_markdown(table) for table in benchmark.tables(result) if table.row_count]
@@ -59,7 +60,7 @@ def section(name: str, results: Path) -> str:
 
 
 def filled(text: str, results: Path) -> str:
-    """A page with the tables between its markers made anew."""
+    """The text of a page with the tables between its markers replaced by current ones."""
 
     def made(match: re.Match[str]) -> str:
         return f"<!-- bench:{match[1]} -->\n{section(match[1], results)}<!-- end -->"
@@ -68,7 +69,7 @@ def filled(text: str, results: Path) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page that has figures, as it should be."""
+    """Every page with tables, and its current text."""
     others = [file for file in sorted(PAGE.parent.glob("*.md")) if file != PAGE and "<!-- bench:" in file.read_text()]
     return {PAGE: page(RESULTS)} | {file: filled(file.read_text(), RESULTS) for file in others}
 
@@ -91,7 +92,7 @@ def _markdown(table: Table) -> str:
 
 
 def main() -> int:
-    """Writes the pages, or with --check says which are out of date."""
+    """Writes the pages, or with --check reports those that are out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is out of date")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a benchmark asks its own process about, what it hears from its others, and the units it speaks in."""
+"""Memory and CPU time of a benchmark's own process, answers of its child processes, and units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEADLINE_S = 120.0
 
 
 def memory_bytes(field_name: str) -> int:
-    """VmRSS (now) or VmHWM (peak so far) of this process."""
+    """VmRSS (current) or VmHWM (peak so far) of this process."""
     found = re.search(rf"^{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found.group(1)) * 1024
@@ -29,13 +29,15 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
 
 
 def answer(pipe: Connection, seconds: float) -> Any:
-    """What the process at the other end says next. Raises ParaBlockError when that takes longer, or it has ended.
+    """The next message from the process at the other end. Raises ParaBlockError after `seconds`, or if that process has
+    ended.
 
-    The latter is seen at once if nobody else has the other end open: whoever starts a process closes its own copy.
+    The end of the process shows at once if no other process has the other end open, so close your own copy of that end
+    after starting the process.
     """
     if not pipe.poll(seconds):
-        raise ParaBlockError(f"the server's process said nothing for {seconds:g} s")
+        raise ParaBlockError(f"the server's process sent nothing for {seconds:g} s")
     try:
         return pipe.recv()
     except EOFError:
-        raise ParaBlockError("the server's process has ended; its error stands above") from None
+        raise ParaBlockError("the server's process has ended; see its error above") from None

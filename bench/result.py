@@ -1,7 +1,7 @@
-"""A benchmark's result: what all benchmarks have in common, its file, and how it compares with an older one.
+"""A benchmark's result: the interface of all benchmarks, the result's file, and the comparison with an older result.
 
-A result is a plain dictionary: `benchmark` (its name), `machine`, `settings` and `rows`, and whatever else a benchmark
-adds. Metrics are derived from it, not stored, so that results of older releases can be compared too.
+A result is a plain dictionary: `benchmark` (its name), `machine`, `settings` and `rows`, and further keys of the single
+benchmark. Metrics are derived from the result, not stored, so that results of older releases can be compared too.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Result = dict[str, Any]
 
 
 class Benchmark(Protocol):
-    """What each benchmark's module offers."""
+    """The interface of a benchmark's module."""
 
     __doc__: str | None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The benchmark's own options."""
+        """Adds the benchmark's own options."""
 
     def run(self, options: argparse.Namespace) -> Result:
         """Measures; returns everything but `benchmark` and `machine`."""
 
     def tables(self, result: Result) -> list[Table]:
-        """The result for a reader."""
+        """The result as tables for a reader."""
 
     def metrics(self, result: Result) -> dict[str, float]:
-        """What is compared between two results, by name; larger is better."""
+        """The figures to compare between two results, by name; larger is better."""
 
     def plot(self, result: Result, figure: Any) -> None:
         """Draws the result into an empty matplotlib figure."""
@@ -48,14 +48,14 @@ _kept_by: ContextVar[Callable[[Result], None] | None] = ContextVar("kept_by", de
 
 
 def keep(result: Result) -> None:
-    """Has what is measured so far, a result of its own, written at once: a run that is killed loses only the rest."""
+    """Writes the results so far, which form a result of their own: a run that is killed loses only the rest."""
     if (write := _kept_by.get()) is not None:
         write(result)
 
 
 @contextmanager
 def kept_by(write: Callable[[Result], None]) -> Iterator[None]:
-    """Within it `keep` calls this; elsewhere it does nothing."""
+    """Inside this context `keep` calls `write`; outside `keep` does nothing."""
     token = _kept_by.set(write)
     try:
         yield
@@ -65,7 +65,7 @@ def kept_by(write: Callable[[Result], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric in two results; `new` is None where only the older one has it. `ratio`: new over old; below 1 it got
+    """One metric in two results; `new` is None if only the older result has it. `ratio`: new over old; below 1 is
     worse."""
 
     name: str
@@ -74,8 +74,9 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """New over old. Where the old one is 0 or less, and so has no ratio: 1 if it is the same, infinite if it got
-        better, 0 if it got worse. 0 too where there is no new one: what fails now must not look as good as before."""
+        """New over old. If the old value is 0 or less there is no ratio: gives 1 for the same value, infinity for a
+        better one, 0 for a worse one. Also 0 without a new value: a case that fails now must not look as good as
+        before."""
         if self.new is None:
             return 0.0
         if self.old > 0:
@@ -91,7 +92,7 @@ def read(path: Path, name: str) -> Result:
     except OSError as error:
         raise ConfigError(f"cannot read the older result {file}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"the older result {file} is no JSON: {error}") from error
+        raise ConfigError(f"the older result {file} is not JSON: {error}") from error
     found = result.get("benchmark", name) if isinstance(result, dict) else None
     if found != name or not isinstance(result.get("rows"), list):
         raise ConfigError(f"expected a result of `parablock bench {name}` in {file}, found one of {found!r}")
@@ -99,7 +100,7 @@ def read(path: Path, name: str) -> Result:
 
 
 def compare(old: dict[str, float], new: dict[str, float]) -> list[Comparison]:
-    """Every metric that the older result has, the worst first. Raises ConfigError when they have none in common."""
+    """Every metric of the older result, the worst first. Raises ConfigError when the results share no metric."""
     if not old.keys() & new.keys():
         raise ConfigError("the two results have no metric in common: other settings, or another benchmark")
     found = [Comparison(name, value, new.get(name)) for name, value in old.items()]
@@ -107,10 +108,10 @@ def compare(old: dict[str, float], new: dict[str, float]) -> list[Comparison]:
 
 
 def unlike_settings(old: Result, new: Result) -> list[str]:
-    """The settings in which two results differ, as "name: old instead of new"; figures of such do not compare.
+    """The settings in which two results differ, as "name: old instead of new"; such results are not comparable.
 
-    Repetitions may differ, they only steady a figure; so may settings that only one of them has: the other's release
-    did not know them.
+    Repetitions may differ, because they only reduce noise. Settings that only one result has may differ too, because
+    the other release did not have them.
     """
     before, now = (json.loads(to_json(result.get("settings", {}))) for result in (old, new))
     names = [name for name in now if name in before and name != "repetitions"]
@@ -118,7 +119,7 @@ def unlike_settings(old: Result, new: Result) -> list[str]:
 
 
 def comparison_table(comparisons: list[Comparison], threshold: float) -> Table:
-    """The comparison for a reader; what is below the threshold is marked."""
+    """The comparison as a table for a reader, with marks on ratios below the threshold."""
     table = Table("metric", title="new over old; larger is better")
     for name in ("old", "new", "ratio"):
         table.add_column(name, justify="right")
@@ -138,5 +139,5 @@ def columns(title: str, *names: str) -> Table:
 
 
 def shown(value: float | None, form: str = ".3f") -> str:
-    """A number in a table; a dash where there is none."""
+    """A number for a table; a dash for None."""
     return "–" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""A plot of what `bench.kernels` measured: bandwidth by size of block, against the device's copy and its peak."""
+"""A plot of a `bench.kernels` result: bandwidth by size of block, against the device's copy and its peak."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(parameters, GB/s) by name, of the kernels and the copy."""
+    """(parameters, GB/s) of the kernels and the copy, by name."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["by"] in ("kernel", "copy") and row.get("gb_per_s") is not None:
@@ -15,7 +15,8 @@ def series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def peak_gb_per_s() -> float | None:
-    """The memory's clock times its width, of the first GPU; None where the driver does not say or nobody can ask it."""
+    """The peak memory bandwidth of the first GPU, clock times width; None without pynvml or if the driver reports
+    none."""
     try:
         import pynvml
     except ImportError:
@@ -31,7 +32,7 @@ def peak_gb_per_s() -> float | None:
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draws a result of `bench.kernels` into an empty matplotlib figure; one without figures leaves it at a word."""
+    """Draws a result of `bench.kernels` into an empty matplotlib figure; only a title if the result has no times."""
     lines = series(result["rows"])
     figure.suptitle(f"kernels on {result['machine'].get('gpu', 'no GPU: nothing was timed')}")
     if not lines:

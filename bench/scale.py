@@ -1,11 +1,11 @@
 """How a server grows with its clients: 1 to 256 light clients that replay recorded uploads.
 
-The server is a process of its own, fresh for each number of clients. A light client is the real client's end of the
-conversation without a model: what it uploads was recorded once, from one local step on each block, and what it gets it
-acknowledges. So a round has no computation, and all that is measured is the server and the loopback. Two statements
-come out: whether more than sixteen clients take no more of the server's memory than up to sixteen do, within 5 %, and
-whether, with the most clients, a byte takes no longer than with the fewest. Fewer than sixteen take less memory: their
-uploads are held until a round closes, and there is no sum.
+The server runs in a process of its own, a new one for each number of clients. A light client speaks the real client's
+protocol without a model: it uploads bodies recorded once, from one local step on each block, and acknowledges what it
+receives. So a round has no computation, and the benchmark measures only the server and the loopback. It checks two
+statements: more than sixteen clients take at most 5 % more of the server's memory than up to sixteen do, and with the
+most clients a byte takes no longer than with the fewest. Up to sixteen clients may take less memory: the server holds
+their uploads until a round closes and needs no sum.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from .result import Result, columns
 from .transport import memory_bytes
 
 BLOCKS = 4
-HELD = 16  # clients whose int8 uploads a server has room for by default, instead of a sum
+HELD = 16  # clients whose int8 uploads a server can hold by default, instead of a sum
 MEMORY_TOLERANCE = 0.05
 MIB = 2**20
 CHUNK = 2**18  # elements; the default of a run
 
 
 class Stack(nn.Module):
-    """Blocks of one matrix each; nothing ever runs through them."""
+    """Blocks of one matrix each; no data ever passes through them."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Stack(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many clients, how large a block, how long."""
+    """The numbers of clients, the size of a block, the number of rounds."""
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--params", type=int, default=2**20, help=f"of each of the {BLOCKS} blocks; a multiple of 128")
     parser.add_argument("--format", default="int8")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """One row for each number of clients, and the two statements about how they grow."""
+    """One row per number of clients, and the two statements about the growth."""
     if options.rounds < 3 or options.params < 128 or options.params % 128 or min(options.clients) < 1:
         raise ConfigError(
             "expected at least 3 rounds, at least 1 client, and params that are a multiple of 128; found "
@@ -78,12 +78,12 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows say: of memory relative to the most that up to `HELD` clients take, of time relative to the row
+    """The growth in the rows: memory relative to the most that up to `HELD` clients take, and time relative to the row
     with the fewest clients."""
     first = rows[0]
     bound = _memory_of_few(rows)
     memory = {row["clients"]: row["peak_memory_mib"] / bound for row in rows}
-    # The slope on logarithmic axes: 1 means that time grows as the bytes do.
+    # The slope on logarithmic axes: 1 means that time grows in proportion to the bytes.
     slopes = [
         math.log(b["round_s"] / a["round_s"]) / math.log(b["bytes_a_round"] / a["bytes_a_round"])
         for a, b in itertools.pairwise(rows)
@@ -99,7 +99,7 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _memory_of_few(rows: list[dict[str, Any]]) -> float:
-    """MiB, the most that up to `HELD` clients take; of the fewest if there are only more."""
+    """The most MiB that up to `HELD` clients take; the MiB of the fewest clients if every row has more than `HELD`."""
     return float(max(row["peak_memory_mib"] for row in rows if row["clients"] <= max(HELD, rows[0]["clients"])))
 
 
@@ -107,7 +107,7 @@ def _memory_of_few(rows: list[dict[str, Any]]) -> float:
 
 
 def _serve(pipe: Connection, clients: int, options: argparse.Namespace, path: Path) -> None:
-    """The body of the server's process. Sends its address, then what a round costs, once it is over."""
+    """The body of the server's process. Sends its address, then the costs of a round at the end."""
     torch.set_num_threads(1)
     model = Stack(options.params)
     run_folder = RunFolder(path)
@@ -122,7 +122,7 @@ def _serve(pipe: Connection, clients: int, options: argparse.Namespace, path: Pa
     with serve(model, plan=_plan(model), on_round=on_round, **settings) as server:
         pipe.send(server.address)
         outcome = server.wait(DEADLINE_S)
-        peak = memory_bytes("VmHWM")  # of the run; what writes the trace comes after it
+        peak = memory_bytes("VmHWM")  # before the trace is written, which takes memory too
         run_folder.write_trace(server.timeline)
         pipe.send(
             {
@@ -165,7 +165,7 @@ def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _record(model: Stack, options: argparse.Namespace) -> list[Any]:
-    """One body a block: the packed change of one local step towards a random target."""
+    """One body per block: the packed change of one local step towards a random target."""
     bodies = []
     generator = torch.Generator().manual_seed(1)
     for layer in model.layers:
@@ -206,7 +206,15 @@ def _replay(address: str, clients: int, options: argparse.Namespace) -> None:
 
 def tables(result: Result) -> list[Table]:
     """The rows, and the two statements."""
-    names = ("clients", "MB a round", "round, s", "MB/s", "server CPU, s a round", "peak memory, MiB", "fold, MiB/s")
+    names = (
+        "clients",
+        "MB per round",
+        "round, s",
+        "MB/s",
+        "server CPU, s per round",
+        "server's peak memory, MiB",
+        "fold, MiB/s",
+    )
     table = columns("scale (medians of the rounds after the first)", *names)
     for row in result["rows"]:
         rate = row["bytes_a_round"] / 1e6 / row["round_s"]
@@ -221,13 +229,14 @@ def tables(result: Result) -> list[Table]:
             fold,
         )
     grown = result["growth"]
-    statements = columns("growth", "statement", "holds", "figures")
+    statements = columns("growth", "statement", "holds", "ratio by number of clients")
     ratios = ", ".join(f"{ratio:.2f}" for ratio in grown["memory_over_few"].values())
     holds = {True: "yes", False: "no"}
-    statements.add_row(f"over {HELD} clients: no more memory, +5 %", holds[grown["memory_bounded"]], ratios)
+    statement = f"more than {HELD} clients take at most 5 % more memory than up to {HELD}"
+    statements.add_row(statement, holds[grown["memory_bounded"]], ratios)
     ratios = ", ".join(f"{ratio:.2f}" for ratio in grown["seconds_a_byte_over_smallest"].values())
     statements.add_row(
-        "seconds per byte: with the most clients no more than with the fewest",
+        "a byte takes no longer with the most clients than with the fewest",
         holds[grown["time_no_faster_than_bytes"]],
         ratios,
     )
@@ -235,7 +244,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Bytes a second, memory and CPU time, by number of clients; larger is better."""
+    """Bytes per second, per CPU second and inverse memory, by number of clients; larger is better."""
     found = {}
     for row in result["rows"]:
         name = f"{row['clients']} clients"
@@ -246,13 +255,13 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """Round time against what growing with the bytes would give, and memory."""
+    """The round time against a time proportional to the bytes, and memory."""
     rows = result["rows"]
     clients = [row["clients"] for row in rows]
     times, memory = figure.subplots(1, 2)
     times.loglog(clients, [row["round_s"] for row in rows], marker="o", label="measured")
     proportional = [rows[0]["round_s"] * row["bytes_a_round"] / rows[0]["bytes_a_round"] for row in rows]
-    times.loglog(clients, proportional, linestyle="--", color="grey", label="as the bytes")
+    times.loglog(clients, proportional, linestyle="--", color="grey", label="proportional to bytes")
     times.set_ylabel("round, s")
     times.legend()
     memory.semilogx(clients, [row["peak_memory_mib"] for row in rows], marker="o")

@@ -1,7 +1,7 @@
 """How much of a slow link the transport uses, next to iperf3 on the same link in the same run.
 
-`python -m bench.shaped --json FILE`. The link is between two network namespaces and shaped by the kernel, so both
-systems send through the same token bucket, one after the other, in turns. Needs root; says so elsewhere and stops.
+`python -m bench.shaped --json FILE`. The kernel shapes the link, which joins two network namespaces, so both systems
+send through the same token bucket, in turns. Needs root; without root it says so and exits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_BYTES = 2**28
 
 
 def parablock_end(side: int, namespace: str, numel: int, pipe: Connection) -> None:
-    """A child, one end: transfers once without measuring, then once for each order. Reports when it was done (ns)."""
+    """A child process, one end: makes one transfer per "go". Reports the start and end of each in nanoseconds."""
     namespaces.enter(namespace)
     from parablock_rt import _C
     from parablock_rt.wire import transport
@@ -70,7 +70,7 @@ def parablock_end(side: int, namespace: str, numel: int, pipe: Connection) -> No
 
 
 class ParaBlock:
-    """Both ends, each a process in its namespace, connected as long as the context lasts."""
+    """Both ends, each a process in its own namespace, connected and warmed up while the context lasts."""
 
     def __init__(self, names: tuple[str, str], nbytes: int) -> None:
         self.names = names
@@ -115,7 +115,7 @@ class ParaBlock:
 
 
 def iperf_mbit_per_s(names: tuple[str, str], seconds: int) -> float:
-    """One iperf3 stream, as its receiver saw it. Its first second does not count: ours is connected and warm, too."""
+    """One iperf3 stream, by its receiver's count. Omits the first second, because ParaBlock's link is warm too."""
     receiver = ["ip", "netns", "exec", names[RECEIVER], "iperf3", "-s", "-1", "-p", str(PORT + 1), "--forceflush"]
     with subprocess.Popen(receiver, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -130,7 +130,7 @@ def iperf_mbit_per_s(names: tuple[str, str], seconds: int) -> float:
 
 
 def measure(shape: Shape, seconds: int, repetitions: int) -> dict[str, object]:
-    """One row: both systems on one link, in turns, with as many bytes as the link carries in `seconds`."""
+    """One row: both systems on one link, in turns, each sending as many bytes as the link carries in `seconds`."""
     nbytes = min(int(shape.rate / 8 * seconds), MOST_BYTES)
     ours: list[float] = []
     iperf: list[float] = []
@@ -153,7 +153,7 @@ def measure(shape: Shape, seconds: int, repetitions: int) -> dict[str, object]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """One row per link."""
     table = columns(
-        "links shaped by the kernel", "Mbit/s", "round trip, ms", "ParaBlock Mbit/s", "iperf3 Mbit/s", "ratio"
+        "links shaped by the kernel", "link, Mbit/s", "round trip, ms", "ParaBlock, Mbit/s", "iperf3, Mbit/s", "ratio"
     )
     for row in result["rows"]:
         table.add_row(
@@ -168,7 +168,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=8, help="of sending, about, for each transfer")
+    parser.add_argument("--seconds", type=int, default=8, help="approximate length of each transfer")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write machine and all rows to this file")
     options = parser.parse_args()

@@ -1,17 +1,16 @@
-"""How fast a packed block gets from the GPU into pinned memory, and what queueing that costs the training thread.
+"""The speed of a packed block from the GPU into pinned memory, and the cost of queueing it for the training thread.
 
 For each size of body, on a GPU:
 
 chunked / whole: the time of one large pinned copy over the time of the same bytes in the runtime's copies, each of
-which raises a watermark on the host. Both are taken between CUDA events on the copy stream, in turns. On the device
-codes begin at a multiple of 16 bytes; on the host they follow the scales, and where they begin depends on the block's
-length: once at such a multiple, too, and once 4 bytes beyond, as with a block of 14,768 squared elements. At one size
-also in pieces of other lengths, which is what the runtime's was chosen by.
-pageable / pinned: what the fallback costs, likewise.
-a loss that is read: how long the host waits for 4 bytes from the training stream while a slice's residual is copied on
-another one, in the runtime's pieces and in one, against nothing beside it.
-hand-over: a block encoded and copied as the runtime does it, residuals in pinned memory, against its encoding alone and
-the copies of its body and residual alone; `queued_s` is how long the calling thread was busy with it.
+which raises a watermark on the host. Both are measured between CUDA events on the copy stream, in turns. On the device
+the codes begin at a multiple of 16 bytes. On the host they follow the scales, so their beginning depends on the block's
+length: measured at a multiple of 16 bytes, and 4 bytes beyond, as in a block of 14,768 squared elements. One size is
+also measured in pieces of other lengths; the runtime's length was chosen by that. pageable / pinned: the cost of the
+fallback, measured in the same way. a loss that is read: how long the host waits for 4 bytes from the training stream
+while another stream copies the residual of a slice, in the runtime's pieces or in one piece, against the time without
+that copy. hand-over: a block encoded and copied by the runtime with residuals in pinned memory, against the encoding
+alone and the copies of body and residual alone; `queued_s` is how long the calling thread was busy.
 
 Without a GPU the same steps run once on a small block with the host's stager; every figure is then null.
 """
@@ -38,7 +37,7 @@ from .result import Result, columns, keep, shown
 
 GPU = torch.cuda.is_available()
 BODIES = (16 << 20, 64 << 20, 256 << 20)  # bytes, about
-HOST_CODES = (0, 4)  # where the codes begin in host memory, in bytes beyond a multiple of 16
+HOST_CODES = (0, 4)  # the beginning of the codes in host memory, in bytes beyond a multiple of 16
 PIECES = tuple(mib << 20 for mib in (1, 2, 4, 8, 16))  # bytes of one copy
 BLOCKS = (15_000_064, 218_000_000 // 128 * 128)  # elements
 TINY = 128 * 40
@@ -49,7 +48,7 @@ HAND_OVER = ("queued_s", "total_s", "encode_s", "body_copy_s", "residual_copies_
 
 
 class Timer:
-    """Seconds of what is queued on one stream, between two events on it."""
+    """The seconds of work queued on one stream, between two events on that stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._ahead = Ahead(stream)
@@ -60,7 +59,7 @@ class Timer:
         return self._elapsed()
 
     def waited_for(self, work: Callable[[], object]) -> float:
-        """Of work that the host waits for, as it does for a copy to pageable memory."""
+        """The seconds of work that the host waits for, such as a copy to pageable memory."""
         torch.cuda.synchronize()
         self._between_marks(work)
         return self._elapsed()
@@ -76,7 +75,7 @@ class Timer:
 
 
 def in_turns(cases: dict[str, Callable[[], float]], repetitions: int) -> dict[str, float]:
-    """The median seconds of each case, which take turns; the first turn does not count."""
+    """The median seconds of each case. The cases take turns; the first turn does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(repetitions + 1):
         for name, case in cases.items():
@@ -95,8 +94,8 @@ def body_of(nbytes: int, host_codes: int) -> int:
 def copies(
     stager: Any, driver: _C.Driver, piece: int, nbytes: int, host_codes: int, repetitions: int, transport: Transport
 ) -> dict[str, Any]:
-    """One large copy, the runtime's copies in pieces of about `piece` bytes and one copy to pageable memory, of the
-    same body."""
+    """Copies the same body in three ways: one large copy, the runtime's copies in pieces of about `piece` bytes, and
+    one copy to pageable memory."""
     native, uncut = _C.Device(driver, piece), _C.Device(driver, 2 * nbytes)
     numel = body_of(nbytes, host_codes)
     layout = body_layout("int8", numel, CHUNK)
@@ -138,14 +137,14 @@ def copies(
 
 
 def small_copy(stager: Any, driver: _C.Driver, piece: int, repetitions: int) -> dict[str, Any]:
-    """Reading a number beside copies of residuals, which are cut at `piece` bytes."""
+    """Reads a number while residuals are copied in pieces of `piece` bytes."""
     native = _C.Device(driver, piece)
     loss, here, kept = torch.zeros(1, device="cuda"), torch.zeros(SLICE, device="cuda"), stager.residual(SLICE)
     seconds: dict[str, list[float]] = {"alone": [], "beside": []}
     for turn in range(repetitions + 1):
         for name, taken in seconds.items():
             torch.cuda.synchronize()
-            if name == "beside":  # some milliseconds
+            if name == "beside":  # the copy takes some milliseconds
                 native.copy_to_host(kept.data_ptr(), here.data_ptr(), here.nbytes, native.down)
             begin = time.perf_counter()
             loss.item()
@@ -157,7 +156,7 @@ def small_copy(stager: Any, driver: _C.Driver, piece: int, repetitions: int) -> 
 
 
 def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport: Transport) -> dict[str, Any]:
-    """A block as it is handed over, and its parts one at a time."""
+    """The hand-over of a block, and its parts one at a time."""
     native = device.native
     ref = torch.randn(numel, device="cuda").mul_(0.02).to(torch.bfloat16)
     now = ref.float() + torch.randn(numel, device="cuda").mul_(1e-4)
@@ -261,11 +260,19 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """The copies, what they do to a small one, and the hand-overs."""
-    names = ("body, MiB", "codes beyond 16 B", "pieces of, MiB", "one copy, GB/s", "in pieces, GB/s", "/ one copy")
-    copied = columns("device to host", *names, "pageable")
+    """The copies, their effect on a small copy, and the hand-overs."""
+    names = (
+        "body, MiB",
+        "offset of the host's codes from 16 bytes",
+        "piece, MiB",
+        "one copy, GB/s",
+        "in pieces, GB/s",
+        "in pieces, ratio to one copy",
+        "pageable, ratio to pinned",
+    )
+    copied = columns("device to host", *names)
     handed = columns("hand-over of a block", "million parameters", *(f"{name[:-2]}, ms" for name in HAND_OVER[:-1]))
-    handed.add_column("/ longest part", justify="right")
+    handed.add_column("total, ratio to longest part", justify="right")
     for row in result["rows"]:
         if row.get("chunked_over_whole") is not None:
             speeds = (shown(row[name], ".1f") for name in FIGURES[:2])
@@ -276,7 +283,11 @@ def tables(result: Result) -> list[Table]:
             times = (shown(row[name] * 1e3, ".2f") for name in HAND_OVER[:-1])
             handed.add_row(f"{row['params'] / 1e6:.1f}", *times, shown(row["total_over_longest"], ".2f"))
     read = columns(
-        "a loss that is read", "copies beside it in pieces of, MiB", "alone, µs", "beside, µs", "longest, µs"
+        "reading a loss beside copies in pieces",
+        "piece, MiB",
+        "without copies, µs",
+        "beside copies, µs",
+        "longest beside copies, µs",
     )
     for row in result["rows"]:
         if row.get("beside_s") is not None:
@@ -285,7 +296,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Chunked copies over one, by size; hand-overs a second, by size of block."""
+    """Chunked copies over one copy, by size; hand-overs per second, by size of block."""
     found = {}
     for row in result["rows"]:
         if row.get("chunked_over_whole") is not None:

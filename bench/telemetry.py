@@ -1,11 +1,13 @@
-"""What watching a run costs: recording, exporting the trace, taking a sample of the telemetry.
+"""The cost of observing a run: recording stages, exporting the trace, taking a sample of the telemetry.
 
-- step: a client that trains against a server in another process over loopback, one local step per round, so that every
-  step encodes, sends, receives and applies a block; with every stage of every chunk recorded on both sides, and with
-  nothing recorded. Runs of both kinds alternate; the ratio is of medians over all steps after the first two rounds.
-- record: what one costs the thread that makes it, from encoding chunks of 128 elements with and without a ring.
-- export: a timeline of synthetic records, as a server of one client makes them, written as a trace.
-- sample: one round of questions to every meter. Its processor time is an upper bound of how long it holds the GIL.
+- step: a client trains against a server in another process over loopback, with one local step per round, so that every
+  step encodes, sends, receives and applies a block; either with every stage of every chunk recorded on both sides, or
+  with nothing recorded. Both kinds of runs alternate; the ratio is of medians over all steps after the first two
+  rounds.
+- record: the cost of a record for the thread that writes it, from encoding chunks of 128 elements with and without a
+  ring buffer.
+- export: writes a timeline of synthetic records, like those of a server with one client, as a trace.
+- sample: reads every meter once. The CPU time is an upper bound for the time that a sample holds the GIL.
 """
 
 from __future__ import annotations
@@ -65,12 +67,12 @@ class Pair:
         arguments = (theirs, workload.model, workload.threads, settings)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()  # else one that dies would be waited for
+        theirs.close()  # otherwise a dead server would not end the wait for its answer
         self._net, _, task = finetune.load(workload)
         self._batch = task.train.take(range(workload.batch_size))
 
     def run(self, traced: bool) -> tuple[list[float], int]:
-        """Seconds of each step after the first rounds, and the records that both sides made."""
+        """Seconds of each step after the first rounds, and the number of records that both sides made."""
         self._pipe.send(traced)
         seconds: list[float] = []
         with pb.join(self._pipe.recv(), self._net, partial(torch.optim.SGD, lr=1e-6), trace=traced) as run:
@@ -127,7 +129,7 @@ def measure_record(repetitions: int, chunks: int = 2**16) -> Result:
                 stager.release(encoding)
             ring.drain()
     assert ring.lost == 0
-    cost = (min(seconds[True]) - min(seconds[False])) / (2 * chunks)  # encode and checksum of each
+    cost = (min(seconds[True]) - min(seconds[False])) / (2 * chunks)  # each chunk has an encode and a checksum record
     return {"case": "record", "seconds": cost}
 
 
@@ -135,7 +137,7 @@ def measure_record(repetitions: int, chunks: int = 2**16) -> Result:
 
 
 def synthetic_timeline(records: int) -> Timeline:
-    """As many records of uploads and updates, of `CHUNKS` chunks each, with the times of a link of 1 Gbit/s."""
+    """At least `records` records of uploads and updates, of `CHUNKS` chunks each, with the times of a 1 Gbit/s link."""
     timeline = Timeline("server", "pb-server")
     timeline.run, timeline.seats = 1, {1: 0}
     ring = timeline.ring("pb-transport", 2**20)
@@ -158,7 +160,7 @@ def synthetic_timeline(records: int) -> Timeline:
 
 
 def measure_export(events: int, repetitions: int) -> Result:
-    """Seconds to write a trace of about as many events."""
+    """Seconds to write a trace of about `events` events."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         few = synthetic_timeline(10_000)
@@ -186,7 +188,7 @@ def measure_export(events: int, repetitions: int) -> Result:
 
 
 def measure_sample(samples: int) -> Result:
-    """What a sample costs this thread; without links, which cost a system call each."""
+    """The cost of a sample for this thread, without links, each of which would add a system call."""
     all_meters = meters.of_this_machine(dict)
     for meter in all_meters:
         meter.measure(time.monotonic_ns())
@@ -205,10 +207,10 @@ def measure_sample(samples: int) -> Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained, and how much is measured."""
+    """The model, and the amount of measurements."""
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or the folder of a checkpoint")
-    parser.add_argument("--rounds", type=int, default=8, help="of a run; its first two are not counted")
-    parser.add_argument("--chunk", type=int, default=2**18, help="elements of a chunk: fewer make more records")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds per run; the first two are not counted")
+    parser.add_argument("--chunk", type=int, default=2**18, help="elements per chunk: smaller chunks make more records")
     parser.add_argument("--events", type=int, default=EVENTS)
     parser.add_argument("--repetitions", type=int, default=7)
 
@@ -233,17 +235,17 @@ def tables(result: Result) -> list[Table]:
     table = columns(f"telemetry ({result['settings']['model']})", "case", "with", "without", "with / without")
     times = [shown(step[name] * 1e3, ".2f") + " ms" for name in ("step_s_recorded", "step_s_off")]
     table.add_row("step, every stage recorded", *times, shown(step["ratio"], ".4f"))
-    costs = columns("what one costs", "case", "cost", "share")
+    costs = columns("the cost of a record, an export and a sample", "case", "cost", "share")
     share = step["records_a_step"] * record["seconds"] / step["step_s_off"]
-    costs.add_row("a record", f"{record['seconds'] * 1e9:.0f} ns", f"{share:.4%} of a step, if one thread made all")
-    costs.add_row("a million events exported", f"{export['seconds_per_million_events']:.2f} s", "")
-    cost = f"{sample['cpu_s'] * 1e3:.3f} ms of processor"
-    costs.add_row("a sample", cost, f"{sample['share_of_a_core']:.3%} of a core, one every {PERIOD_S:g} s")
+    costs.add_row("one record", f"{record['seconds'] * 1e9:.0f} ns", f"{share:.4%} of a step, if one thread wrote all")
+    costs.add_row("export of a million events", f"{export['seconds_per_million_events']:.2f} s", "")
+    cost = f"{sample['cpu_s'] * 1e3:.3f} ms of CPU time"
+    costs.add_row("one sample", cost, f"{sample['share_of_a_core']:.3%} of a core, at one sample per {PERIOD_S:g} s")
     return [table, costs]
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Speeds."""
+    """Speeds: the step, exports, samples and records."""
     step, record, export, sample = result["rows"]
     return {
         "step, recorded over off": 1 / step["ratio"],
@@ -253,13 +255,13 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """The steps of both kinds, one beside the other."""
+    """The steps of both kinds, side by side."""
     seconds = result["rows"][0]["seconds"]
     axis = figure.subplots()
     axis.boxplot([[s * 1e3 for s in seconds[kind]] for kind in ("off", "recorded")])
     axis.set_xticks([1, 2], ["nothing recorded", "every stage recorded"])
-    axis.set_ylabel("ms a step")
-    figure.suptitle("what recording costs a step")
+    axis.set_ylabel("ms per step")
+    figure.suptitle("the cost of recording for a step")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The benchmarks under pytest-benchmark: `pytest bench --benchmark-only`.
 
-PARABLOCK_BENCH_PARAMS sets the size of the codec's block, PARABLOCK_BENCH_MIB that of the transfers.
+PARABLOCK_BENCH_PARAMS sets the size of the codec's block, PARABLOCK_BENCH_MIB the size of the transfers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_codec(name: str, cases: dict[str, codec.Case], benchmark: Callable[...,
 
 @pytest.fixture(params=list(transport.ENDS))
 def pair(request: pytest.FixtureRequest) -> Iterator[transport.Pair]:
-    """A connected pair of processes that did one run already."""
+    """A connected pair of processes, warmed up by one run."""
     connected = transport.Pair(request.param, SIZE)
     connected.start()
     connected.run(False)

@@ -1,11 +1,10 @@
-"""Speed, memory and CPU time of one link on loopback, next to what else could carry the same bytes.
+"""Speed, memory and CPU time of one link on loopback, next to other systems that carry the same bytes.
 
-Sender and receiver are two fresh processes each; the repetitions of all systems are interleaved, so that a noisy
-neighbour hits them alike. A run takes from the call that sends to the moment at which the receiving program has every
-byte. "fresh": into memory that was never touched before, so page faults count; "reused": into the buffer of the run
-before, which is what a run in steady state does.
-ParaBlock checks a CRC-32C on both sides, the others check nothing beyond TCP. That the bytes are right is the business
-of the tests.
+Sender and receiver are two new processes for each system; the repetitions of all systems are interleaved, so that a
+noisy neighbour affects all alike. A run lasts from the call that sends to the moment when the receiving program has
+every byte. "fresh": into memory that was never touched before, so page faults count; "reused": into the buffer of the
+previous run, like a federation in steady state. ParaBlock checks a CRC-32C on both sides, the others check nothing
+beyond TCP. The tests check that the bytes are right.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ class End(ABC):
 
     @abstractmethod
     def open(self, pipe: Connection) -> None:
-        """Connects to the other end; the receiver puts what the sender must know into the pipe."""
+        """Connects to the other end; the receiver sends the address and the like to the sender through the pipe."""
 
     @abstractmethod
     def prepare(self, run: int, fresh: bool) -> None:
-        """Everything that is not timed. The sender's payload is made once."""
+        """Does everything that is not timed. The sender makes its payload once."""
 
     @abstractmethod
     def move(self, run: int) -> None:
-        """Returns when the sender may forget the payload, or the receiver has it."""
+        """Transfers the payload. Returns when the sender may reuse the payload, or the receiver has all of it."""
 
 
 class ParaBlockEnd(End):
@@ -76,7 +75,7 @@ class ParaBlockEnd(End):
             self._link = self._wait(_C.Event.Type.CONNECTED).link
 
     def _tls(self, pipe: Connection) -> Any:
-        """The TLS settings of this end; None: in the clear."""
+        """The TLS settings of this end; None: no TLS."""
         return None
 
     def prepare(self, run: int, fresh: bool) -> None:
@@ -90,7 +89,7 @@ class ParaBlockEnd(End):
 
     def move(self, run: int) -> None:
         if self.sends:
-            # A Source checks each chunk's sum once, so every run gets its own.
+            # A Source computes each chunk's checksum only once, so every run gets a new Source.
             source = self._transport.native.make_source(self._buffer, self._layout, True)
             self._transport.native.send(self._link, 1, run, 0, source)
             self._wait(self._module.Event.Type.SENT)
@@ -99,7 +98,7 @@ class ParaBlockEnd(End):
 
     def _wait(self, kind: object) -> Any:
         event = self._transport.next_event(DEADLINE_S)
-        while event is not None and event.type == self._module.Event.Type.STALLED:  # new memory can take seconds to get
+        while event is not None and event.type == self._module.Event.Type.STALLED:  # fresh memory can take seconds
             event = self._transport.next_event(DEADLINE_S)
         if event is None or event.type != kind:
             raise RuntimeError(f"expected {kind}, found {event and (event.type, event.text)}")
@@ -107,7 +106,7 @@ class ParaBlockEnd(End):
 
 
 class ParaBlockTlsEnd(ParaBlockEnd):
-    """The same in TLS 1.3, with the certificates that `parablock certs` makes."""
+    """The same over TLS 1.3, with certificates like those of `parablock certs`."""
 
     def _tls(self, pipe: Connection) -> Any:
         from parablock_rt.wire import certs, tls
@@ -199,7 +198,7 @@ ENDS: dict[str, type[End]] = {
 
 
 def fill(memory: Any) -> None:
-    """Bytes that no page can share."""
+    """Fills memory with random bytes, so that the kernel backs every page."""
     import numpy as np
 
     words = np.frombuffer(memory, np.uint8)
@@ -209,7 +208,7 @@ def fill(memory: Any) -> None:
 
 
 def end_process(system: str, sends: bool, nbytes: int, pipe: Connection, other: Connection) -> None:
-    """A child: opens, then does one run for each (run, fresh) that comes down the pipe, until None."""
+    """A child process: connects, then does one run per (run, fresh) from the pipe, until None."""
     end = ENDS[system](sends, nbytes)
     end.open(other)
     gc.collect()
@@ -236,7 +235,7 @@ class Pair:
     runs: int = 0
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     cpu: dict[bool, list[tuple[float, float]]] = field(default_factory=lambda: {False: [], True: []})
-    memory: tuple[int, int] | None = None  # sender's, receiver's peak beyond the payload
+    memory: tuple[int, int] | None = None  # peak beyond the payload, of sender and receiver
 
     def start(self) -> None:
         """Starts both processes and connects them."""
@@ -282,8 +281,8 @@ class Pair:
 
 
 def iperf(nbytes: int) -> tuple[float, float]:
-    """One iperf3 stream of `nbytes`: MiB/s, as its receiver saw it, and the CPU seconds of both ends. It sends one
-    small buffer and reads into another, again and again."""
+    """One iperf3 stream of `nbytes`: MiB/s by its receiver's count, and the CPU seconds of both ends. iperf3 sends the
+    same small buffer again and again, and reads into another."""
     cpu = cpu_seconds(resource.RUSAGE_CHILDREN)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -300,7 +299,7 @@ def iperf(nbytes: int) -> tuple[float, float]:
 
 
 def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[tuple[float, float]]]]:
-    """All runs, interleaved, after unmeasured ones of each pair; and iperf3's where it is installed."""
+    """All runs, interleaved, after unmeasured runs of each pair; and those of iperf3, if it is installed."""
     pairs: list[Pair] = []
     others: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for size in sizes:
@@ -373,7 +372,7 @@ def summarise(pairs: list[Pair], others: dict[int, list[tuple[float, float]]]) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much is sent, how often."""
+    """The sizes and the repetitions."""
     parser.add_argument("--mib", type=int, nargs="+", default=[s // MIB for s in SIZES], help="payload sizes")
     parser.add_argument("--repetitions", type=int, default=5)
 
@@ -389,9 +388,17 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """One row for each system, size and kind of memory, next to iperf3 with as many bytes where that was measured."""
-    names = ("system", "MiB", "memory", "MiB/s", "/ iperf3", "CPU s/GiB, both ends", "/ iperf3")
-    table = columns("one link on loopback", *names, "peak - payload MiB, sender", "receiver")
+    """One row per system, size and kind of memory, with ratios to iperf3 for the same bytes, if measured."""
+    names = (
+        "system",
+        "MiB",
+        "memory",
+        "MiB/s",
+        "MiB/s, ratio to iperf3",
+        "CPU s/GiB, both ends",
+        "CPU, ratio to iperf3",
+    )
+    table = columns("one link on loopback", *names, "sender's peak beyond payload, MiB", "receiver's, MiB")
     iperf3 = {row["bytes"]: row for row in result["rows"] if row["system"] == "iperf3"}
     peaks = ("sender_peak_beyond_payload_mib", "receiver_peak_beyond_payload_mib")
     for row in result["rows"]:
@@ -417,7 +424,8 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def plot(result: Result, figure: Any) -> None:
-    """Speed by system; a group for each size and kind of memory."""
+    """Speed by system; one group per size and kind of memory."""
+
     groups = list(dict.fromkeys((row["bytes"], row["memory"]) for row in result["rows"]))
     systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
     axis = figure.subplots()

@@ -1,9 +1,10 @@
-"""Whether MSG_ZEROCOPY would pay: plain sends against zero-copy sends of one chunk, over loopback and over a veth pair.
+"""Whether MSG_ZEROCOPY would help: plain sends
+ against zero-copy sends of one chunk, over loopback and over a veth pair.
 
-`python -m bench.zerocopy` prints a line per case: MiB/s, the sender's CPU seconds per GiB, and the part of the sends
-that the kernel copied all the same, which it reports with each completion. Loopback and veth deliver to a socket of the
+`python -m bench.zerocopy` prints a line per case: MiB/s, the sender's CPU seconds per GiB, and the share of the sends
+that the kernel copied nevertheless, which it reports with each completion. Loopback and veth deliver to a socket of the
 same machine, for which the kernel must copy; only a real network card can show a gain. The veth pair leads into a
-network namespace of its own and needs root; without it that case is left out with the reason.
+separate network namespace and needs root; without root the case is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _COPIED = 1  # SO_EE_CODE_ZEROCOPY_COPIED
 
 
 def read_all(host: str, pipe: Connection, namespace: str | None) -> None:
-    """A child: counts bytes until each sender closes."""
+    """A child process: reads from one sender after another, each until it closes."""
     if namespace is not None:
         with open(f"/var/run/netns/{namespace}") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) != 0:  # os.setns came with Python 3.12
@@ -47,14 +48,14 @@ def read_all(host: str, pipe: Connection, namespace: str | None) -> None:
 
 
 class Completions:
-    """Reads what the kernel says about zero-copy sends: how many are over, and how many it copied."""
+    """Reads the kernel's completions of zero-copy sends: how many sends are over, and how many the kernel copied."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self.over = self.copied = 0
 
     def drain(self) -> None:
-        """Takes what is there."""
+        """Reads all completions that have arrived."""
         while True:
             try:
                 _, ancillary, _, _ = self._connection.recvmsg(0, 512, _MSG_ERRQUEUE)
@@ -67,7 +68,7 @@ class Completions:
 
 
 def send(address: tuple[str, int], payload: memoryview, zerocopy: bool) -> tuple[float, float, float]:
-    """MiB/s, CPU seconds per GiB, and the part of the sends that was copied (0 without zero-copy)."""
+    """MiB/s, CPU seconds per GiB, and the share of the sends that the kernel copied (0 without zero-copy)."""
     with socket.create_connection(address) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if zerocopy:
@@ -81,7 +82,7 @@ def send(address: tuple[str, int], payload: memoryview, zerocopy: bool) -> tuple
                 try:
                     chunk = chunk[connection.send(chunk, _MSG_ZEROCOPY if zerocopy else 0) :]
                     sends += 1
-                except OSError as error:  # too much pinned memory: some must be given back first
+                except OSError as error:  # ENOBUFS: too much memory is pinned, so wait for completions
                     if error.errno != errno.ENOBUFS:
                         raise
             if zerocopy:
@@ -94,7 +95,7 @@ def send(address: tuple[str, int], payload: memoryview, zerocopy: bool) -> tuple
 
 @contextlib.contextmanager
 def namespace() -> Iterator[None]:
-    """A network namespace at the other end of a veth pair, for as long as the context lasts."""
+    """A network namespace at the other end of a veth pair, while the context lasts."""
 
     def ip(command: str) -> None:
         subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
@@ -109,11 +110,11 @@ def namespace() -> Iterator[None]:
         ip(f"-n {NAMESPACE} link set lo up")
         yield
     finally:
-        ip(f"netns del {NAMESPACE}")  # and the pair with it
+        ip(f"netns del {NAMESPACE}")  # also deletes the pair
 
 
 def measure(path: str, host: str, inside: str | None, payload: memoryview, repetitions: int) -> None:
-    """Both kinds of sends, one after the other, to a reader at `host`."""
+    """Both kinds of sends, in turns, to a reader at `host`."""
     ours, theirs = multiprocessing.Pipe()
     reader = multiprocessing.get_context("spawn").Process(target=read_all, args=(host, theirs, inside))
     reader.start()
@@ -128,7 +129,7 @@ def measure(path: str, host: str, inside: str | None, payload: memoryview, repet
     reader.join()
     for zerocopy, runs in results.items():
         speed, cpu, copied = (statistics.median(column) for column in zip(*runs, strict=True))
-        kind = f"zero-copy, {copied:.0%} copied all the same" if zerocopy else "plain"
+        kind = f"zero-copy, {copied:.0%} copied nevertheless" if zerocopy else "plain"
         print(f"{path:<10}{speed:>8.0f} MiB/s  sender {cpu:.2f} CPU s/GiB  {kind}", flush=True)
 
 

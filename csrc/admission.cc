@@ -8,13 +8,14 @@ Admission::Answer Admission::enter(uint64_t id, const std::string& network) {
   Answer answer{.evicted = to_drop(network)};
   if (answer.evicted) leave(*answer.evicted);
   if (network_of_.size() + proved_.size() >= limits_.links)
-    return {.admitted = false, .evicted = {}};  // all are proved
+    return {.admitted = false, .evicted = {}};  // proved peers have all places
   strangers_[network].insert(id);
   network_of_.emplace(id, network);
   return answer;
 }
 
-// The oldest of the newcomer's network if that has too many, otherwise of the network that has most.
+// The oldest stranger of the newcomer's network if that network is at its limit; else, if there is no place left, the
+// oldest of the network that has most strangers.
 std::optional<uint64_t> Admission::to_drop(const std::string& network) const {
   if (network_of_.empty()) return std::nullopt;
   if (auto own = strangers_.find(network);
@@ -32,7 +33,7 @@ std::optional<uint64_t> Admission::make_room() {
   return evicted;
 }
 
-// Of networks with equally many, the one whose oldest came first: what a network is called decides nothing.
+// Among networks with equally many strangers, the one whose oldest came first: a network's address must not decide.
 uint64_t Admission::oldest_of_most() const {
   auto goes_later = [](const auto& a, const auto& b) {
     if (a.second.size() != b.second.size()) return a.second.size() < b.second.size();

@@ -1,6 +1,6 @@
-// Who may be connected: bounds on the connections that have not proved who they are, in all and for each network, and
-// on all together. Strangers that do nothing never keep a newcomer out: the oldest of them goes for it. No sockets
-// here.
+// Admission control: limits the connections in total, and those of strangers, which are peers that have not proved
+// their identity yet, in total and per network. Idle strangers never keep a newcomer out: an old one is evicted for it.
+// Does no I/O.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +13,9 @@
 namespace parablock {
 
 struct AdmissionLimits {
-  size_t links = 1024;                // strangers and others
-  size_t strangers = 512;              // not proved yet
-  size_t strangers_per_network = 256;  // likewise, of one network
+  size_t links = 1024;  // of strangers and proved peers
+  size_t strangers = 512;  // in total
+  size_t strangers_per_network = 256;  // see peer_network
 };
 
 class Admission {
@@ -24,14 +24,14 @@ class Admission {
 
   struct Answer {
     bool admitted = true;
-    std::optional<uint64_t> evicted;  // this stranger must be dropped; it has left the books already
+    std::optional<uint64_t> evicted;  // the caller must drop this stranger, whose place is already free
   };
 
-  // A new connection. Ids grow with time.
+  // Registers a new connection. Ids must grow with time.
   Answer enter(uint64_t id, const std::string& network);
-  // For a newcomer that cannot be let in for want of something else than a place.
-  std::optional<uint64_t> make_room();  // this stranger must be dropped, as above; nullopt: all are proved
-  void prove(uint64_t id);  // a stranger no more; no-op for ids unknown, as `leave`
+  // Evicts a stranger for a newcomer that lacks something other than a place, such as a descriptor.
+  std::optional<uint64_t> make_room();  // the caller must drop this stranger; nullopt: there are no strangers
+  void prove(uint64_t id);  // the peer has proved its identity; no-op for an unknown id, like `leave`
   void leave(uint64_t id);
 
   size_t strangers() const { return network_of_.size(); }
@@ -39,12 +39,12 @@ class Admission {
 
  private:
   std::optional<uint64_t> to_drop(const std::string& network) const;
-  uint64_t oldest_of_most() const;  // there must be a stranger
+  uint64_t oldest_of_most() const;  // requires a stranger
   bool forget_stranger(uint64_t id);
 
   AdmissionLimits limits_;
-  std::map<std::string, std::set<uint64_t>> strangers_;  // of each network
-  std::map<uint64_t, std::string> network_of_;           // of each stranger
+  std::map<std::string, std::set<uint64_t>> strangers_;  // ids by network
+  std::map<uint64_t, std::string> network_of_;  // by id of a stranger
   std::set<uint64_t> proved_;
 };
 

@@ -11,7 +11,7 @@
 namespace parablock {
 namespace {
 
-// Takes the same time wherever the two differ, so that no key can be found byte by byte.
+// Takes the same time wherever the two differ, so that a key cannot be guessed byte by byte.
 bool equal(const std::string& a, const std::string& b) {
   if (a.size() != b.size()) return false;
   volatile uint8_t difference = 0;

@@ -1,5 +1,5 @@
-// Which links may get further lanes: the server hands a client a key, and whoever shows it on a new connection within a
-// while becomes a lane of that client's link. No I/O.
+// The keys for further lanes: the server gives a client a key, and a new connection that presents the key in time
+// becomes a lane of that client's link. Does no I/O.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@ class LaneKeys {
  public:
   void offer(uint64_t link, std::string key, size_t lanes, int64_t deadline_ns);
 
-  // The link that the key opens; uses up one of its lanes. nullopt: unknown, too late, or all lanes are taken.
+  // Returns the link that the key belongs to and uses up one of the offered lanes. nullopt: the key is unknown or
+  // expired, or all offered lanes are taken.
   std::optional<uint64_t> redeem(const std::string& key, int64_t now_ns);
 
   void forget(uint64_t link) { offers_.erase(link); }

@@ -11,8 +11,7 @@ void bind_transport(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Native part of parablock_rt: the CPU codec, the encode thread, the transport, a GPU's copies, all their "
-      "records.";
+      "Native part of parablock_rt: the CPU codec, the encode thread, the transport, GPU copies, and their records.";
   parablock::bind_codec(m);
   parablock::bind_ring(m);
   parablock::bind_transport(m);

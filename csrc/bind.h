@@ -1,4 +1,4 @@
-// What the bindings share. Only the bind_*.cc include it.
+// Helpers that the bindings share. Only bind_*.cc include this file.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,7 +22,7 @@ inline int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::cl
 
 inline TransferKey key_of(uint8_t kind, uint32_t round, uint32_t block) { return {kind, round, block}; }
 
-// (kind, round, block, bytes that are there)
+// (kind, round, block, bytes received)
 using ResumePoint = std::tuple<uint8_t, uint32_t, uint32_t, uint64_t>;
 
 inline std::vector<ResumePoint> resume_points(const std::vector<std::pair<TransferKey, uint64_t>>& unfinished) {

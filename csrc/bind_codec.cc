@@ -1,5 +1,5 @@
-// The codec as functions over raw addresses. The caller (parablock_rt/codec.py) owns every buffer, keeps it alive for
-// the call and has checked its length; nothing here looks at a Python object, so the GIL is released throughout.
+// The codec as functions over raw addresses. The caller (parablock_rt/codec.py) owns every buffer, keeps it alive
+// during the call and has checked its length. No function here touches a Python object, so all of them release the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// Python bindings of a GPU's copies. Streams and device memory are plain addresses. Every call drops the GIL: the
-// driver may block, and a callback of somebody else's may need it.
+// Python bindings of the GPU copies. Streams and device memory are plain addresses. Every call into the driver releases
+// the GIL: the driver may block, and other libraries' driver callbacks may need the GIL.
 #include <pybind11/pybind11.h>
 
 #include "bind.h"

@@ -1,4 +1,4 @@
-// Python bindings of the rings that the timeline reads, and writes for Python's own threads.
+// Python bindings of the ring buffers: the timeline reads all of them and writes those of Python threads.
 #include <pybind11/pybind11.h>
 
 #include <memory>

@@ -1,4 +1,4 @@
-// Python bindings of what only tests and fuzzing use: the protocol without a socket, a link's shaper, every checksum.
+// Python bindings for tests and fuzzing only: the protocol without a socket, a link's shaper, every checksum variant.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

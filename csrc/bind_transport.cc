@@ -1,4 +1,4 @@
-// Python bindings of the transport and the encode thread. Every call that may block or take long drops the GIL; no
+// Python bindings of the transport and the encode thread. Every call that may block or take long releases the GIL; no
 // object below holds a reference to a Python object.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,7 @@
 namespace parablock {
 namespace {
 
-// std::system_error becomes OSError with its errno, so that Python sees ConnectionRefusedError and its kin.
+// std::system_error becomes OSError with its errno, so that Python raises ConnectionRefusedError and the like.
 void translate(std::exception_ptr pending) {
   try {
     if (pending) std::rethrow_exception(pending);
@@ -35,7 +35,7 @@ void bind_data(py::module_& m) {
       .def_property_readonly("owners",  // Python counts as one
                              [](Buffer& b) {
                                long count = b.weak_from_this().use_count();
-                               std::atomic_thread_fence(std::memory_order_acquire);  // what former owners did is done
+                               std::atomic_thread_fence(std::memory_order_acquire);  // sees all writes of former owners
                                return count;
                              })
       .def_buffer([](Buffer& b) {
@@ -45,7 +45,7 @@ void bind_data(py::module_& m) {
 
   py::class_<Layout>(m, "Layout")
       .def(py::init([](uint64_t units, uint32_t scale, uint32_t code, uint32_t chunk_units) {
-             if (chunk_units == 0) throw std::invalid_argument("a transfer needs at least one unit a chunk, found 0");
+             if (chunk_units == 0) throw std::invalid_argument("a transfer needs at least one unit per chunk, found 0");
              return Layout{.units = units, .scale_bytes = scale, .code_bytes = code, .chunk_units = chunk_units};
            }),
            py::arg("units"), py::arg("scale_bytes"), py::arg("code_bytes"), py::arg("chunk_units"))

@@ -33,7 +33,7 @@ std::string time_of(const ASN1_TIME* time) {
   return in_memory(std::move(text));
 }
 
-// What a stranger calls itself, fit for a terminal and a log.
+// A name that a stranger chose, made safe for a terminal and a log.
 std::string printable(const ASN1_STRING* name) {
   std::string text(reinterpret_cast<const char*>(ASN1_STRING_get0_data(name)),
                    static_cast<size_t>(ASN1_STRING_length(name)));
@@ -90,7 +90,7 @@ std::string refusal(X509_STORE_CTX* store, const std::string& host, const std::s
     case X509_V_ERR_CERT_NOT_YET_VALID:
       return whose + " is valid from " + time_of(X509_get0_notBefore(at)) + ": check the clocks of both machines";
     case X509_V_ERR_HOSTNAME_MISMATCH:
-    case X509_V_ERR_IP_ADDRESS_MISMATCH:  // before the signature is looked at: anybody may have written these names
+    case X509_V_ERR_IP_ADDRESS_MISMATCH:  // found before the signature is checked: the names may be forged
       return "expected a certificate for " + host + ", found one for " + hosts_of(at) +
              ": check the address; if it is right, its server needs a certificate for " + host;
     case X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT:
@@ -116,13 +116,13 @@ std::optional<std::string> why_refused(X509_STORE_CTX* store, const TlsSettings&
       X509_STORE_CTX_set_error(store, X509_V_ERR_CERT_REJECTED);
       return "expected the certificate with the SHA-256 fingerprint " + hex(settings.fingerprint) + ", found " +
              hex(found) + " (" + name_of(X509_get_subject_name(leaf)) +
-             "): if it was renewed, take the new fingerprint from who runs the server, never from this message";
+             "): if it was renewed, get the new fingerprint from the operator of the server, never from this message";
     }
   }
   int error = X509_V_OK;
   if (!settings.ca_file.empty()) {
     if (X509_verify_cert(store) == 1) return std::nullopt;
-  } else {  // the fingerprint names the certificate itself, whoever signed it and for whatever host
+  } else {  // the fingerprint identifies the certificate, so its issuer and its hosts do not matter
     if (X509_cmp_current_time(X509_get0_notAfter(leaf)) < 0) error = X509_V_ERR_CERT_HAS_EXPIRED;
     if (X509_cmp_current_time(X509_get0_notBefore(leaf)) > 0) error = X509_V_ERR_CERT_NOT_YET_VALID;
     X509_STORE_CTX_set_error(store, error);

@@ -1,5 +1,5 @@
-// Whose certificate is it, and is it the right one: what the peer's certificate says, and why it is refused if it is.
-// Knows no socket, no record and no state of a connection. For tls_stream.cc, in a build with OpenSSL.
+// Checks and describes the peer's certificate. Independent of sockets, records and the state of a connection. For
+// tls_stream.cc, in a build with OpenSSL.
 #pragma once
 
 #ifdef PARABLOCK_TLS
@@ -13,11 +13,11 @@
 
 namespace parablock {
 
-// Why the peer's chain cannot be trusted, for a user; nothing when it can. In the place of the library's own
-// verification, which knows no fingerprints. `host`: only for the text; the library has what it checks against itself.
+// Why the peer's chain is not trusted, as a text for the user; nullopt when the chain is trusted. Replaces OpenSSL's
+// own verification, which does not support fingerprints. `host` only serves the text: OpenSSL has its own copy.
 std::optional<std::string> why_refused(X509_STORE_CTX* store, const TlsSettings& settings, const std::string& host);
 
-void describe_certificate(const X509* certificate, TlsInfo& info);  // fills in what is of the peer's certificate
+void describe_certificate(const X509* certificate, TlsInfo& info);  // fills in the fields of the certificate
 
 }  // namespace parablock
 

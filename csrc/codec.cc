@@ -20,7 +20,7 @@ using internal::Kernels;
 static_assert(kSplitMultiple % kAlignment == 0, "a group must not be split between threads");
 
 #ifdef __x86_64__
-// These also ask whether the operating system saves the registers.
+// __builtin_cpu_supports also checks that the operating system saves the registers.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -84,12 +84,12 @@ ByFormat by_format(std::span<const Contribution> in) {
   return apart;
 }
 
-// A stretch of a sum in the first-level cache, so that what is only wanted for its mean never goes to memory.
+// A piece of a sum that fits the first-level cache, so that a sum that only serves a mean never goes to memory.
 struct SumTile {
   static constexpr int64_t kElements = 1024;
   static constexpr size_t kAtOnce = 64;
 
-  // hi and lo: what is there before; null: nothing
+  // Starts from an existing sum; null: from an empty one.
   void start(const int64_t* old_hi, const int64_t* old_lo, int64_t count) {
     empty = old_hi == nullptr;
     if (empty) return;

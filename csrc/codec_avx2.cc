@@ -1,4 +1,5 @@
-// The AVX2 vector layer: 8 floats a register; an int8 group passes through the first-level cache.
+// The AVX2 vector layer: 8 floats per register. An int8 group does not fit the registers and spills to the first-level
+// cache.
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -72,7 +73,7 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // Of a value that does not round to infinity or is not finite at all; a NaN must not come here.
+  // For infinities and for finite values that do not round to infinity; not for NaN.
   static PARABLOCK_INLINE F round_to_bf16(F a) {
     const I odd = and_i(_mm256_srli_epi32(bits(a), 16), set_i(1));
     const I rounded = _mm256_add_epi32(_mm256_add_epi32(bits(a), set_i(0x7FFF)), odd);

@@ -1,4 +1,4 @@
-// The AVX-512 vector layer: 16 floats a register, an int8 group in eight of them.
+// The AVX-512 vector layer: 16 floats per register, eight registers per int8 group.
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -9,9 +9,9 @@
 #ifdef __clang__
 #define PARABLOCK_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,f16c"
 #else
-// Only GCC has to be told to use whole registers, and only GCC understands it.
+// Only GCC has to be told to use whole registers, and only GCC accepts the option.
 #define PARABLOCK_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512"
-// GCC 12 takes the deliberately undefined operand inside its own intrinsics for a mistake of ours.
+// GCC 12 reports the deliberately undefined operand inside its own intrinsics as if it were an error in this file.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -78,7 +78,7 @@ struct Avx512 {
     const I down = _mm512_add_epi32(a, set_i(0x7FFF));
     return _mm512_mask_add_epi32(down, odd, a, set_i(0x8000));
   }
-  // Of a value that does not round to infinity or is not finite at all; a NaN must not come here.
+  // For infinities and for finite values that do not round to infinity; not for NaN.
   static PARABLOCK_INLINE F round_to_bf16(F a) {
     return _mm512_castsi512_ps(and_i(add_bf16_half(bits(a)), set_i(static_cast<int32_t>(0xFFFF0000u))));
   }
@@ -108,8 +108,8 @@ struct Avx512 {
   static PARABLOCK_INLINE void store_i8(uint8_t* p, I codes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
   }
-  // A permutation looks at the low four bits of an index only, so a byte spread over the two halves of a 64-bit lane
-  // needs no masks: its low nibble indexes for the lower half, its high nibble for the upper one.
+  // A permutation uses only the low four bits of an index, so a byte spread over the two halves of a 64-bit lane needs
+  // no mask: the low nibble indexes for the lower half, the high nibble for the upper half.
   static constexpr bool kNibbleLookup = true;
   static PARABLOCK_INLINE I nibble_values() {
     return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);

@@ -1,10 +1,10 @@
 // The codec's arithmetic, stated once over a vector layer V (codec_portable.cc, codec_avx2.cc, codec_avx512.cc).
-// Each of those includes this file inside its own target region, so everything here has internal linkage: a function
-// shared between them could be the one compiled for instructions that the machine lacks. For the same reason nothing
-// from the standard library is called here.
+// Each of those includes this file inside its own target region, so everything here has internal linkage: of a shared
+// function the linker could keep the copy compiled for instructions that the machine lacks. For the same reason this
+// file calls nothing from the standard library.
 //
-// V: kLanes floats in F, as many int32 in I, half as many doubles in D. Every operation of V is one IEEE operation,
-// nearest even, or exact, which is why all layers give the same bits. Nothing touches the rounding or denormal modes.
+// V: kLanes floats in F, as many int32 in I, half as many doubles in D. Every operation of V is exact or is one IEEE
+// operation rounded to nearest even, so all layers give the same bits. No code changes the rounding or denormal modes.
 
 namespace parablock::internal {
 namespace {
@@ -38,8 +38,9 @@ PARABLOCK_INLINE void store_as(void* base, int64_t at, typename V::F value) {
   if constexpr (kDtype == Dtype::kFp16) V::store_fp16(static_cast<uint16_t*>(base) + at, value);
 }
 
-// Brings in what a linear pass reads 3 KiB later. With three or more streams at once the hardware alone
-// falls behind. An address past the end of a buffer is harmless here, so it is computed as an integer.
+// Prefetches the data that a linear pass reads 3 KiB later: with three or more streams at once the hardware prefetchers
+// fall behind. The address may lie past the end of the buffer, which is harmless to prefetch but not a valid pointer,
+// so it is computed as an integer.
 constexpr uintptr_t kPrefetchBytes = 3072;
 PARABLOCK_INLINE void prefetch_after(const void* base, size_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset + kPrefetchBytes));
@@ -163,14 +164,14 @@ int64_t encode_plain(const void* now, const void* ref, const float* residual_in,
 
 // ---- decode, apply, accumulate
 
-// A code of fp32 or bf16; one that is not finite reads as 0 and is counted.
+// A code of fp32 or bf16; a code that is not finite reads as 0 and is counted.
 template <class V, Format kFormat>
 PARABLOCK_INLINE typename V::F load_plain(const uint8_t* codes, int64_t at, int64_t& invalid) {
   if constexpr (kFormat == Format::kFp32) return V::zero_from(V::load_bytes(codes + at * 4), kInfinity, invalid);
   if constexpr (kFormat == Format::kBf16) return V::zero_from(V::load_high_halves(codes + at * 2), kInfinity, invalid);
 }
 
-// Decodes within one group, whose scale it holds. A group with a non-finite scale decodes to +0 whatever its codes are.
+// Holds the scale of one group and decodes the group's codes: all codes to +0 when the scale is not finite.
 template <class V, Format kFormat>
 struct Group {
   PARABLOCK_INLINE Group(const uint8_t* scales, int64_t at) {
@@ -227,7 +228,7 @@ void apply_range(void* target, ConstPlanes in, int64_t numel) {
   }
 }
 
-// ---- loops that the compiler vectorises as they stand; V only keeps the variants apart
+// ---- loops that the compiler vectorises as they stand; V only gives each variant an instantiation of its own
 
 template <class V>
 uint64_t fingerprint_range(const uint32_t* words, int64_t first_index, int64_t count) {
@@ -254,7 +255,7 @@ Inspection inspect_groups(ConstPlanes in, int64_t numel) {
     for (int i = 0; i < kBytes; ++i) {
       if constexpr (kFormat == Format::kInt8) {
         const uint8_t negated = static_cast<uint8_t>(-codes[i]);
-        const uint8_t size = codes[i] < negated ? codes[i] : negated;  // of two's complements the smaller, unsigned
+        const uint8_t size = codes[i] < negated ? codes[i] : negated;  // |code|: of x and -x as unsigned, the smaller
         largest = size > largest ? size : largest;
         below_range = static_cast<uint8_t>(below_range + (codes[i] == 0x80));
       } else {

@@ -14,7 +14,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a packed body is littl
 namespace parablock::internal {
 namespace {
 
-// Exact: fp16 has fewer bits than fp32 in every field. Integers only, so that no denormal mode can matter.
+// Exact: fp16 has fewer bits than fp32 in every field. Uses integers only, so that the denormal mode does not matter.
 PARABLOCK_INLINE int32_t widen_fp16(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 31;
@@ -33,7 +33,7 @@ PARABLOCK_INLINE int32_t widen_fp16(uint16_t half) {
   return static_cast<int32_t>(sign | bits);
 }
 
-// Nearest even; a NaN becomes 0x7E00.
+// Rounds to nearest even; a NaN becomes 0x7E00.
 PARABLOCK_INLINE uint16_t narrow_to_fp16(int32_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) & 0x7FFFFFFFu;
   const uint32_t sign = (static_cast<uint32_t>(value) >> 16) & 0x8000u;
@@ -115,9 +115,9 @@ struct Portable {
     return from_bits(I{widen_fp16(p[0]), widen_fp16(p[1]), widen_fp16(p[2]), widen_fp16(p[3])});
   }
 
-  // Of a value that does not round to infinity or is not finite at all; a NaN must not come here.
+  // For infinities and for finite values that do not round to infinity; not for NaN.
   static PARABLOCK_INLINE F round_to_bf16(F a) {
-    typedef uint32_t U __attribute__((vector_size(16)));  // where a carry out of the sign may wrap
+    typedef uint32_t U __attribute__((vector_size(16)));  // unsigned: a carry out of the sign bit may wrap
     const U wide = __builtin_bit_cast(U, a);
     const U rounded = wide + U{0x7FFF, 0x7FFF, 0x7FFF, 0x7FFF} + ((wide >> 16) & 1);
     return __builtin_bit_cast(F, rounded & 0xFFFF0000u);

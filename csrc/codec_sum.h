@@ -1,47 +1,48 @@
 // The sum's arithmetic, on top of codec_kernels.h and under the same rules: included inside a target region, internal
-// linkage, nothing of the standard library.
+// linkage, no calls into the standard library.
 //
-// An element's sum is one integer of 128 bits in two's complement, in units of 2^-72, of which `hi` and `lo` are the
-// upper and the lower half. Adding is exact, so in which order, in which pieces and with which instructions it is done
-// cannot be seen in the result. That is used here: of int8 and int4 a group's factor, weight * scale, is rounded to
-// units once, and what its codes are multiplied with are digits of that integer, as wide as the multiplier at hand.
+// An element's sum is one integer of 128 bits in two's complement, in units of 2^-72; `hi` and `lo` are its upper and
+// lower half. Addition is exact, so the result does not depend on the order, the pieces or the instructions of the
+// additions. For int8 and int4, the factor of a group, weight * scale, is therefore rounded to units once; the codes
+// are then multiplied by digits of that integer, each as wide as the multiplier takes. Several digits form a window:
+// the factor's bits from bit `base` on, which one pass over the codes adds to the sum.
 
 namespace parablock::internal {
 namespace {
 
 typedef unsigned __int128 Magnitude;
 
-constexpr int64_t kTogether = 64;       // contributions whose products fit together into the sums of digits
-constexpr double kRounder = 0x1.8p52;   // units; see fold, for values of at most 2^51 of them
-constexpr int kCoarseBits = 52;        // the first step of rounding a single value to units
+constexpr int64_t kTogether = 64;      // contributions whose products fit into the sums of digits without overflow
+constexpr double kRounder = 0x1.8p52;  // in units; rounds magnitudes up to 2^51 units, see fold
+constexpr int kCoarseBits = 52;        // a coarse unit, the first step of rounding a single value, has 2^52 units
 constexpr double kCoarseUnit = 0x1p-20;
-constexpr double kFactorLimit = 0x1p31;  // only a group whose codes are all 0 has a factor as large as this
+constexpr double kFactorLimit = 0x1p31;  // a group with a factor this large has only codes that are 0
 
 struct Factor {
   Magnitude units;
   bool negative;
 };
 
-// `value`, without a sign and below kFactorLimit, in units, nearest even.
+// `value`, not negative and below kFactorLimit, in units, rounded to nearest even.
 PARABLOCK_INLINE Magnitude units_of(double value) {
   const uint64_t bits = __builtin_bit_cast(uint64_t, value);
   const int shift = static_cast<int>(bits >> 52) - 1075 + kUnitBits;
   const uint64_t mantissa = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000;
   if (__builtin_expect(shift >= 0, 1)) return static_cast<Magnitude>(mantissa) << shift;
-  if (shift < -53) return 0;  // less than half a unit; a subnormal, too
+  if (shift < -53) return 0;  // less than half a unit, as are all subnormals
   const uint64_t rest = mantissa << (64 + shift);
   const uint64_t whole = mantissa >> -shift;
   const uint64_t half = uint64_t{1} << 63;
   return whole + (rest > half || (rest == half && (whole & 1)));
 }
 
-// What the codes of the group at `at` count in the sum.
+// The factor of the group at `at`: how much a code of 1 adds to the sum.
 template <Format kFormat>
 PARABLOCK_INLINE Factor factor_of(const Contribution& one, int64_t at) {
   const int32_t bits = int32_t{load_u16(one.planes.scales + at / group_size(kFormat) * 2)} << 16;
   if ((bits & kInfinity) == kInfinity) return {0, false};
   const double value = one.weight * static_cast<double>(float_of(bits));
-  const double size = __builtin_fabs(value);  // also of -0, which a scale may be
+  const double size = __builtin_fabs(value);  // also for -0, which a scale may be
   return {size < kFactorLimit ? units_of(size) : 0, value < 0};
 }
 
@@ -50,7 +51,7 @@ PARABLOCK_INLINE int lowest_bit(Magnitude units) {
   return low != 0 ? __builtin_ctzll(low) : 64 + __builtin_ctzll(static_cast<uint64_t>(units >> 64));
 }
 
-// The factors of one group in all contributions, and the bits that any of them has.
+// The factors of one group in all contributions; `any` has the bits that are set in any of the factors.
 template <Format kFormat>
 struct Factors {
   PARABLOCK_INLINE Factors(const Contribution* in, int64_t count, int64_t at) {
@@ -96,7 +97,8 @@ PARABLOCK_INLINE void load_codes(int16_t (&out)[group_size(kFormat)], const uint
   }
 }
 
-// Digits of 15 bits, for a multiplier of 16 x 16; three of them go to a window. The compiler vectorises the loops.
+// Uses digits of 15 bits, for a multiplier of 16 x 16 bits, and three digits per window. The compiler vectorises the
+// loops.
 template <class V, Format kFormat>
 void add_group(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty) {
   constexpr int kGroup = static_cast<int>(group_size(kFormat));
@@ -142,8 +144,8 @@ void accumulate_groups(int64_t* hi, int64_t* lo, const Contribution* in, int64_t
   }
 }
 
-// Adding 1.5 * 2^52 units to a value leaves its count of units, nearest even, in the low bits of the result. All of the
-// bits are added: accumulate_plain takes off beforehand what the rounders' own come to.
+// Adding 1.5 * 2^52 units to a value leaves its count of units, rounded to nearest even, in the low bits of the result.
+// fold adds all bits of the result to the sum; accumulate_plain subtracts the rounders' own bits in advance.
 template <class V>
 PARABLOCK_INLINE void fold(typename V::L& coarse_sum, typename V::L& fine_sum, typename V::D value) {
   using D = typename V::D;
@@ -154,8 +156,8 @@ PARABLOCK_INLINE void fold(typename V::L& coarse_sum, typename V::L& fine_sum, t
   fine_sum = V::add_bits(fine_sum, V::add_d(rest, V::set_d(kRounder * kUnit)));
 }
 
-// fp32 and bf16 have a factor per element. It is rounded to units in two steps, each of 52 bits; a few vectors of both
-// sums stay in registers while all contributions are added to them.
+// fp32 and bf16 have one factor per element, which is rounded to units in two steps of 52 bits each. A few vectors of
+// both sums stay in registers while all contributions are added to them.
 template <class V, Format kFormat>
 void accumulate_plain(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                       bool empty) {
@@ -193,7 +195,7 @@ void accumulate_plain(int64_t* hi, int64_t* lo, const Contribution* in, int64_t 
   }
 }
 
-// The lower half counts as a number with a sign, so that a small negative sum does not come from two large numbers.
+// Reads the lower half as a signed number, so that a small negative sum is not the difference of two large numbers.
 template <class V>
 void mean_range(const int64_t* __restrict__ hi, const int64_t* __restrict__ lo, double total_weight, int64_t numel,
                 float* __restrict__ out) {

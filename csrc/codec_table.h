@@ -26,7 +26,7 @@ extern const Kernels kPortableKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
-// The two entries in which a machine that has VNNI, too, differs.
+// The two entries that differ on a machine that also has VNNI.
 void accumulate_int8_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                           bool empty);
 void accumulate_int4_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
@@ -35,8 +35,9 @@ void accumulate_int4_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int6
 
 }  // namespace parablock::internal
 
-// Compiles what stands between the two for a richer instruction set than the rest of the build. Standard headers go
-// before: a template of theirs instantiated in between could be merged with, and replace, the portable one.
+// The code between BEGIN and END is compiled for a richer instruction set than the rest of the build. Standard headers
+// belong before BEGIN: the linker could merge a standard template that is instantiated in between with the portable
+// instantiation, and keep the wrong one.
 #ifdef __clang__
 #define PARABLOCK_PRAGMA(text) _Pragma(#text)
 #define PARABLOCK_TARGET_BEGIN(set) \

@@ -1,5 +1,19 @@
-// The sum of int8 and int4 bodies for machines with AVX-512 VNNI, which multiplies 64 codes with digits of 8 bits in
-// one instruction and adds the products of four contributions. The rest of the codec is that of codec_avx512.cc.
+// Adds int8 and int4 bodies to a sum with AVX-512 VNNI; codec_avx512.cc has the rest of the codec. dpbusd multiplies 64
+// signed bytes by 64 unsigned bytes and adds each four neighbouring products to a 32-bit sum. Here the signed bytes are
+// the codes of four contributions, interleaved, and the unsigned bytes are digits of the contributions' factors.
+//
+// A factor, weight * scale, is an integer in units of 2^-72 (see codec_sum.h) with up to 103 bits. Only the bits from
+// the lowest to the highest bit set in any contribution's factor matter. `base` is the number of the lowest; the bits
+// from there on are the window. A window is cut into 8-bit digits, six at most; if that is not enough, a further window
+// follows with a higher `base`.
+//
+// Example: two contributions to one int8 element, with the factors 0x123400 and 0x45600 and the codes 3 and -2.
+//   base      the lowest bit set in any factor is bit 9 (0x123400 has bit 10, 0x45600 has bit 9): base = 9
+//   windows   0x123400 >> 9 = 0x91A and 0x45600 >> 9 = 0x22B
+//   digits    0x91A = 9, 0x1A and 0x22B = 2, 0x2B: digit 0 is {0x1A, 0x2B, 0, 0}, digit 1 is {9, 2, 0, 0}
+//   dpbusd    digit 0: 3 * 0x1A - 2 * 0x2B = -8; digit 1: 3 * 9 - 2 * 2 = 23
+//   window    -8 + (23 << 8) = 5880, the window of the element's sum
+//   add       sum += 5880 << 9, which is 3 * 0x123400 - 2 * 0x45600
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -11,7 +25,7 @@
 #define PARABLOCK_VNNI "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #else
 #define PARABLOCK_VNNI "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512"
-// GCC 12 takes the deliberately undefined operand inside its own intrinsics for a mistake of ours.
+// GCC 12 reports the deliberately undefined operand inside its own intrinsics as if it were an error in this file.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -25,28 +39,30 @@ PARABLOCK_TARGET_BEGIN(PARABLOCK_VNNI)
 namespace parablock::internal {
 namespace {
 
-constexpr int kBlock = 64;      // elements at a time: one register of codes
-constexpr int kFour = 4;        // contributions whose codes share a register
-constexpr int kMostDigits = 6;  // of a window; together they fit into 64 bits
-constexpr int64_t kLong = 1 << 16;  // elements, whose sums are as large as a second-level cache
-// Of each contribution this much ahead, into the second-level cache: blocks often begin at the same offset in a page,
-// so that the codes of sixteen do not fit into the first one together.
+constexpr int kBlock = 64;  // elements per block: one register of codes
+constexpr int kFour = 4;  // contributions whose products one dpbusd adds
+constexpr int kMostDigits = 6;  // of a window, so that the window of a sum fits into 64 bits
+constexpr int64_t kLong = 1 << 16;  // elements; the sums of this many fill a second-level cache
+// How many elements ahead the codes of each contribution are prefetched, into the second-level cache: bodies often
+// begin at the same offset in a page, so sixteen contributions would evict one another from the first-level cache.
+
 constexpr int kPrefetchCodes = 1024;
 
-// What is multiplied with the codes: digit j of the contributions 4q to 4q + 3 is word [q][j]. Missing ones are 0.
+// Word [q][j] has digit j of the contributions 4q to 4q + 3, a byte each; 0 for missing contributions.
 struct Digits {
   uint32_t words[kTogether / kFour][8];
 };
 
-// What a window has of the factors of one group.
+// The windows of one group, at the same `base` in every contribution.
 struct Windows {
   PARABLOCK_INLINE void end_at(int64_t count) {
     for (int64_t i = count; i < count + kFour; ++i) of[i] = 0;
   }
-  uint64_t of[kTogether + kFour];  // by contribution, with zeros behind the last
-  uint64_t negative = 0;           // a bit for each
+  uint64_t of[kTogether + kFour];  // by contribution, followed by zeros
+  uint64_t negative = 0;  // bit i: the factor of contribution i is negative
 };
 
+// Cuts windows into digits: transposes bytes, so that digit j of four contributions becomes one word.
 PARABLOCK_INLINE void cut(const Windows& windows, int64_t count, Digits& digits) {
   for (int64_t first = 0; first < count; first += kFour) {
     __m128i window[kFour];
@@ -59,8 +75,8 @@ PARABLOCK_INLINE void cut(const Windows& windows, int64_t count, Digits& digits)
   }
 }
 
-// 64 codes as bytes. Digits have no sign: an int4 group whose factor is negative gives its codes the other one. (An
-// int8 scale is never negative.)
+// Returns 64 codes as bytes. Digits are unsigned, so a negative factor negates the codes instead. Only int4 needs that,
+// since an int8 scale is never negative.
 template <Format kFormat>
 PARABLOCK_INLINE __m512i codes_at(const Contribution& one, int64_t at, bool negative) {
   if constexpr (kFormat == Format::kInt8) {
@@ -78,8 +94,8 @@ PARABLOCK_INLINE __m512i codes_at(const Contribution& one, int64_t at, bool nega
   }
 }
 
-// Four times 64 bytes to four bytes of each of 64 elements. Within 16 bytes an element's place stays: register q has
-// the elements 16 L + 4 q + i in lane L.
+// Interleaves the codes of four contributions, so that the four codes of an element lie in one 32-bit word. The words
+// stay within their 128-bit lanes: word i in lane L of register q belongs to element 16 L + 4 q + i.
 PARABLOCK_INLINE void interleave(const __m512i (&in)[kFour], __m512i (&out)[kFour]) {
   const __m512i ab_low = _mm512_unpacklo_epi8(in[0], in[1]);
   const __m512i ab_high = _mm512_unpackhi_epi8(in[0], in[1]);
@@ -91,7 +107,7 @@ PARABLOCK_INLINE void interleave(const __m512i (&in)[kFour], __m512i (&out)[kFou
   out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
 }
 
-// Brings sums that stand as `interleave` left them into the order of their elements.
+// Moves sums from the order that `interleave` makes into the order of their elements.
 PARABLOCK_INLINE void put_in_order(__m512i (&sums)[kFour]) {
   const __m512i low01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44);
   const __m512i high01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0xEE);
@@ -103,20 +119,25 @@ PARABLOCK_INLINE void put_in_order(__m512i (&sums)[kFour]) {
   sums[3] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
 }
 
-// What a window is added to. A sum that is not needed again before it would have left the cache goes past it.
-enum class Onto { kSum, kNothing, kNothingForLong };
+// How a window reaches the sums in memory. kStream bypasses the cache, for sums that are so long that they would leave
+// the cache before their next use; it needs aligned addresses.
+enum class Store {
+  kAdd,  // sum += window
+  kOverwrite,  // sum = window: the first window of an empty sum
+  kStream,  // the same, past the cache
+};
 
-// sums += window * 2^base, of eight elements
-PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int base, Onto onto) {
+// Adds or stores window * 2^base for eight elements.
+PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int base, Store store) {
   const __m512i low = _mm512_sll_epi64(window, _mm_cvtsi32_si128(base));  // 0 from 64 on
   const __m512i high = base < 64 ? _mm512_sra_epi64(window, _mm_cvtsi32_si128(64 - base))
                                  : _mm512_sll_epi64(window, _mm_cvtsi32_si128(base - 64));
-  if (onto == Onto::kNothing) {
+  if (store == Store::kOverwrite) {
     _mm512_storeu_si512(lo, low);
     _mm512_storeu_si512(hi, high);
     return;
   }
-  if (onto == Onto::kNothingForLong) {
+  if (store == Store::kStream) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(lo), low);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(hi), high);
     return;
@@ -128,10 +149,10 @@ PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int b
   _mm512_storeu_si512(hi, _mm512_mask_sub_epi64(upper, carry, upper, _mm512_set1_epi64(-1)));
 }
 
-// One block of all contributions times `kDigits` digits of their factors.
+// Multiplies one block of all contributions by `kDigits` digits of their factors, and adds or stores the window.
 template <Format kFormat, int kDigits>
 void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative, const Digits& digits,
-               int64_t at, int base, Onto onto) {
+               int64_t at, int base, Store store) {
   constexpr int kPairs = (kDigits + 1) / 2;
   __m512i sums[kDigits][kFour];
   for (int j = 0; j < kDigits; ++j)
@@ -139,7 +160,7 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
   for (int64_t first = 0; first < count; first += kFour) {
     __m512i apart[kFour];
     for (int64_t i = 0; i < kFour; ++i) {
-      const int64_t one = first + i < count ? first + i : first;  // what has no digits may have any codes
+      const int64_t one = first + i < count ? first + i : first;  // a missing one has digits 0, so any codes do
       apart[i] = codes_at<kFormat>(in[one], at, negative >> one & 1);
     }
     __m512i together[kFour];
@@ -149,6 +170,7 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
       for (int q = 0; q < kFour; ++q) sums[j][q] = _mm512_dpbusd_epi32(sums[j][q], digit, together[q]);
     }
   }
+  // Two neighbouring digits' sums still fit into 32 bits together: |sum| <= 64 * 128 * 255 < 2^21.
   __m512i pairs[kPairs][kFour];
   for (int p = 0; p < kPairs; ++p) {
     for (int q = 0; q < kFour; ++q) {
@@ -167,13 +189,13 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
         window = _mm512_add_epi64(window, _mm512_slli_epi64(_mm512_cvtepi32_epi64(narrow), 16 * p));
       }
       const int64_t to = at + 16 * q + 8 * half;
-      add_window(hi + to, lo + to, window, base, onto);
+      add_window(hi + to, lo + to, window, base, store);
     }
   }
 }
 
 using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative,
-                          const Digits& digits, int64_t at, int base, Onto onto);
+                          const Digits& digits, int64_t at, int base, Store store);
 
 template <Format kFormat>
 constexpr AddBlock kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>, &add_block<kFormat, 3>,
@@ -186,18 +208,18 @@ PARABLOCK_INLINE int bit_length(Magnitude units) {
 
 template <Format kFormat>
 PARABLOCK_INLINE void add_windows_of_group(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count,
-                                           const Windows& windows, int64_t at, int digit_count, int base, Onto onto) {
+                                           const Windows& windows, int64_t at, int digit_count, int base, Store store) {
   Digits digits;
   cut(windows, count, digits);
   for (int64_t block = at; block < at + group_size(kFormat); block += kBlock)
-    kAddBlock<kFormat>[digit_count - 1](hi, lo, in, count, windows.negative, digits, block, base, onto);
+    kAddBlock<kFormat>[digit_count - 1](hi, lo, in, count, windows.negative, digits, block, base, store);
 }
 
 PARABLOCK_INLINE void clear(int64_t* hi, int64_t* lo, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) hi[i] = lo[i] = 0;
 }
 
-// Of any factors: one window after the other.
+// Adds one group with factors of any width: one window after the other.
 template <Format kFormat>
 void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty,
                     bool is_long) {
@@ -214,21 +236,22 @@ void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t co
     const int digit_count = wanted < kMostDigits ? wanted : kMostDigits;
     for (int64_t i = 0; i < count; ++i) windows.of[i] = static_cast<uint64_t>(factors.of[i].units >> base);
     const bool last = digit_count == wanted;
-    const Onto onto = !empty ? Onto::kSum : last && is_long ? Onto::kNothingForLong : Onto::kNothing;
-    add_windows_of_group<kFormat>(hi, lo, in, count, windows, at, digit_count, base, onto);
+    const Store store = !empty ? Store::kAdd : last && is_long ? Store::kStream : Store::kOverwrite;
+    add_windows_of_group<kFormat>(hi, lo, in, count, windows, at, digit_count, base, store);
     empty = false;
     base += 8 * digit_count;
   }
 }
 
-// The factors of eight groups, a lane each, that `add_group_vnni` would find one by one. In a model's uploads those of
-// one group differ by a few binades and have few bits, so that nearly always one window has them all: then they are
-// here, aligned to the largest of them. `fits` tells for which groups.
+// The windows of eight groups at once, one group per 64-bit lane, which `add_group_vnni` computes for one group at a
+// time. In the uploads of a model, the factors of a group differ by a few binades and have few bits, so one window
+// nearly always covers all of them. Here each factor's bits are shifted so that bit 63 of a lane stands for the highest
+// bit of the group's largest factor. `fits` tells which groups one window covers.
 template <Format kFormat>
-struct Strip {
+struct EightGroups {
   static constexpr int64_t kGroups = 8;
 
-  PARABLOCK_INLINE Strip(const Contribution* in, int64_t count, int64_t at) {
+  PARABLOCK_INLINE EightGroups(const Contribution* in, int64_t count, int64_t at) {
     const __m512i implicit = _mm512_set1_epi64(int64_t{1} << 52);
     __m512i top = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; ++i) {
@@ -237,7 +260,7 @@ struct Strip {
       const __m512d value = _mm512_mul_pd(_mm512_set1_pd(in[i].weight), _mm512_cvtps_pd(_mm256_castsi256_ps(bits)));
       const __m512d size = _mm512_abs_pd(value);
       negative[i] = _mm512_cmp_pd_mask(value, _mm512_setzero_pd(), _CMP_LT_OQ);
-      const __mmask8 counts = _mm512_cmp_pd_mask(size, _mm512_set1_pd(kFactorLimit), _CMP_LT_OQ);  // no NaN does
+      const __mmask8 counts = _mm512_cmp_pd_mask(size, _mm512_set1_pd(kFactorLimit), _CMP_LT_OQ);  // false for NaN
       const __m512i exponent = _mm512_srli_epi64(_mm512_maskz_mov_epi64(counts, _mm512_castpd_si512(size)), 52);
       const __mmask8 normal = _mm512_test_epi64_mask(exponent, exponent);
       const __m512i fraction = _mm512_and_si512(_mm512_castpd_si512(size), _mm512_set1_epi64((int64_t{1} << 52) - 1));
@@ -274,11 +297,11 @@ struct Strip {
     }
   }
 
-  // The exponent, as a double has it, of a factor whose highest bit, the 63rd of its frame, is unit 63.
+  // The exponent field of a double whose highest bit is 2^63 units: then bit 0 of its frame counts one unit.
   static constexpr int kFrameExponent = 1023 - kUnitBits + 63;
 
   __m512i exponents[kTogether];
-  __m512i frames[kTogether];  // of a contribution: the bits of its factors, the highest of all at the top
+  __m512i frames[kTogether];  // by contribution: the bits of its factors, aligned to each group's largest factor
   __mmask8 negative[kTogether];
   bool empty[kGroups];
   bool fits[kGroups];
@@ -288,18 +311,19 @@ struct Strip {
 };
 
 template <Format kFormat>
-void add_strip(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty, bool is_long) {
-  const Strip<kFormat> strip(in, count, at);
-  for (int64_t g = 0; g < strip.kGroups; ++g) {
+void add_eight_groups(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t at, bool empty,
+                      bool is_long) {
+  const EightGroups<kFormat> eight(in, count, at);
+  for (int64_t g = 0; g < eight.kGroups; ++g) {
     const int64_t here = at + g * group_size(kFormat);
-    if (!strip.fits[g]) {
+    if (!eight.fits[g]) {
       add_group_vnni<kFormat>(hi, lo, in, count, here, empty, is_long);
-    } else if (!strip.empty[g]) {
+    } else if (!eight.empty[g]) {
       Windows windows;
       windows.end_at(count);
-      strip.windows_of(g, count, windows);
-      const Onto onto = !empty ? Onto::kSum : is_long ? Onto::kNothingForLong : Onto::kNothing;
-      add_windows_of_group<kFormat>(hi, lo, in, count, windows, here, strip.digits[g], strip.base[g], onto);
+      eight.windows_of(g, count, windows);
+      const Store store = !empty ? Store::kAdd : is_long ? Store::kStream : Store::kOverwrite;
+      add_windows_of_group<kFormat>(hi, lo, in, count, windows, here, eight.digits[g], eight.base[g], store);
     } else if (empty) {
       clear(hi, lo, here, here + group_size(kFormat));
     }
@@ -309,7 +333,7 @@ void add_strip(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
 template <Format kFormat>
 void accumulate_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                      bool empty) {
-  constexpr int64_t kStrip = Strip<kFormat>::kGroups * group_size(kFormat);
+  constexpr int64_t kEightGroups = EightGroups<kFormat>::kGroups * group_size(kFormat);
   const bool aligned = (reinterpret_cast<uintptr_t>(hi) | reinterpret_cast<uintptr_t>(lo)) % sizeof(__m512i) == 0;
   const bool is_long = aligned && count <= kTogether && end - begin >= kLong;
   int64_t at = begin;
@@ -319,7 +343,7 @@ void accumulate_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t c
       add(hi, lo, in + first, here, at, empty && first == 0, is_long);
     }
   };
-  for (; at + kStrip <= end; at += kStrip) add_all(&add_strip<kFormat>);
+  for (; at + kEightGroups <= end; at += kEightGroups) add_all(&add_eight_groups<kFormat>);
   for (; at < end; at += group_size(kFormat)) add_all(&add_group_vnni<kFormat>);
 }
 

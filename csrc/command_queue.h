@@ -1,4 +1,4 @@
-// What the loop thread is asked to do, by any thread, in the order in which it was asked.
+// Commands from any thread to the loop thread, which carries them out in order.
 #pragma once
 
 #include <functional>
@@ -13,11 +13,11 @@ class CommandQueue {
  public:
   using Command = std::function<void()>;
 
-  explicit CommandQueue(Loop& loop) : loop_(loop) {}  // woken for each command
+  explicit CommandQueue(Loop& loop) : loop_(loop) {}  // each command wakes the loop
 
   bool push(Command command);  // any thread; false once the queue is closed
-  void carry_out();            // loop thread only: everything that is there
-  void close();  // once no loop carries them out; lets go of the buffers of transfers that came too late
+  void carry_out();            // loop thread only: runs every queued command
+  void close();  // after the loop has ended; releases the buffers of transfers that came too late
 
  private:
   Loop& loop_;

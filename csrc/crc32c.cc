@@ -30,7 +30,7 @@ constexpr std::array<Table, 8> make_slices() {
 
 constexpr std::array<Table, 8> kSlices = make_slices();
 
-// Both take and return the raw register (no inversion).
+// All update functions take and return the raw register (no inversion).
 uint32_t update_portable(uint32_t crc, const uint8_t* data, size_t bytes) {
   for (; bytes >= 8; bytes -= 8, data += 8) {
     uint64_t word;
@@ -45,7 +45,8 @@ uint32_t update_portable(uint32_t crc, const uint8_t* data, size_t bytes) {
 
 #ifdef __x86_64__
 
-// Appending zero bytes is linear in the register, so a table lookup a byte moves a partial checksum over a stride.
+// Appending zero bytes is linear in the register, so one table lookup per byte of the register moves a partial checksum
+// over a stride.
 constexpr size_t kStride = 1024;
 constexpr size_t kCacheLine = 64;
 
@@ -76,9 +77,9 @@ uint64_t load64(const uint8_t* data) {
   return word;
 }
 
-// The instruction has a latency of three cycles and a throughput of one: three strides run side by side. Hardware
-// prefetchers do not follow them, so the strides after the next are asked for here: from memory that is two to three
-// times as fast.
+// The instruction has a latency of three cycles and a throughput of one per cycle, so three strides run side by side.
+// The hardware prefetchers do not follow them; prefetching the strides after the next makes reads from memory two to
+// three times as fast.
 __attribute__((target("sse4.2"))) uint32_t update_sse42(uint32_t crc, const uint8_t* data, size_t bytes) {
   static const Shift shift;
   while (bytes >= 3 * kStride) {
@@ -109,7 +110,8 @@ constexpr uint64_t power_of_x(int n) {
   return power;
 }
 
-// What moves a 128-bit remainder over `bits` of message: for its earlier half (the low one) and its later.
+// The factors that move a 128-bit remainder over a stretch of message: one for its earlier half, which is the low one,
+// and one for its later half.
 struct Distance {
   uint64_t low, high;
 };
@@ -130,7 +132,7 @@ PARABLOCK_CLMUL inline __m512i fold(__m512i folded, __m512i over, __m512i next) 
                                    _mm512_clmulepi64_epi128(folded, over, 0x11), next, kXorOfThree);
 }
 
-// Four registers of carry-less products side by side: twice as fast as the CRC instruction on what is in cache.
+// Four registers of carry-less products side by side: twice as fast as the CRC instruction on data in cache.
 PARABLOCK_CLMUL uint32_t update_clmul(uint32_t crc, const uint8_t* data, size_t bytes) {
   constexpr size_t kRegister = 64, kBlock = 4 * kRegister;
   if (bytes < kBlock) return update_sse42(crc, data, bytes);
@@ -164,7 +166,7 @@ bool has_clmul() { return has_sse42() && __builtin_cpu_supports("avx512vl") && _
 
 using Update = uint32_t (*)(uint32_t, const uint8_t*, size_t);
 
-// What this machine can run, fastest last.
+// The implementations that this machine can run, fastest last.
 std::vector<Update> updates() {
   std::vector<Update> list = {&update_portable};
 #ifdef __x86_64__

@@ -43,8 +43,8 @@ void Device::copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream
     driver_->copy_to_host(static_cast<uint8_t*>(to) + at, from + at, std::min(copy_bytes_, bytes - at), stream);
 }
 
-// A stream that runs a host function stands still meanwhile. So the copies' stream only records an event, and a second
-// stream waits for it and runs the function, while the next copy goes on.
+// A host function blocks the stream that runs it. So the copy stream only records an event, and a second stream waits
+// for the event and runs the function while the next copy proceeds.
 void Device::notify_host(Stream signal, Stream stream, CudaEvent event, std::shared_ptr<void> keep, HostAction action,
                          uint64_t value) {
   Mailbox::Callback* callback = mailbox_->callback(std::move(keep), action, value);
@@ -66,7 +66,7 @@ void Device::copy_units(const std::shared_ptr<DeviceToHost>& to_host, DeviceAddr
   uint8_t* host_scales = source.body();
   uint8_t* host_codes = host_scales + layout.units * layout.scale_bytes;
   uint64_t last = first + units;
-  // The scales are a small part: one copy. The codes then go in pieces that end where a chunk ends.
+  // The scales are small: one copy. The codes follow in pieces that end at chunk boundaries.
   if (layout.scale_bytes > 0)
     driver_->copy_to_host(host_scales + first * layout.scale_bytes, scales, units * layout.scale_bytes, down());
   uint64_t step =
@@ -105,14 +105,14 @@ void Device::synchronise() {
 void Device::close() {
   if (closed_) return;
   closed_ = true;
-  if (!worker_.is_of_this_process()) return worker_.join();  // nor is the GPU
+  if (!worker_.is_of_this_process()) return worker_.join();  // a forked child has neither the worker nor the GPU
   mailbox_->stop();
   worker_.join();
   try {
     synchronise();
     ContextScope scope(*driver_, context_);
     for (CudaStream stream : streams_) driver_->destroy_stream(stream);
-  } catch (const DeviceError&) {  // the device has failed: its streams go with its context
+  } catch (const DeviceError&) {  // the device has failed: its context takes the streams with it
   }
   events_->give_back(down_event_);
   events_->give_back(up_event_);
@@ -160,7 +160,7 @@ bool Device::advance(const std::shared_ptr<HostToDevice>& pointer) {
   }
   bool complete = arrival.units_done_ == layout.units;
   if (!complete && !arrival.cancelled_) return false;
-  // The buffer must outlive the copies.
+  // The callback's only purpose is to keep the buffer alive until the copies are done.
   if (arrival.units_done_ > 0) notify_host(kUpSignal, kUp, up_event_, pointer, [](void*, uint64_t) {}, 0);
   if (complete) arrival.finished(mark(up()));
   return true;

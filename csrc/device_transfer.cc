@@ -14,7 +14,7 @@ EventPool::~EventPool() {
   try {
     ContextScope scope(*driver_, context_);
     for (CudaEvent event : idle_) driver_->destroy_event(event);
-  } catch (const DeviceError&) {  // the driver is shutting down and lets go of everything
+  } catch (const DeviceError&) {  // the driver is shutting down and frees everything
   }
 }
 
@@ -50,7 +50,7 @@ void DeviceToHost::copied(uint64_t chunks) {
     uint32_t bytes = source_->layout().chunk_bytes(copied_);
     recorder.note(Stage::kCopy, key_, copied_, bytes, last_copied_ns_, now_ns);
     int64_t start_ns = monotonic_ns();
-    source_->chunk_crc(copied_);  // which `raise` would take otherwise
+    source_->chunk_crc(copied_);  // computed here to be timed; `raise` would compute it untimed
     recorder.note(Stage::kChecksum, key_, copied_, bytes, start_ns, monotonic_ns());
   }
   last_copied_ns_ = now_ns;

@@ -1,5 +1,6 @@
-// A body between a GPU and the host buffer that the network uses: DeviceToHost on its way out, HostToDevice on its way
-// in. Both keep the host side's memory until the last copy has been made; the device's memory is the caller's to keep.
+// The transfer of a body between a GPU and the host buffer that the network uses: DeviceToHost for outgoing bodies,
+// HostToDevice for incoming ones. Both keep the host memory alive until the last copy is done; the caller keeps the
+// device memory alive.
 #pragma once
 
 #include <atomic>
@@ -17,7 +18,7 @@
 
 namespace parablock {
 
-// Events that are used again. May outlive its Device; the last owner must not go in a driver callback.
+// A pool of reusable events. May outlive its Device; must not be destroyed in a driver callback.
 class EventPool {
  public:
   EventPool(std::shared_ptr<const Driver> driver, CudaContext context);
@@ -52,17 +53,17 @@ class Mark {
 
 class DeviceToHost {
  public:
-  // `ring`: where each chunk that is on the host is noted, as of `key`; may be null.
+  // `ring` gets a record of each copied chunk, under `key`; may be null.
   DeviceToHost(std::shared_ptr<Source> source, std::shared_ptr<Ring> ring, TransferKey key);
 
   Source& source() { return *source_; }
   bool wait(int64_t timeout_ns);  // true once everything queued before `Device::finish` is on the host
   int64_t started_ns() const { return started_ns_; }
-  int64_t first_copied_ns() const { return first_copied_ns_; }  // as the next
-  int64_t finished_ns() const { return finished_ns_; }  // valid once done
+  int64_t first_copied_ns() const { return first_copied_ns_; }  // both valid once done
+  int64_t finished_ns() const { return finished_ns_; }
 
-  // In driver callbacks, one after the other.
-  void copied(uint64_t chunks);  // so many are on the host, from the first
+  // Called from driver callbacks, one at a time.
+  void copied(uint64_t chunks);  // the first `chunks` chunks are on the host
   void finished();
 
  private:
@@ -81,18 +82,19 @@ class DeviceToHost {
 
 class HostToDevice {
  public:
-  // The planes on the device begin at `scales` and `codes`. `after` may be null: they are free already.
+  // The planes on the device begin at `scales` and `codes`, and are free after the mark `after`; null: free now.
   HostToDevice(const std::shared_ptr<Mailbox>& mailbox, std::shared_ptr<Buffer> buffer, const Layout& layout,
                DeviceAddress scales, DeviceAddress codes, std::shared_ptr<Mark> after);
 
   const std::shared_ptr<Watermark>& watermark() const { return watermark_; }
 
-  // The mark behind the last copy, once all are queued; null after `timeout_ns`. Throws DeviceError when one failed.
+  // Waits until all copies are queued and returns the mark behind the last one; null after `timeout_ns`. Throws
+  // DeviceError when a copy failed.
   std::shared_ptr<Mark> wait(int64_t timeout_ns);
   void cancel();  // nothing more is copied
 
  private:
-  friend class Device;  // whose worker alone uses the rest
+  friend class Device;  // only its worker uses the rest
   void finished(std::shared_ptr<Mark> mark);
   void failed(std::string why);
 

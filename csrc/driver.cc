@@ -5,7 +5,7 @@
 namespace parablock {
 namespace {
 
-// Of cuda.h, whose values are part of the driver's binary interface.
+// Values from cuda.h; they are part of the driver's binary interface.
 constexpr int kSuccess = 0;
 constexpr int kNotReady = 600;
 constexpr unsigned kStreamNonBlocking = 1;

@@ -1,5 +1,5 @@
-// The CUDA driver, found at run time: no CUDA is needed to build, and a machine without one only cannot use this.
-// Declares the few functions that staging needs, with the driver's own names less their "cu".
+// The CUDA driver, loaded at run time: building needs no CUDA, and on a machine without the driver only GPU staging is
+// missing. Declares the few functions that staging needs, under the driver's names without their "cu".
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace parablock {
 
-// The driver is missing, too old, or refused something; `what` has the driver's own words.
+// The driver is missing or too old, or refused a call; `what` has the driver's own text.
 class DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -32,10 +32,10 @@ class Driver {
 
   int version() const { return version_; }  // 12040 is CUDA 12.4
 
-  // Each throws DeviceError. What touches a context needs it to be current: see ContextScope.
+  // Each throws DeviceError. Functions that use a context need it to be current: see ContextScope.
   CudaContext current_context() const;
   void set_context(CudaContext context) const;
-  CudaStream create_stream(bool urgent) const;  // non-blocking; at the highest priority there is, or at the lowest
+  CudaStream create_stream(bool urgent) const;  // non-blocking; urgent: highest priority, else lowest
   CudaEvent create_event() const;  // without timing
   void record(CudaEvent event, CudaStream stream) const;
   void wait(CudaStream stream, CudaEvent event) const;
@@ -43,10 +43,10 @@ class Driver {
   void copy_to_host(void* to, DeviceAddress from, size_t bytes, CudaStream stream) const;
   void launch(CudaStream stream, HostFunction function, void* argument) const;
   void synchronize(CudaStream stream) const;
-  void check(CudaStream stream) const;  // throws when the work on it has failed; never waits
+  void check(CudaStream stream) const;  // throws when work on the stream has failed; never waits
   void pin(void* memory, size_t bytes) const;
 
-  // For destructors: a driver that is shutting down refuses them, which harms nobody.
+  // For destructors: errors are ignored, since a driver that is shutting down refuses these calls.
   void unpin(void* memory) const noexcept;
   void destroy_stream(CudaStream stream) const noexcept;
   void destroy_event(CudaEvent event) const noexcept;
@@ -80,7 +80,7 @@ class Driver {
   int version_ = 0;
 };
 
-// Makes a context current on this thread for as long as it lives, and then the one that was.
+// Makes a context current on this thread while it lives, then restores the previous one.
 class ContextScope {
  public:
   ContextScope(const Driver& driver, CudaContext context);

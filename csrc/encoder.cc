@@ -56,7 +56,7 @@ int64_t EncodeJob::encode_range(int64_t begin, int64_t end, Planes body) const {
   return bad;
 }
 
-// A chunk that was just encoded; takes its checksum, which `raise` would take otherwise.
+// Records a chunk that was just encoded. Computes its checksum here to time it; `raise` would compute it untimed.
 void EncodeJob::note_chunk(const Recorder& recorder, uint64_t chunk, int64_t started_ns) {
   uint32_t bytes = source_->layout().chunk_bytes(chunk);
   int64_t encoded_ns = monotonic_ns();
@@ -94,7 +94,7 @@ Encoder::Encoder(std::shared_ptr<Ring> ring) : ring_(std::move(ring)) {
 }
 
 Encoder::~Encoder() {
-  if (!thread_.is_of_this_process()) {  // it may hold the mutex for ever
+  if (!thread_.is_of_this_process()) {  // forked child: the mutex may stay locked for ever
     thread_.join();
     return;
   }

@@ -1,7 +1,7 @@
-// The encode thread: packs a block chunk by chunk into a Source and raises its watermark after each chunk, so that the
-// loop thread sends chunk i while chunk i+1 is encoded and the training thread is long gone.
+// The encode thread: packs a block chunk by chunk into a Source and raises the watermark after each chunk, so that the
+// loop thread sends chunk i while chunk i+1 is encoded. The training thread waits for neither.
 //
-// The caller owns all memory that a job names and keeps it, unchanged, until the job is done.
+// The caller owns all memory that a job refers to, and keeps it alive and unchanged until the job is done.
 #pragma once
 
 #include <condition_variable>
@@ -18,7 +18,7 @@
 
 namespace parablock {
 
-// A range of a block with one dtype a side. Pieces lie one behind the other in the flat block.
+// A range of a block with one dtype for `now` and one for `ref`. Pieces follow one another in the flat block.
 struct EncodePiece {
   const void* now;
   Dtype now_dtype;
@@ -31,7 +31,7 @@ struct EncodePiece {
 
 class EncodeJob {
  public:
-  // `key` names the transfer in the records.
+  // `key` identifies the transfer in the records.
   EncodeJob(std::vector<EncodePiece> pieces, Format format, std::shared_ptr<Source> source, TransferKey key);
 
   bool wait(int64_t timeout_ns);  // true once done
@@ -60,7 +60,7 @@ class EncodeJob {
 
 class Encoder {
  public:
-  explicit Encoder(std::shared_ptr<Ring> ring);  // where the thread notes each chunk; may be null
+  explicit Encoder(std::shared_ptr<Ring> ring);  // gets a record of each chunk; may be null
   ~Encoder();  // finishes every submitted job
 
   void submit(std::shared_ptr<EncodeJob> job);

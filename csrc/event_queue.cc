@@ -24,7 +24,7 @@ void EventQueue::push(Event event, size_t most) {
   ready_.notify_one();
 }
 
-// Whoever takes an event right after the answer wakes the loop, which then asks again.
+// The answer may be outdated at once, which is harmless: the thread that takes an event wakes the loop to ask again.
 bool EventQueue::full(uint64_t link) const {
   std::lock_guard lock(mutex_);
   auto unread = unread_.find(link);

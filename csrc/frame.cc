@@ -9,7 +9,7 @@
 namespace parablock {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "headers are copied to the wire as they lie in memory");
+static_assert(std::endian::native == std::endian::little, "headers go to the wire in memory order");
 
 constexpr uint32_t kMagic = 0x4B4C4250;  // "PBLK"
 constexpr size_t kHeaderCrcAt = 40;
@@ -46,7 +46,8 @@ HeaderBytes write_header(const FrameHeader& header) {
 
 void check_magic(const HeaderBytes& bytes) {
   if (get<uint32_t>(bytes, 0) == kMagic) return;
-  // A TLS record: an alert or a handshake, of version 3.x. Our header tells the peer what it has reached.
+  // A TLS record (alert or handshake, version 3.x). VersionError makes this side send a header, which tells the peer
+  // that it has reached ParaBlock without TLS.
   if ((bytes[0] == 0x15 || bytes[0] == 0x16) && bytes[1] == 3)
     throw VersionError(
         "expected a ParaBlock peer without TLS, found one that uses TLS: give both sides TLS options, or neither");
@@ -55,7 +56,7 @@ void check_magic(const HeaderBytes& bytes) {
 
 FrameHeader read_header(const HeaderBytes& bytes) {
   check_magic(bytes);
-  // Before the checksum: another version may well have another header.
+  // Checked before the checksum: another version may have another header layout.
   if (auto version = get<uint8_t>(bytes, 4); version != kProtocolVersion)
     throw VersionError("the peer speaks protocol version " + std::to_string(version) + ", this side version " +
                        std::to_string(kProtocolVersion) + ": install the same release on both");

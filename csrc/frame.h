@@ -17,12 +17,13 @@ constexpr size_t kHeaderBytes = 44;
 constexpr size_t kMagicBytes = 4;
 constexpr size_t kLaneKeyBytes = 32;
 
-// The peer broke the protocol, or somebody who does not speak it is connected. The link cannot go on.
+// The peer broke the protocol or does not speak it. The link cannot go on.
 struct ProtocolError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The peer speaks another version: the one error after which a frame of ours tells the peer so before the link closes.
+// The peer speaks another version. Only after this error does this side send one more frame, whose header tells the
+// peer the version, before the link closes.
 struct VersionError : ProtocolError {
   using ProtocolError::ProtocolError;
 };
@@ -32,16 +33,16 @@ enum class FrameType : uint8_t {
   kData = 2,     // payload: one chunk of a transfer, `offset` bytes into it
   kAck = 3,      // `offset`: bytes received so far; payload: u64, bytes the sender may have sent in all
   kCancel = 4,   // the receiver does not want this transfer (any more)
-  kPing = 5,     // `offset`: any number, returned by
+  kPing = 5,     // `offset`: any number, which the kPong returns
   kPong = 6,
-  kAttach = 7,    // first of a connection; payload: the key of the link that it becomes a lane of
-  kResend = 8,    // the chunk at `offset` failed its checksum: once more
+  kAttach = 7,    // first frame of a connection that asks to become a lane; payload: the lane key of the link
+  kResend = 8,    // the chunk at `offset` failed its checksum and must be sent again
   kWithdraw = 9,  // the sender gives this transfer up
 };
 
-// Names a transfer on its link. The direction follows from who posts it.
+// Identifies a transfer on its link. The direction follows from the side that posts it.
 struct TransferKey {
-  uint8_t kind = 0;  // meaning: the layer above
+  uint8_t kind = 0;  // its meaning belongs to the layer above
   uint32_t round = 0;
   uint32_t block = 0;
   auto operator<=>(const TransferKey&) const = default;
@@ -59,7 +60,7 @@ struct FrameHeader {
 using HeaderBytes = std::array<uint8_t, kHeaderBytes>;
 
 HeaderBytes write_header(const FrameHeader& header);
-void check_magic(const HeaderBytes& bytes);             // of the first kMagicBytes; throws ProtocolError, as
+void check_magic(const HeaderBytes& bytes);         // needs only the first kMagicBytes; throws ProtocolError
 FrameHeader read_header(const HeaderBytes& bytes);  // throws ProtocolError
 
 }  // namespace parablock

@@ -7,7 +7,7 @@
 namespace parablock {
 namespace {
 
-constexpr int kReadsPerTurn = 16;  // then other lanes get theirs
+constexpr int kReadsPerTurn = 16;  // then the other lanes have their turn
 constexpr size_t kSegmentsPerFrame = 4;
 constexpr size_t kMostUnsentBytes = 1 << 20;
 constexpr int64_t kRateEveryNs = 4'000'000;
@@ -52,8 +52,8 @@ Lane::End Lane::read(Session& session, int64_t now_ns) {
     }
     bytes_in_.fetch_add(static_cast<uint64_t>(count), std::memory_order_relaxed);
     session.arrived(static_cast<size_t>(count), now_ns, index_);
-    if (session.asks_to_attach()) return std::nullopt;  // what follows is for another link's session
-    // The socket is empty: spare the read that would say so.
+    if (session.asks_to_attach()) return std::nullopt;  // the next bytes belong to another link's session
+    // A short read means that the socket is empty: saves the read that would return EAGAIN.
     if (static_cast<size_t>(count) < offered) return std::nullopt;
   }
   return std::nullopt;
@@ -66,7 +66,7 @@ void Lane::put(OutFrame frame, int64_t ready_at_ns) {
   departing_.push_back({std::move(frame), ready_at_ns, recorder_ ? monotonic_ns() : 0});
 }
 
-// The segments of frames that may leave, in order: how many, and how many bytes.
+// Collects the segments of the frames that may leave, in order. Returns the number of segments and of bytes.
 std::pair<size_t, size_t> Lane::gather(Vectors& out, int64_t now_ns) const {
   size_t skip = front_written_;
   size_t count = 0;
@@ -103,8 +103,8 @@ void Lane::consumed(size_t bytes) {
   }
 }
 
-// Frames wait behind each other for the socket, so one begins where the one before it ended. Those that left in one
-// call lie on top of each other: the peer may have had any of them before the call returned.
+// Frames queue for the socket, so the record of a frame begins where that of the previous frame ended. Frames that left
+// in the same call get overlapping records: the peer may have had any of them before the call returned.
 void Lane::note_sent(const Departing& departed, int64_t now_ns) {
   bool first_of_call = last_sent_ns_ <= write_began_ns_;
   int64_t start_ns = first_of_call ? std::max(departed.put_ns, last_sent_ns_) : write_began_ns_;
@@ -114,8 +114,9 @@ void Lane::note_sent(const Departing& departed, int64_t now_ns) {
   recorder_.note(Stage::kSend, frame.key, frame.chunk, frame.bytes() - frame.header.size(), start_ns, now_ns, index_);
 }
 
-// A fast connection is fed in larger pieces, which cost both ends less: a millisecond of what it takes, within bounds.
-// A control message waits behind no more than that.
+// Feeds a fast connection in larger batches, which cost both ends less: one millisecond's worth of bytes at the current
+// rate, within limits. A control message waits behind at most one batch.
+
 void Lane::follow_rate(int64_t now_ns) {
   const int64_t span_ns = now_ns - rate_since_ns_;
   if (span_ns < kRateEveryNs) return;

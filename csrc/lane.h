@@ -1,5 +1,4 @@
-// One connection of a link: moves frames between its channel and the link's session. All of it belongs to the loop
-// thread, but for `stats`.
+// One connection of a link: moves frames between its channel and the link's session. Loop thread only, except `stats`.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +16,7 @@
 
 namespace parablock {
 
-// Bytes are those of frames, headers included; the rest is the kernel's view of the connection (TCP_INFO).
+// bytes_in and bytes_out count frames with their headers; the rest is the kernel's view of the connection (TCP_INFO).
 struct LaneStats {
   uint32_t rtt_us = 0;
   uint32_t rttvar_us = 0;
@@ -45,48 +44,49 @@ class Lane {
   Channel& channel() { return channel_; }
   const Channel& channel() const { return channel_; }
 
-  // Both return why the link is over, if it is. Throw ProtocolError, ChannelError and what memory throws.
+  // Both return the reason if the link is over. Throw ProtocolError, ChannelError and std::bad_alloc.
   using End = std::optional<std::string>;
   End read(Session& session, int64_t now_ns);
-  End write(int64_t now_ns);  // what may leave
-  void read_and_forget();     // nothing the peer says matters any more
+  End write(int64_t now_ns);  // writes the frames that may leave
+  void read_and_forget();     // reads and discards: the link is closing
   uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
   uint64_t bytes_out() const { return bytes_out_.load(std::memory_order_relaxed); }
 
-  void put(OutFrame frame, int64_t ready_at_ns);  // it leaves no earlier: the shaper's word
+  void put(OutFrame frame, int64_t ready_at_ns);  // the frame leaves no earlier than the shaper's `ready_at_ns`
   void record(Recorder recorder) { recorder_ = recorder; }
   bool empty() const { return departing_.empty() && (dropped_ || !channel_.unsent()); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
-  // Bytes to hand to the socket at once; as many may wait in it unsent.
+  // Bytes to hand to the socket at once; also the limit of unsent bytes in the socket.
   size_t batch_bytes() const { return batch_bytes_; }
   int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
 
   bool opening() const { return channel_.opening(); }
   int64_t since_ns() const { return since_ns_; }
-  bool wants_socket() const { return blocked_ && (!opening() || channel_.unsent()); }  // else it is the peer's turn
+  bool wants_socket() const { return blocked_ && (!opening() || channel_.unsent()); }  // else waits for the peer
 
-  int64_t heard_ns() const { return heard_ns_; }  // the last sign of life on it
+  int64_t heard_ns() const { return heard_ns_; }  // the last sign of life on this lane
   void heard(int64_t now_ns) { heard_ns_ = now_ns; }
   void forgive(int64_t ns, int64_t now_ns) {
     since_ns_ = std::min(since_ns_ + ns, now_ns);
     heard_ns_ = std::min(heard_ns_ + ns, now_ns);
   }
 
-  // Asks the peer to take it for a lane. It may refuse, so nothing else is to be put on it before the first answer.
+  // Asks the peer to accept this connection as a lane. The peer may refuse, so nothing else may leave before the
+  // answer.
   void ask(OutFrame attach) {
     asked_ = true;
     put(std::move(attach), 0);
   }
   bool unanswered() const { return asked_ && bytes_in() == 0; }
-  // The peer did, or never answered: the link goes on without it.
+  // The peer refused this lane or never answered: the link goes on without it.
   bool dropped() const { return dropped_; }
   void drop();
 
-  bool ended() const { return ended_; }      // the peer will send nothing more on it
-  bool blocked() const { return blocked_; }  // the socket was full, or it was others' turn
+  bool ended() const { return ended_; }      // the peer will send nothing more here
+  bool blocked() const { return blocked_; }  // the socket is full, or other links have their turn
   void set_blocked(bool blocked) { blocked_ = blocked; }
 
-  Interest watched;  // what the loop was last told; kept by the transport
+  Interest watched;  // as last given to the loop; the transport maintains it
 
   LaneStats stats() const;  // any thread
 
@@ -95,7 +95,7 @@ class Lane {
   struct Departing {
     OutFrame frame;
     int64_t ready_at_ns;
-    int64_t put_ns;  // only where it is recorded
+    int64_t put_ns;  // only while recording
   };
 
   std::pair<size_t, size_t> gather(Vectors& out, int64_t now_ns) const;
@@ -113,12 +113,12 @@ class Lane {
   std::deque<Departing> departing_;
   size_t departing_bytes_ = 0;
   size_t batch_bytes_ = kLeastUnsentBytes;
-  int64_t rate_since_ns_ = 0;   // when it was measured last, and what had left by then
+  int64_t rate_since_ns_ = 0;   // when the rate was last measured, and bytes_out then
   uint64_t rate_bytes_ = 0;
-  size_t front_written_ = 0;  // bytes of departing_.front() the socket took: a short write resumes here
+  size_t front_written_ = 0;  // bytes of departing_.front() that the socket took
   Recorder recorder_;
-  int64_t write_began_ns_ = 0;  // only where it is recorded, as the next
-  int64_t last_sent_ns_ = 0;    // when the socket had taken the last byte of the frame before
+  int64_t write_began_ns_ = 0;  // only while recording
+  int64_t last_sent_ns_ = 0;    // only while recording: when the socket had the whole previous frame
   bool blocked_ = false;
   bool ended_ = false;
   bool asked_ = false;

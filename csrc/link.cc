@@ -5,12 +5,12 @@
 namespace parablock {
 namespace {
 
-constexpr int kTurns = 16;                    // of writing, then other links get theirs
-constexpr size_t kBytesOnLine = 256 << 20;    // with an artificial delay: of frames that a lane holds
+constexpr int kTurns = 16;                    // of writing, then the other links have their turn
+constexpr size_t kBytesOnLine = 256 << 20;    // most bytes of frames that a lane holds with a shaper
 constexpr int64_t kPingEveryNs = 5'000'000'000;
-constexpr int64_t kMeasureEveryNs = 500'000'000;  // the round trip, while data is expected: the window depends on it
+constexpr int64_t kMeasureEveryNs = 500'000'000;  // while data is expected: the window needs the round trip
 constexpr int64_t kStallCheckNs = 500'000'000;
-constexpr int64_t kLingerNs = 1'000'000'000;  // for the peer's end after the last byte left
+constexpr int64_t kLingerNs = 1'000'000'000;  // how long to wait for the peer's end after the last byte has left
 
 }  // namespace
 
@@ -21,7 +21,7 @@ Link::Link(uint64_t id, std::string host, Channel channel, SessionLimits limits,
       session_(limits, std::move(incoming)),
       idle_timeout_ns_(idle_timeout_ns),
       opening_timeout_ns_(opening_timeout_ns),
-      ping_every_ns_(std::min(kPingEveryNs, idle_timeout_ns / 3)),  // so that a peer with the same limit hears enough
+      ping_every_ns_(std::min(kPingEveryNs, idle_timeout_ns / 3)),  // so that a peer with the same timeout hears enough
       last_ping_ns_(monotonic_ns()) {
   add_lane(std::move(channel));
 }
@@ -89,7 +89,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
     if (lane.dropped()) return true;
     if (end) return fail(*end);
   } catch (const VersionError& error) {
-    // Our own header carries our version: it is the only thing such a peer can read.
+    // The ping's header carries this side's version: the only thing that such a peer can read.
     session_.ping(now_ns);
     permanent_ = true;
     close_after_flush(now_ns + kLingerNs, error.what());
@@ -100,7 +100,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
       return true;
     }
     permanent_ = error.permanent;
-    close_after_flush(now_ns + kLingerNs, error.what());  // the peer should learn why: an alert is on its way
+    close_after_flush(now_ns + kLingerNs, error.what());  // lets the TLS alert leave, which tells the peer why
     return true;
   }
   if (lane.bytes_in() != before) lane.heard(now_ns);
@@ -108,7 +108,7 @@ bool Link::read(Lane& lane, int64_t now_ns) {
   moved_bytes_.store(session_.moved_bytes(), std::memory_order_relaxed);
   corrupt_chunks_.store(session_.corrupt_chunks(), std::memory_order_relaxed);
   if (!lane.ended()) return true;
-  // The other lanes may still have what was sent before.
+  // The other lanes may still hold bytes that the peer sent earlier.
   if (first_end_ns_ == 0) first_end_ns_ = now_ns;
   return !all_lanes_ended() || fail("the peer closed the connection");
 }
@@ -117,11 +117,11 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 
 bool Link::is_full(const Lane& lane) const { return lane.full(shaper_.active() ? kBytesOnLine : lane.batch_bytes()); }
 
-// Puts the next frame on a lane; false when there is none or no room.
+// Puts the next frame on a lane; false when there is no frame or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
   if (lane.blocked() || is_full(lane)) return false;
-  if (closing_ && !session_.control_waits(lane.index())) return false;  // what is left of a transfer is not waited for
+  if (closing_ && !session_.control_waits(lane.index())) return false;  // closing abandons unfinished transfers
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
     return false;
@@ -136,9 +136,10 @@ bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   return true;
 }
 
-// The peer is gone, but what it sent before may be here still, and need not travel again when it comes back.
+// The peer is gone, but bytes that it sent before may still be in the sockets: reads them, so that they need not travel
+// again when the peer reconnects.
 bool Link::fail_writing(std::string reason, int64_t now_ns) {
-  if (closing_) return fail(std::move(reason));  // and what came has been read and forgotten
+  if (closing_) return fail(std::move(reason));  // incoming bytes are discarded anyway
   for (auto& lane : lanes_) {
     for (int turn = 0; turn < kTurns && !reads_paused_ && !lane->ended(); ++turn) {
       uint64_t before = lane->bytes_in();
@@ -152,14 +153,14 @@ bool Link::fail_writing(std::string reason, int64_t now_ns) {
   return fail(std::move(reason));
 }
 
-// Lanes take their turns, each as much as it has room for; another one begins each time.
+// The lanes take turns, and each takes as many frames as it has room for. Each turn begins with the next lane.
 bool Link::flush(int64_t now_ns) {
   for (auto& lane : lanes_) lane->set_blocked(false);
   bool moved = true;
   for (int turn = 0; moved; ++turn) {
     moved = false;
     ++first_lane_;
-    // On an artificial line the lanes stand in one queue, and a message must not wait behind the other lanes' chunks.
+    // With a shaper all lanes share one queue, and a message must not wait behind the other lanes' chunks.
     for (auto& lane : lanes_)
       while (shaper_.active() && !lane->dropped() && session_.control_waits(lane->index()) && pull_frame(*lane, now_ns))
         moved = true;
@@ -173,7 +174,7 @@ bool Link::flush(int64_t now_ns) {
       }
       if (end) return fail_writing(*end, now_ns);
       if (turn == kTurns) lane->set_blocked(true);
-      if (lane->blocked()) line_was_busy_ = false;  // it is the socket that frames wait for
+      if (lane->blocked()) line_was_busy_ = false;  // frames wait for the socket, not for the shaper
       while (pull_frame(*lane, now_ns)) moved = true;
     }
   }
@@ -184,15 +185,15 @@ bool Link::write(int64_t now_ns) {
   if (!on_time(now_ns)) return false;
   if (write_shut_) return true;
   if (!flush(now_ns)) return false;
-  // A message may wait in the session while a TLS handshake keeps the lane.
+  // A message may still wait in the session while a TLS handshake holds up the lane.
   bool empty = !session_.control_waits(0) &&
                std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->empty(); });
   if (closing_ && empty) shut_write(now_ns);
   return true;
 }
 
-// Half-close and wait for the peer's end: closing with unread input would reset the connection and could destroy what
-// was just written.
+// Half-closes and waits for the peer's end: closing with unread input would reset the connection and could destroy the
+// bytes just written.
 void Link::shut_write(int64_t now_ns) {
   for (auto& lane : lanes_) {
     if (lane->dropped() || lane->channel().shut_write()) continue;
@@ -203,7 +204,7 @@ void Link::shut_write(int64_t now_ns) {
   close_deadline_ns_ = std::min(close_deadline_ns_, now_ns + kLingerNs);
 }
 
-// Why this lane is not waited for any longer; empty: it is.
+// Why this lane has timed out; empty: it has not.
 std::string Link::overdue(const Lane& lane, int64_t now_ns) const {
   if (lane.opening() && now_ns - lane.since_ns() >= opening_timeout_ns_)
     return "the TLS handshake was not over after " + seconds(opening_timeout_ns_);
@@ -222,9 +223,9 @@ bool Link::on_time(int64_t now_ns) {
     std::string why = overdue(*lane, now_ns);
     if (why.empty()) continue;
     if (!lane->unanswered()) return fail(std::move(why));
-    lane->drop();  // it may still be in the backlog of a server that has no room
+    lane->drop();  // the connection may still wait in the backlog of a server that has no room
   }
-  // While nothing is read the other lanes cannot give what they still have.
+  // Do not let the linger time run while reads are paused: the other lanes cannot deliver what they still hold.
   if (first_end_ns_ != 0 && reads_paused_) first_end_ns_ = now_ns;
   if (first_end_ns_ != 0 && now_ns - first_end_ns_ >= kLingerNs) return fail("the peer closed one of the link's lanes");
   bool measure =

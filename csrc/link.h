@@ -1,4 +1,4 @@
-// One peer: a Session, the lanes that carry it, and a Shaper. All of it belongs to the loop thread, but for `stats`.
+// The link to one peer: a Session, the lanes that carry it, and a Shaper. Loop thread only, except `stats`.
 #pragma once
 
 #include <atomic>
@@ -17,14 +17,15 @@ struct LinkStats {
   uint64_t bytes_in = 0;  // of all lanes
   uint64_t bytes_out = 0;
   int64_t round_trip_ns = 0;
-  uint64_t moved_bytes = 0;  // of payload: come, or said by the peer to have come
-  uint64_t corrupt_chunks = 0;  // that failed their checksum here and were asked for again
+  uint64_t moved_bytes = 0;  // of payload: received here, or acknowledged by the peer
+  uint64_t corrupt_chunks = 0;  // chunks that failed their checksum here and were requested again
   std::vector<LaneStats> lanes;
 };
 
 class Link {
  public:
-  // `host`: what this side connected to; empty: the peer did. `opening_timeout_ns`: for each lane's TLS handshake.
+  // `host`: the host that this side connected to; empty: the peer connected. `opening_timeout_ns`: for each lane's TLS
+  // handshake.
   Link(uint64_t id, std::string host, Channel channel, SessionLimits limits, std::shared_ptr<Incoming> incoming,
        int64_t idle_timeout_ns, int64_t opening_timeout_ns);
 
@@ -35,24 +36,24 @@ class Link {
 
   size_t lanes() const { return lanes_.size(); }
   Lane& lane(size_t index) { return *lanes_[index]; }
-  // One connection more, until there are kMaxLanes. Nobody may call `stats` meanwhile.
+  // Adds a connection; the caller respects kMaxLanes. No other thread may call `stats` meanwhile.
   Lane& add_lane(Channel channel);
   uint64_t bytes_moved() const;  // of frames, in and out
   LinkStats stats() const;  // any thread
-  void record(Ring* ring);  // from now on notes what happens to each chunk; null: no more
+  void record(Ring* ring);  // from now on records every stage of each chunk; null: stops
 
-  // Each returns false when the link is over, `reason` then says why. Throw ProtocolError and what memory throws.
-  bool read(Lane& lane, int64_t now_ns);  // reads what has come
-  bool write(int64_t now_ns);  // keep-alive and deadlines, then writes what may leave
+  // Each returns false when the link is over; `reason` then says why. Throw ProtocolError and std::bad_alloc.
+  bool read(Lane& lane, int64_t now_ns);
+  bool write(int64_t now_ns);  // checks deadlines and keep-alive, then writes the frames that may leave
   bool fail(std::string reason);  // returns false; the first reason stays
 
-  // Lanes that the peer refused, if their connections are still open; the transport closes these.
+  // Lanes that the peer refused and whose connections are still open; the transport closes these.
   std::vector<Lane*> refused_lanes();
 
-  // Nothing is read, and the peer's silence not counted, while the program is behind with this link's events.
+  // Back-pressure while the program is behind with this link's events: reads nothing and ignores the peer's silence.
   void pause_reads(bool paused) { reads_paused_ = paused; }
 
-  // For so long nothing could be read, by this side's own fault: nobody's silence, nor a late handshake.
+  // This side did not read for `ns`, by its own fault: does not count that time as silence or as handshake time.
   void forgive(int64_t ns, int64_t now_ns) {
     for (auto& lane : lanes_) lane->forgive(ns, now_ns);
   }
@@ -62,21 +63,21 @@ class Link {
     return {.reads = !lane.ended() && (closing_ || !reads_paused_), .writes = lane.wants_socket()};
   }
 
-  // The lane has something to read of which its socket does not tell.
+  // The lane has bytes to read that its socket does not report.
   bool unread(const Lane& lane) const { return lane.channel().unread() && interest(lane).reads; }
 
   // When `write` should be called next, whatever the sockets do.
   int64_t wake_at() const;
   bool reads_paused() const { return reads_paused_; }
 
-  int64_t due_ns = 0;  // when the loop will look at it; kept by the transport
+  int64_t due_ns = 0;  // when the loop next services this link; the transport maintains it
 
-  // Let what is queued leave, then close; at `deadline_ns` at the latest.
+  // Sends what is queued, then closes, by `deadline_ns` at the latest.
   void close_after_flush(int64_t deadline_ns, std::string reason);
   const std::string& reason() const { return reason_; }
   bool permanent() const { return permanent_; }  // see TlsStream::permanent
 
-  // Its one connection has been taken over by another link; this one is over.
+  // Another link has taken over this link's only connection; this link is over.
   void become_lane(std::string reason) {
     became_lane_ = true;
     fail(std::move(reason));
@@ -96,7 +97,7 @@ class Link {
   uint64_t id_;
   std::string host_;
   std::vector<std::unique_ptr<Lane>> lanes_;
-  size_t first_lane_ = 0;  // in whose turn it is to begin
+  size_t first_lane_ = 0;  // the lane that begins the current turn, modulo the number of lanes
   Session session_;
   Shaper shaper_;
   int64_t idle_timeout_ns_;
@@ -111,9 +112,9 @@ class Link {
   bool reads_paused_ = false;
 
   int64_t last_ping_ns_;
-  int64_t last_measurement_ns_ = 0;  // of the round trip, while data is expected
+  int64_t last_measurement_ns_ = 0;  // when the round trip was last measured for the window
   int64_t stall_check_ns_ = 0;
-  int64_t first_end_ns_ = 0;  // when the peer ended one lane of several
+  int64_t first_end_ns_ = 0;  // when the peer ended the first lane
   bool closing_ = false;
   bool write_shut_ = false;
   int64_t close_deadline_ns_ = 0;

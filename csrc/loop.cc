@@ -27,7 +27,7 @@ epoll_event event_for(uint64_t token, Interest interest) {
   epoll_event event{};
   if (interest.reads) event.events |= EPOLLIN;
   if (interest.writes) event.events |= EPOLLOUT;
-  if (event.events == 0) event.events = EPOLLET;  // the kernel tells of an end or an error all the same: once will do
+  if (event.events == 0) event.events = EPOLLET;  // epoll reports ends and errors even so: once is enough
   event.data.u64 = token;
   return event;
 }
@@ -54,7 +54,7 @@ void Loop::change(int fd, uint64_t token, Interest interest) {
 
 void Loop::remove(int fd) { epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
 
-// How many events there are, of sockets, the timer and `wake` alike.
+// Waits for events of sockets, the timer and `wake`; returns the number of events.
 int Loop::look(int64_t spin_ns, Events& events) {
   const int most = static_cast<int>(events.size());
   const int64_t until_ns = spin_ns > 0 ? monotonic_ns() + spin_ns : 0;
@@ -74,7 +74,7 @@ void Loop::wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready)
     uint64_t token = events[i].data.u64;
     if (token == kWakeToken) {
       drain(wake_.get());
-      awake_.exchange(false);  // and takes over what the wakers wrote before
+      awake_.exchange(false);  // acquires what the wakers wrote before
     } else if (token == kTimerToken) {
       drain(timer_.get());
       timer_at_ns_ = 0;
@@ -85,8 +85,8 @@ void Loop::wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready)
   }
 }
 
-// An absolute timer: epoll's own timeout counts whole milliseconds, far too coarse to shape a fast link. One that is
-// set too early stays: waking once for nothing is cheaper than a system call per turn.
+// Uses an absolute timer: epoll's own timeout has a resolution of milliseconds, far too coarse to shape a fast link. A
+// timer that is set too early stays set: one needless wake-up is cheaper than a system call per turn.
 void Loop::set_timer(int64_t at_ns) {
   if (timer_at_ns_ != 0 && timer_at_ns_ <= at_ns) return;
   itimerspec at{};

@@ -1,4 +1,4 @@
-// epoll, a timer and a way to wake it: what waits for sockets. Knows nothing of links or frames.
+// Waits for sockets: epoll, a timer and a wake-up. Independent of links and frames.
 #pragma once
 
 #include <sys/epoll.h>
@@ -12,7 +12,7 @@
 
 namespace parablock {
 
-// What to wait for on a socket.
+// The events to wait for on a socket.
 struct Interest {
   bool reads = true;
   bool writes = false;
@@ -23,19 +23,20 @@ class Loop {
  public:
   struct Ready {
     uint64_t token;
-    bool readable;  // or hung up, or in error, which come whatever the interest: reading tells which
+    bool readable;  // or hung up or in error, reported whatever the interest: a read tells which
   };
 
   Loop();
 
-  // Any thread. `token` comes back in Ready; the two highest are taken. A descriptor that is closed without `remove` is
-  // forgotten by itself, unless a process that was forked holds it, too. Removing one that is not there does nothing.
+  // Any thread: add, change, remove. `token` comes back in Ready; the two highest tokens are reserved. epoll forgets a
+  // descriptor that is closed without `remove`, unless a forked process also holds it. Removing an unknown descriptor
+  // does nothing.
   void add(int fd, uint64_t token, Interest interest = {});
   void change(int fd, uint64_t token, Interest interest);
   void remove(int fd);
 
-  // Waits for sockets, for `wake` or until `deadline_ns`. For the first `spin_ns` it does not sleep but looks again and
-  // again, and lets other threads have the core in between. Loop thread only.
+  // Waits for sockets, for `wake` or until `deadline_ns`. Busy-polls for the first `spin_ns` instead of sleeping, and
+  // yields the core between polls. Loop thread only.
   void wait(int64_t deadline_ns, int64_t spin_ns, std::vector<Ready>& ready);
 
   // Any thread, also before and after `wait`; never blocks.
@@ -53,7 +54,7 @@ class Loop {
   Fd epoll_;
   Fd wake_;
   Fd timer_;
-  std::atomic<bool> awake_{false};  // `wake` was called since the last `wait`: once is enough
+  std::atomic<bool> awake_{false};  // `wake` was called since the last `wait`: further wake-ups are redundant
   int64_t timer_at_ns_ = 0;  // when the timer will fire; 0: not set
 };
 

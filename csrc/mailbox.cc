@@ -13,8 +13,8 @@ Mailbox::Callback* Mailbox::callback(std::shared_ptr<void> keep, HostAction acti
     idle_.reserve(all_.size());
     idle_.push_back(all_.back().get());
   }
-  // Here, for `drop` runs in the driver's thread and must find room. A record that is used again before the worker has
-  // let go counts twice, once in each term.
+  // Reserved here, because `drop` runs in the driver's thread and must not allocate. A Callback that is reused before
+  // the worker has released its previous object needs two places, one from each term.
   kept_.reserve(kept_.size() + all_.size());
   Callback* callback = idle_.back();
   idle_.pop_back();
@@ -81,7 +81,7 @@ void Mailbox::release() {
   {
     std::lock_guard lock(mutex_);
     kept_.swap(released_);
-    kept_.reserve(released_.capacity());  // as much room as `callback` has made for those still to come
+    kept_.reserve(released_.capacity());  // keeps the room that `callback` reserved for callbacks still to come
   }
   released_.clear();
 }

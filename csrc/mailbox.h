@@ -1,4 +1,4 @@
-// What passes between driver callbacks, other threads and a Device's worker: a callback's end, arrivals, work to begin.
+// The queue to a Device's worker: driver callbacks and other threads announce ended callbacks, new bodies and arrivals.
 #pragma once
 
 #include <condition_variable>
@@ -13,11 +13,11 @@ class HostToDevice;
 
 using HostAction = void (*)(void* object, uint64_t value);
 
-// A driver callback must neither call the driver nor free what might; so what it kept alive goes from here to the
-// worker, which lets go of it.
+// A driver callback must neither call the driver nor free an object whose destructor might. So the mailbox hands each
+// object that a callback kept alive to the worker, which releases it.
 class Mailbox : public std::enable_shared_from_this<Mailbox> {
  public:
-  // What the driver is given and hands to `run`, which calls `action(keep.get(), value)` once.
+  // The argument that the driver passes to `run`, which calls `action(keep.get(), value)` once.
   struct Callback {
     std::shared_ptr<Mailbox> mailbox;
     std::shared_ptr<void> keep;
@@ -27,16 +27,16 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   static void run(void* callback);  // the driver calls this
 
   Callback* callback(std::shared_ptr<void> keep, HostAction action, uint64_t value);  // from a warm pool
-  void drop(Callback* callback);  // it will not run after all, or has run
+  void drop(Callback* callback);  // the callback has run, or will not run after all
 
   void add(std::shared_ptr<HostToDevice> arrival);
-  void poke();  // there is something to look at; any thread, never blocks for long
+  void poke();  // wakes the worker; any thread, never blocks for long
   void stop();
 
-  // Blocks the worker until there is something. Moves what is new to the end of `arrivals`, lets go of what callbacks
-  // kept, and returns false once it should stop.
+  // Worker only. Blocks until woken, appends new arrivals to `arrivals`, releases what callbacks kept alive, and
+  // returns false once the worker must stop.
   bool wait(std::vector<std::shared_ptr<HostToDevice>>& arrivals);
-  void release();  // lets go of what callbacks kept; the worker alone, and who has joined it
+  void release();  // releases what callbacks kept alive; only the worker thread, or the thread that joined it
 
  private:
   std::mutex mutex_;
@@ -45,7 +45,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   bool stopping_ = false;
   std::vector<std::shared_ptr<HostToDevice>> added_;
   std::vector<std::shared_ptr<void>> kept_;
-  std::vector<std::shared_ptr<void>> released_;  // of `release`: its memory and that of `kept_` take turns
+  std::vector<std::shared_ptr<void>> released_;  // used by `release`; swaps its memory with `kept_`
   std::vector<std::unique_ptr<Callback>> all_;
   std::vector<Callback*> idle_;
 };

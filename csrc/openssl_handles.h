@@ -1,4 +1,4 @@
-// Owners of OpenSSL's objects, each freed by the function that the library has for it. For tls*.cc and certificate.cc.
+// Owning pointers to OpenSSL objects, each freed by its own OpenSSL function. For tls*.cc and certificate.cc.
 #pragma once
 
 #ifdef PARABLOCK_TLS

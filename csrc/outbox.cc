@@ -69,7 +69,7 @@ std::vector<Event> Outbox::take_events() {
 
 void Outbox::remember(std::set<TransferKey>& keys, const TransferKey& key) const {
   keys.insert(key);
-  // Keys of a kind grow with the round, so a small one is less likely to be asked for again.
+  // Within a kind, keys grow with the round, so a small key is less likely to be needed again.
   if (keys.size() > limits.remembered_keys) keys.erase(*keys.begin() == key ? std::next(keys.begin()) : keys.begin());
 }
 

@@ -1,5 +1,5 @@
-// What the two halves of a session share: the run, the limits, and what they have to say: control frames to the peer,
-// events to the owner and records to whoever watches.
+// What the two halves of a session share: the run, the limits, and their output, which is control frames to the peer,
+// events to the owner and records to the timeline.
 #pragma once
 
 #include <array>
@@ -25,56 +25,56 @@ struct Event {
     kControl,    // `text`: the message
     kReceived,   // a posted transfer is complete in its buffer
     kSent,       // the peer acknowledged all of a transfer; its buffer may be reused
-    kRefused,    // the peer does not want a transfer of ours; its buffer may be reused
+    kRefused,    // the peer does not want a transfer of this side; its buffer may be reused
     kWithdrawn,  // the peer gave up a transfer that was posted here; its buffer may be reused
-    kStalled,  // a transfer that had begun stands still, longer than its speed explains; `text`: which way, how far
+    kStalled,  // a transfer has stood still for longer than its speed explains; `text`: direction and progress
   };
   Type type = Type::kControl;
   uint64_t link = 0;
   TransferKey key;
   std::string text;
-  bool permanent = false;    // kClosed: do not retry; see TlsStream::permanent
+  bool permanent = false;    // kClosed: a permanent error, do not retry; see TlsStream::permanent
   bool became_lane = false;  // kClosed: the connection goes on as a lane of another link
   int64_t at_ns = 0;  // CLOCK_MONOTONIC
   int64_t first_byte_ns = 0;  // kReceived, kSent: when the first byte came or left
   std::vector<std::pair<TransferKey, uint64_t>> unfinished = {};  // kClosed: posted receives, and where to resume them
 };
 
-// One frame on its way out. `source` keeps the payload segments alive while the socket may still read them.
+// One outgoing frame. `source` keeps the payload segments alive while the socket may still read them.
 struct OutFrame {
   HeaderBytes header;
   std::string inline_payload;
   std::array<Segment, 2> payload;
   std::shared_ptr<Source> source;
-  TransferKey key;  // of a chunk, as the next
-  uint32_t chunk = kWholeTransfer;
+  TransferKey key;  // of a data frame's transfer
+  uint32_t chunk = kWholeTransfer;  // of a data frame
 
   size_t bytes() const { return header.size() + inline_payload.size() + payload[0].bytes + payload[1].bytes; }
 };
 
-// Of a peer that has not proved who it is; what a trusted one may have besides, the transport knows.
+// The defaults are for a peer that has not proved its identity; Transport::trust raises them.
 struct SessionLimits {
   size_t control_bytes = 4096;  // one incoming control message
-  size_t queue_bytes = 64 << 10;  // control frames that the peer has not read yet, bookkeeping included
-  uint64_t window_bytes = 256 << 20;  // the most that a sender may have under way of one transfer
-  size_t remembered_keys = 64;  // credits for transfers not begun yet, and keys that were given up
+  size_t queue_bytes = 64 << 10;  // control frames that wait for the peer to read, bookkeeping included
+  uint64_t window_bytes = 256 << 20;  // the most bytes of one transfer that a sender may have under way
+  size_t remembered_keys = 64;  // keys in each set of given-up keys, and credits for transfers not begun yet
 };
 
 class Outbox {
  public:
   explicit Outbox(SessionLimits given) : limits(given) {}
 
-  // Throws ProtocolError when the peer leaves too much of it unread.
+  // Queues a control frame. Throws ProtocolError when the peer leaves too many of them unread.
   void control(FrameHeader header, std::string payload);
   std::optional<OutFrame> next_control();
   bool has_control() const { return !control_.empty(); }
-  OutFrame bare(FrameHeader header) const;  // a frame without payload that waits in no queue
+  OutFrame bare(FrameHeader header) const;  // a frame without payload, not queued
 
-  // Returns the event for what else there is to say in it; valid until the next.
+  // Queues an event and returns it, so that the caller can fill in further fields; valid until the next call.
   Event& event(Event::Type type, const TransferKey& key, int64_t now_ns);
   std::vector<Event> take_events();
 
-  // Adds a key and forgets another beyond the limit.
+  // Adds a key; beyond the limit, forgets another key.
   void remember(std::set<TransferKey>& keys, const TransferKey& key) const;
 
   SessionLimits limits;

@@ -1,5 +1,5 @@
-// How a transfer gets on, and when it stands still: silence is measured against the transfer's own speed, so that a
-// slow one is not taken for a stalled one. Knows nothing of clocks; times are given.
+// Tells when a transfer stalls: judges silence by the transfer's own speed, so that a slow transfer does not count as
+// stalled. Reads no clock; the caller passes the time.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ class Progress {
 
   int64_t silence_ns(int64_t now_ns) const { return now_ns - last_ns_; }
 
-  // The longest silence that slowness explains: four times what `next_bytes` take at the speed so far, and four round
-  // trips.
+  // The longest silence that slowness explains: four times the time that `next_bytes` take at the speed so far, plus
+  // four round trips.
   int64_t patience_ns(uint64_t next_bytes, int64_t round_trip_ns) const {
     if (bytes_ == 0) return kUnknownSpeedNs;
     double at_this_speed =
@@ -28,7 +28,7 @@ class Progress {
     return std::max(kLeastNs, 4 * (static_cast<int64_t>(std::min(at_this_speed, kMostNs)) + round_trip_ns));
   }
 
-  // Once it has begun: true once for each time that it stands still.
+  // True once per stall, and only after the transfer has begun.
   bool stalls(uint64_t next_bytes, int64_t round_trip_ns, int64_t now_ns) {
     if (!began_ || reported_ || silence_ns(now_ns) <= patience_ns(next_bytes, round_trip_ns)) return false;
     reported_ = true;

@@ -21,8 +21,8 @@ const std::vector<Segment>& FrameReader::want() {
     want_.push_back({scratch_.data(), std::min(left_.front().bytes, kScratchBytes)});
   } else {
     want_ = left_;
-    // The header behind this payload in the same read: one system call per chunk. Behind a kAttach another reader takes
-    // over.
+    // Reads the next header together with this payload: one system call per chunk. After a kAttach, the bytes belong to
+    // another link's reader.
     if (header_.type != FrameType::kAttach) want_.push_back({header_bytes_.data(), kHeaderBytes});
   }
   return want_;
@@ -33,7 +33,8 @@ bool FrameReader::take(size_t& bytes) {
     size_t taken = std::min(bytes, kHeaderBytes - header_filled_);
     header_filled_ += taken;
     bytes -= taken;
-    if (header_filled_ >= kMagicBytes) check_magic(header_bytes_);  // now: who speaks otherwise need send no more
+    // Early: a peer that speaks another protocol may never send a whole header.
+    if (header_filled_ >= kMagicBytes) check_magic(header_bytes_);
     if (header_filled_ < kHeaderBytes) return false;
     header_ = read_header(header_bytes_);
     header_filled_ = 0;
@@ -44,7 +45,7 @@ bool FrameReader::take(size_t& bytes) {
   size_t taken = std::min(bytes, part.bytes);
   if (!dropped_) {
     int64_t start_ns = timed_ ? monotonic_ns() : 0;
-    crc_ = crc32c(part.data, taken, crc_);  // while it is in cache
+    crc_ = crc32c(part.data, taken, crc_);  // while the bytes are in cache
     if (timed_) checking_ns_ += monotonic_ns() - start_ns;
     part.data += taken;
   }

@@ -1,5 +1,5 @@
-// Cuts the byte stream of one lane into frames: where the next bytes go, when a header or a payload is whole and what
-// the payload's checksum came to. What frames mean is the session's business.
+// Cuts the byte stream of one lane into frames: says where the next bytes go, detects whole headers and payloads, and
+// computes the payload's checksum. The session interprets the frames.
 #pragma once
 
 #include <cstddef>
@@ -14,24 +14,24 @@ namespace parablock {
 
 class FrameReader {
  public:
-  // Where the next bytes go, in order. Never empty; valid until the next call of any kind.
+  // Where the next bytes go, in order. Never empty; valid until the next call of any function.
   const std::vector<Segment>& want();
 
-  // Takes in what `want` returned, at most to the end of the header or the payload; lowers `bytes` by what it took.
-  // True when that is whole: then `at_header` tells which. Throws ProtocolError.
+  // Takes bytes that were filled into the segments of `want`, at most to the end of the header or payload; lowers
+  // `bytes` by their number. True when the header or payload is whole; `at_header` tells which. Throws ProtocolError.
   bool take(size_t& bytes);
 
-  // A header is whole, and one of the next three must say where its payload goes.
+  // A header is whole: the caller must now call place, place_text or drop for the payload.
   bool at_header() const { return placing_; }
   void place(std::vector<Segment> into);
-  void place_text();  // `text` will have the payload; the caller checked its length
+  void place_text();  // reads the payload into `text`; the caller has checked the length
   void drop();
 
-  // Also true at once for a frame without payload.
+  // True at once for a frame without payload.
   bool payload_whole() const { return in_payload_ && !placing_ && left_.empty(); }
   void next_frame() { in_payload_ = false; }
 
-  // The rest of a payload that is being read for `key` goes nowhere: the memory is not ours any more.
+  // Discards the rest of a payload that is being read for `key`: its buffer no longer belongs to the transport.
   void drop_data_of(const TransferKey& key);
 
   const FrameHeader& header() const { return header_; }
@@ -40,7 +40,7 @@ class FrameReader {
   std::string& text() { return text_; }
   uint32_t payload_crc() const { return crc_; }
 
-  // Where payloads are timed: when this one began, and how long its checksum took so far.
+  // If payloads are timed: when the current payload began, and how long its checksum has taken so far.
   void time_payloads(bool on);
   int64_t began_ns() const { return began_ns_; }
   int64_t checking_ns() const { return checking_ns_; }
@@ -52,7 +52,7 @@ class FrameReader {
   bool in_payload_ = false;
   bool placing_ = false;
   bool dropped_ = false;
-  std::vector<Segment> left_;  // of the payload
+  std::vector<Segment> left_;  // the rest of the payload
   std::string text_;
   uint32_t crc_ = 0;
   bool timed_ = false;

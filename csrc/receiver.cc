@@ -7,9 +7,9 @@
 namespace parablock {
 namespace {
 
-constexpr int64_t kAcknowledgeNs = 500'000'000;  // at the latest, so that the sender of a slow transfer sees it move
-constexpr size_t kGuessedTogether = 4;
-constexpr uint32_t kMostCorruptChunks = 16;  // of one transfer: beyond, sending again mends nothing
+constexpr int64_t kAcknowledgeNs = 500'000'000;  // longest delay, so that the sender of a slow transfer sees progress
+constexpr size_t kGuessedTogether = 4;  // transfers assumed to share the window before data has come
+constexpr uint32_t kMostCorruptChunks = 16;  // per transfer: beyond that, resending does not help
 
 }  // namespace
 
@@ -64,9 +64,9 @@ bool Receiver::withdrawn(const TransferKey& key, int64_t now_ns) {
 
 // ---- What the sender is told
 
-// A window that no whole chunk fits into would stop the sender for ever.
+// At least two chunks: a window smaller than a chunk would stop the sender for ever.
 uint64_t Receiver::window(const Sink& sink) const {
-  // How many will come at once is not known before they do.
+  // How many transfers come at once is unknown until their data comes.
   size_t sharing = std::max(incoming_->count(), sink.share ? 1 : kGuessedTogether);
   return std::max(window_.bytes(outbox_.limits.window_bytes, sharing), 2 * uint64_t{sink.layout.chunk_bytes(0)});
 }
@@ -138,7 +138,7 @@ void Receiver::chunk_arrived(const FrameHeader& header, uint32_t crc, int64_t no
   if (sink.watermark != nullptr) sink.watermark->raise(sink.received());
   bool complete = sink.next_chunk == sink.chunks.size();
   uint64_t news = sink.received() - sink.acknowledged;
-  // The window may have grown since the last word, but the sender has no more than that granted.
+  // The window may have grown since the last acknowledgement, but the sender only knows the credit granted then.
   bool all_granted = sink.granted == sink.layout.bytes();
   uint64_t under_way = all_granted ? window(sink) : std::min(window(sink), sink.granted - sink.acknowledged);
   bool due = news >= under_way / 4 || now_ns - sink.acknowledged_ns >= kAcknowledgeNs;

@@ -1,7 +1,7 @@
-// What happened when, written by one thread and read by another, without a lock and without ever holding up the writer.
+// A ring buffer of timed records, written by one thread and read by another. The writer takes no lock and never waits.
 //
-// A Ring belongs to one writing thread; it keeps the newest records and counts those that were overwritten before
-// anybody read them. A thread that is not recorded has no Ring: the test of a null pointer is all that it pays.
+// A Ring belongs to one writing thread. It keeps the newest records and counts those that were overwritten before they
+// were read. A thread that is not recorded has no Ring and only pays for the test of a null pointer.
 #pragma once
 
 #include <algorithm>
@@ -16,24 +16,24 @@
 
 namespace parablock {
 
-// What a thread was doing. The numbers are known to parablock_rt/observe/timeline.py, too. A stage that can happen
-// inside another one comes after it.
+// What a thread was doing. parablock_rt/observe/timeline.py repeats the numbers. A stage that can be nested in another
+// has the higher number.
 enum class Stage : uint8_t {
   kCompute,  // training: the local steps of a round
   kHandOver,  // training: giving the trained block to the encode thread
   kExposed,  // training: blocked on communication
-  kClose,  // server: a round's mean, its optimiser, and what goes down
+  kClose,  // server: closing a round: its mean, the optimiser step and the update for the clients
   kEncode,  // one chunk packed
-  kCopy,  // one chunk, from when the one before it was on the host until it is, packing on the device included
-  kChecksum,  // one chunk that will leave
+  kCopy,  // one chunk, from the arrival of the previous chunk on the host to its own, including packing on the device
+  kChecksum,  // of one outgoing chunk
   kSend,  // one chunk, from being taken from the queue until the socket has its last byte
-  kAcknowledged,  // `bytes` more are under way no more: the peer has all chunks below `chunk`, or wants none; no
+  kAcknowledged,  // another `bytes` are no longer under way: the peer has all chunks below `chunk`, or wants none; no
                   // duration
   kReceive,  // one chunk, from its header to its last byte
-  kVerify,  // the checksum of a chunk that came; done piece by piece, noted as one piece at the chunk's end
+  kVerify,  // the checksum of an incoming chunk; computed piece by piece, recorded as one span at the chunk's end
   kFold,  // one upload added to a round's sum
   kApply,  // one aggregate merged into the reference
-  kCheckpoint,  // server: a closed round put on the disk
+  kCheckpoint,  // server: a closed round written to disk
 };
 
 constexpr uint32_t kWholeTransfer = ~uint32_t{0};  // in place of a chunk
@@ -56,7 +56,7 @@ static_assert(sizeof(Record) == 48, "parablock_rt/observe/timeline.py reads reco
 
 class Ring {
  public:
-  // Room for at least `records`. Memory is taken from the system as it is used.
+  // Room for at least `records`. The system provides the memory as it is used.
   explicit Ring(size_t records)
       : capacity_(std::bit_ceil(std::max<size_t>(records, 2))), memory_(capacity_ * sizeof(Record)) {}
 
@@ -64,14 +64,14 @@ class Ring {
   void write(const Record& record) {
     const auto words = std::bit_cast<Words>(record);
     const uint64_t index = written_.load(std::memory_order_relaxed);
-    // A reader that sees any of the new words also sees that this slot's old record is gone: that orders the two.
+    // begun_ is stored before the words (release): a reader that sees a new word also sees that the old record is gone.
     begun_.store(index + 1, std::memory_order_relaxed);
     uint64_t* slot = slot_of(index);
     for (size_t i = 0; i < words.size(); ++i) std::atomic_ref(slot[i]).store(words[i], std::memory_order_release);
     written_.store(index + 1, std::memory_order_release);
   }
 
-  // What was written since the last call, oldest first. Any thread.
+  // Returns the records written since the last call, oldest first. Any thread.
   std::vector<Record> drain() {
     std::lock_guard reading(reader_);
     const uint64_t end = written_.load(std::memory_order_acquire);
@@ -83,7 +83,7 @@ class Ring {
       for (size_t i = 0; i < words.size(); ++i) words[i] = std::atomic_ref(slot[i]).load(std::memory_order_acquire);
       records[index - from] = std::bit_cast<Record>(words);
     }
-    // The writer may have overtaken this loop: what it began to overwrite meanwhile is torn.
+    // The writer may have overtaken this loop: records that it has begun to overwrite are torn, so drop them.
     const uint64_t intact = std::clamp(oldest_of(begun_.load(std::memory_order_relaxed)), from, end);
     records.erase(records.begin(), records.begin() + static_cast<std::ptrdiff_t>(intact - from));
     lost_ += intact - read_;
@@ -112,18 +112,18 @@ class Ring {
   std::atomic<uint64_t> begun_{0};
   std::atomic<uint64_t> written_{0};
   std::mutex reader_;
-  uint64_t read_ = 0;  // guarded by reader_, as the next
-  uint64_t lost_ = 0;
+  uint64_t read_ = 0;  // guarded by reader_
+  uint64_t lost_ = 0;  // guarded by reader_
 };
 
-// What one link notes, if anybody wants it. The ring outlives it.
+// Writes the records of one link, if there is a ring. The ring must outlive the Recorder.
 struct Recorder {
   Ring* ring = nullptr;
   uint32_t peer = kNoPeer;
 
   explicit operator bool() const { return ring != nullptr; }
 
-  // Only where there is a ring; its writing thread only.
+  // Requires a ring; only its writing thread may call.
   void note(Stage stage, const TransferKey& key, uint64_t chunk, uint64_t bytes, int64_t start_ns, int64_t end_ns,
             size_t lane = 0) const {
     ring->write({.start_ns = start_ns,

@@ -8,7 +8,7 @@
 namespace parablock {
 namespace {
 
-constexpr uint32_t kMostResent = 64;  // chunks of one transfer: more than any receiver of ours asks for
+constexpr uint32_t kMostResent = 64;  // chunks per transfer: more than any ParaBlock receiver requests
 
 }  // namespace
 
@@ -106,11 +106,11 @@ void Sender::acknowledged(const TransferKey& key, uint64_t received, uint64_t li
 void Sender::grant(Outgoing& out, Credit credit) {
   const Layout& layout = out.source->layout();
   auto [received, limit] = credit;
-  // Before the first byte: where the receiver wants it to begin, having the rest from a link that broke.
+  // Before the first byte, `received` says where to begin: the receiver has the bytes before it from a link that broke.
   if (out.next_chunk == 0 && received > 0) {
     if (!layout.is_start(received))
       throw ProtocolError("transfer " + name(out.key) + " cannot begin at " + std::to_string(received) +
-                          ": no chunk of this side does");
+                          ": no chunk of this side begins there");
     out.next_chunk = received / layout.chunk_bytes(0);
     out.acknowledged = received;
   }
@@ -120,7 +120,8 @@ void Sender::grant(Outgoing& out, Credit credit) {
                         " bytes here, but the peer has room for at least " + std::to_string(limit) +
                         ": the two sides cut the block differently");
   out.limit = std::max(out.limit, limit);
-  // A receiver that has everything always grants a whole chunk more, so this one has smaller chunks or a smaller body.
+  // A receiver that has all bytes sent so far always grants at least one more whole chunk. So this receiver has smaller
+  // chunks or a smaller body.
   if (received == out.sent() && out.next_chunk < layout.chunks() &&
       received + layout.chunk_bytes(out.next_chunk) > out.limit)
     throw ProtocolError("transfer " + name(out.key) + ": the peer has no room for the next chunk of " +
@@ -150,14 +151,15 @@ void Sender::asked_again(const TransferKey& key, uint64_t offset) {
   uint64_t chunk = offset / layout.chunk_bytes(0);
   if (offset != layout.offset(chunk) || chunk >= out->next_chunk || offset < out->acknowledged)
     throw ProtocolError("transfer " + name(key) + ": the peer asks again for a chunk at " + std::to_string(offset) +
-                        ", of which there is none under way");
+                        ", but no chunk at that offset is under way");
   if (++out->resent > kMostResent)
     throw ProtocolError("transfer " + name(key) + ": the peer asked again for a chunk " + std::to_string(out->resent) +
                         " times: the network or a machine's memory damages data");
   out->again.push_back(chunk);
 }
 
-// Waiting for credit or for the encoder is no stall: only what is under way can stand still.
+// Waiting for credit or for the encoder is not a stall: only bytes under way can stall.
+
 void Sender::report_stalled(int64_t round_trip_ns, int64_t now_ns) {
   for (Outgoing& out : outgoing_) {
     uint64_t under_way = out.sent() - out.acknowledged;

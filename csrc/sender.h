@@ -1,5 +1,5 @@
-// The sending half of a session: which transfers are posted, what of them was granted, and which chunk leaves next.
-// Lanes take chunks one by one, so a slow lane takes fewer and holds none of the others' up.
+// The sending half of a session: keeps the posted transfers and their credit, and chooses the chunk that leaves next.
+// Lanes take chunks one by one, so a slow lane takes fewer chunks and does not hold up the others.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ class Sender {
  public:
   explicit Sender(Outbox& outbox) : outbox_(outbox) {}
 
-  // Throws std::invalid_argument when it is posted already or was withdrawn.
+  // Throws std::invalid_argument when the transfer is posted already or was withdrawn.
   void post(const TransferKey& key, std::shared_ptr<Source> source);
-  void withdraw(const TransferKey& key);  // no-op when it is acknowledged, refused or was never posted
+  void withdraw(const TransferKey& key);  // no-op when the transfer is acknowledged, refused or was never posted
 
-  // The next chunk that may leave: first those asked for again, then transfers in the order they were posted.
+  // The next chunk that may leave: transfers in the order they were posted, in each first the chunks to resend.
   std::optional<OutFrame> next_chunk(int64_t now_ns);
 
   // From the peer. Throw ProtocolError.
@@ -34,14 +34,14 @@ class Sender {
   void report_stalled(int64_t round_trip_ns, int64_t now_ns);
   bool has_transfers() const { return !outgoing_.empty(); }
   uint64_t moved_bytes() const { return moved_bytes_; }
-  void note_end() const;  // of the link, in the records: nothing is under way any more
+  void note_end() const;  // records at the end of the link that nothing is under way any more
 
  private:
   struct Outgoing {
     TransferKey key;
     std::shared_ptr<Source> source;
     uint64_t next_chunk = 0;
-    uint64_t limit = 0;  // bytes the receiver granted in all
+    uint64_t limit = 0;  // bytes the receiver granted in total
     uint64_t acknowledged = 0;
     std::deque<uint64_t> again;  // chunks that failed their checksum at the receiver
     uint32_t resent = 0;
@@ -52,7 +52,7 @@ class Sender {
   };
 
   struct Credit {
-    uint64_t received = 0;  // where the sender begins
+    uint64_t received = 0;  // the offset at which the sender begins
     uint64_t limit = 0;
   };
 
@@ -67,7 +67,7 @@ class Sender {
   uint64_t moved_bytes_ = 0;  // of payload: acknowledged
   std::map<TransferKey, Credit> early_credit_;  // granted before `post`
   std::set<TransferKey> refused_;                 // refused before `post`
-  std::set<TransferKey> withdrawn_;               // what the peer still says about these is of no interest
+  std::set<TransferKey> withdrawn_;               // frames from the peer about these are ignored
 };
 
 }  // namespace parablock

@@ -48,7 +48,8 @@ void Session::send_control(std::string message) {
   outbox_.control({.type = FrameType::kControl, .key = {}}, std::move(message));
 }
 
-// While one is out, further ones are signs of life alone: or a round trip longer than their distance is never measured.
+// While the pong of a measuring ping is outstanding, further pings only show that the link is alive. If each ping
+// started a new measurement, a round trip longer than the ping interval would never be measured.
 void Session::ping(int64_t now_ns) {
   if (ping_ns_ == 0) ping_ns_ = now_ns;
   outbox_.control(ping_header(now_ns), {});
@@ -66,7 +67,7 @@ void Session::cancel_send(const TransferKey& key) { sender_.withdraw(key); }
 
 void Session::cancel_receive(const TransferKey& key) {
   if (!receiver_.expects(key)) return;
-  drop_data_of(key);  // first, for saying so to the peer may throw
+  drop_data_of(key);  // first, because queueing the message to the peer may throw
   receiver_.cancel(key);
 }
 
@@ -112,7 +113,7 @@ void Session::header_arrived(FrameReader& reader, size_t lane, int64_t now_ns) {
   const FrameHeader& header = reader.header();
   bool first = !std::exchange(heard_, true);
   if (outbox_.run == 0) outbox_.run = header.run;
-  // Before a side knows the run its frames say 0; transfers begin only after both know it.
+  // Frames carry run 0 until their sender knows the run; transfers begin only after both sides know it.
   if (header.run != outbox_.run && (header.run != 0 || names_a_transfer(header.type)))
     throw ProtocolError("a frame belongs to another run");
   if (header.type == FrameType::kData) {
@@ -124,7 +125,7 @@ void Session::header_arrived(FrameReader& reader, size_t lane, int64_t now_ns) {
     return;
   }
   if (lane > 0 && header.type != FrameType::kPing)
-    throw ProtocolError("a lane beside the first carries chunks and pings alone");
+    throw ProtocolError("only chunks and pings may come on a lane other than the first");
   if (header.type == FrameType::kAttach && !first) throw ProtocolError("only a new connection can become a lane");
   size_t limit = 0;
   if (header.type == FrameType::kControl) limit = outbox_.limits.control_bytes;
@@ -173,7 +174,7 @@ void Session::message_arrived(FrameReader& reader, size_t lane, int64_t now_ns) 
       if (receiver_.withdrawn(header.key, now_ns)) drop_data_of(header.key);
       break;
     case FrameType::kPing:
-      if (lane > 0) break;  // that anything was heard there is what counts
+      if (lane > 0) break;  // on other lanes a ping only proves that the lane is alive
       outbox_.control({.type = FrameType::kPong, .key = {}, .offset = header.offset}, {});
       break;
     case FrameType::kPong:

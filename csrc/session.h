@@ -1,11 +1,11 @@
-// The protocol of one link as a state machine without I/O: it says where incoming bytes belong and which frame leaves
-// next. No socket, no clock but that of its records, no thread of its own; the caller serialises all calls.
+// The protocol of one link as a state machine without I/O: says where incoming bytes belong and which frame leaves
+// next. Has no socket, no thread, and no clock except for its records; the caller serialises all calls.
 //
-// Transfers are receiver-driven. A receiver posts a Buffer for a key; that grants the sender credit; data nobody asked
-// for ends the link. So every payload byte has a home, of a size this side chose, before it is read.
+// Transfers are receiver-driven. Posting a Buffer for a key grants the sender credit; data that this side did not ask
+// for ends the link. So every payload byte has a buffer, of a size that this side chose, before it is read.
 //
-// A link has 1 to kMaxLanes byte streams. Lane 0 carries everything but chunks; chunks take whichever lane is free. So
-// that silence tells on every lane, a ping leaves on each; only that on lane 0 is answered.
+// A link has 1 to kMaxLanes byte streams. Lane 0 carries everything but chunks; chunks take any free lane. A ping
+// leaves on every lane, so that a dead lane shows by its silence; only the ping on lane 0 is answered.
 #pragma once
 
 #include <array>
@@ -29,41 +29,43 @@ constexpr size_t kMaxLanes = 4;
 
 class Session {
  public:
-  // `incoming`: shared with the other sessions of a transport; null: there are none.
+  // `incoming`: shared by all sessions of a transport; null: this session is the only one.
   explicit Session(SessionLimits limits = {}, std::shared_ptr<Incoming> incoming = nullptr);
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
   void set_limits(SessionLimits limits) { outbox_.limits = limits; }
   void set_run(uint64_t run) { outbox_.run = run; }  // frames of another run end the link; 0 adopts the peer's
-  // From now on notes what happens to each chunk, by a clock of its own.
+  // From now on records every stage of each chunk; reads the clock itself.
   void record(Recorder recorder);
   void note_end() const { sender_.note_end(); }
 
   void send_control(std::string message);
-  // Throw std::invalid_argument if the key is already posted, or was given up and may still be under way.
+  // `send` and `receive` throw std::invalid_argument if the key is already posted, or was given up and may still be
+  // under way.
   void send(const TransferKey& key, std::shared_ptr<Source> source);
-  // `start`: what the buffer has already, from another link that broke; the first acknowledgement tells the sender,
-  // which begins there. `watermark` may be null.
+  // `start`: the bytes that the buffer already has from another link that broke; the first acknowledgement makes the
+  // sender begin there. `watermark` may be null.
   void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start = 0,
                std::shared_ptr<Watermark> watermark = nullptr);
-  // No-ops when it is over or was never posted. The buffer is not touched any more, but for frames already handed out.
+  // No-ops when the transfer is over or was never posted. Afterwards the session does not touch the buffer; frames that
+  // next_frame has returned still refer to it.
   void cancel_send(const TransferKey& key);
   void cancel_receive(const TransferKey& key);
   void refuse_receive(const TransferKey& key) { receiver_.refuse(key); }
   void ping(int64_t now_ns);
-  void owe_ping(size_t lane) { ping_due_[lane] = true; }  // a new one beside the first: the peer waits for it
+  void owe_ping(size_t lane) { ping_due_[lane] = true; }  // for a new lane: the peer uses it after the first ping
   void report_stalled(int64_t now_ns);
 
-  // Where a lane's next bytes go, in order. Never empty; valid until the next call of any kind.
+  // Where a lane's next bytes go, in order. Never empty; valid until the next call of any function.
   const std::vector<Segment>& want(size_t lane = 0) { return readers_[lane].want(); }
   // The first `bytes` of what `want` returned are filled. Throws ProtocolError.
   void arrived(size_t bytes, int64_t now_ns, size_t lane = 0);
 
-  // The next frame to put on a lane, if there is one: control first, then transfers in the order they were posted.
+  // The next frame for a lane, if any: control first, then transfers in the order they were posted.
   std::optional<OutFrame> next_frame(int64_t now_ns, size_t lane = 0);
 
-  // Whether the lane's next frame is none of a transfer.
+  // Whether the lane's next frame is a control frame or a ping, not a chunk.
   bool control_waits(size_t lane) const { return lane == 0 ? outbox_.has_control() : ping_due_[lane]; }
 
   // Posted receives and their contiguous bytes.
@@ -71,17 +73,17 @@ class Session {
 
   std::vector<Event> take_events() { return outbox_.take_events(); }
 
-  // The key with which the peer asked that this connection become a lane of another link; once.
+  // The key with which the peer asked to make this connection a lane of another link; returned once.
   std::optional<std::string> take_attach_key();
-  bool asks_to_attach() const { return attach_key_.has_value(); }  // and nothing more is to be read until it is taken
+  bool asks_to_attach() const { return attach_key_.has_value(); }  // the caller must stop reading until it is taken
 
   bool expects_data() const { return receiver_.expects_data(); }
-  bool sends_data() const { return sender_.has_transfers(); }  // which is there, or may be any moment
+  bool sends_data() const { return sender_.has_transfers(); }  // there is data to send, or may be any moment
   bool ping_under_way() const { return ping_ns_ != 0; }
-  int64_t round_trip_ns() const { return round_trip_ns_; }  // as measured last; 0 before
-  // Payload that has come, and payload that the peer has said to have.
+  int64_t round_trip_ns() const { return round_trip_ns_; }  // last measured; 0 before the first measurement
+  // Payload received here, and payload acknowledged by the peer.
   uint64_t moved_bytes() const { return receiver_.moved_bytes() + sender_.moved_bytes(); }
-  uint64_t corrupt_chunks() const { return receiver_.corrupt_chunks(); }  // that failed their checksum here
+  uint64_t corrupt_chunks() const { return receiver_.corrupt_chunks(); }  // chunks that failed their checksum here
 
  private:
   void header_arrived(FrameReader& reader, size_t lane, int64_t now_ns);
@@ -94,10 +96,10 @@ class Session {
   Sender sender_;
   Receiver receiver_;
   std::array<FrameReader, kMaxLanes> readers_;
-  bool heard_ = false;  // a whole header
+  bool heard_ = false;  // a whole header has come
   std::optional<std::string> attach_key_;
-  std::array<bool, kMaxLanes> ping_due_{};  // on the lanes beside the first: a ping has yet to leave there
-  int64_t ping_ns_ = 0;  // of the ping that measures, until its answer is here: no other is believed; 0: none
+  std::array<bool, kMaxLanes> ping_due_{};  // lanes other than lane 0 that still have to send a ping
+  int64_t ping_ns_ = 0;  // when the measuring ping was sent, until its pong comes; other pongs are ignored; 0: no ping
   int64_t round_trip_ns_ = 0;
 };
 

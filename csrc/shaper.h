@@ -1,5 +1,5 @@
-// A slow link in front of a fast socket: a token bucket (bytes per second) and a one-way delay. Decides when a frame
-// may start and when its last byte would have arrived; knows nothing of frames or sockets.
+// Simulates a slow link in front of a fast socket: a token bucket (bytes per second) and a one-way delay. Decides when
+// a frame may start and when its last byte would have arrived. Independent of frames and sockets.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,9 @@ class Shaper {
   // The earliest time at which the next frame may start; in the past when the line is idle.
   int64_t free_at() const { return free_at_; }
 
-  // Puts a frame of `bytes` on the line and returns when it has arrived at the far end. `waited` says that the caller
-  // had this frame ready when the line was busy: then the line is used without a gap however late the caller's timer
-  // fired. Otherwise the frame starts now.
+  // Puts a frame of `bytes` on the line and returns when it arrives at the far end. `waited`: the frame was ready while
+  // the line was busy, so it follows the previous frame without a gap, however late the caller's timer fired. Otherwise
+  // the frame starts now.
   int64_t transmit(size_t bytes, int64_t now_ns, bool waited) {
     int64_t start = waited ? free_at_ : std::max(free_at_, now_ns);
     double seconds = bytes_per_second_ > 0 ? static_cast<double>(bytes) / bytes_per_second_ : 0.0;
@@ -32,7 +32,7 @@ class Shaper {
   }
 
  private:
-  static constexpr double kMostSeconds = 3.2e7;  // a year: whatever takes longer does so for ever
+  static constexpr double kMostSeconds = 3.2e7;  // a year; a longer time would overflow and makes no difference
 
   double bytes_per_second_ = 0;
   int64_t delay_ns_ = 0;

@@ -16,8 +16,8 @@ size_t pages(size_t bytes) { return (std::max<size_t>(bytes, 1) + kPage - 1) / k
 
 Slab::Slab(std::shared_ptr<const Driver> driver, size_t bytes)
     : driver_(std::move(driver)), context_(driver_->current_context()), memory_(pages(bytes)) {
-  // A fork, such as a data loader's of its workers, would copy all of it for the child there and then: pages that a
-  // device may write cannot be shared until one side does. Where the kernel refuses, that is what happens.
+  // A fork, for example of data loader workers, would copy all of the memory at once: pages that a device may write
+  // cannot be shared copy-on-write. Should the kernel refuse the advice, a fork makes that copy.
   madvise(memory_.data(), memory_.size(), MADV_DONTFORK);
   driver_->pin(memory_.data(), memory_.size());
   free_[0] = memory_.size();
@@ -27,7 +27,7 @@ Slab::~Slab() {
   try {
     ContextScope scope(*driver_, context_);
     driver_->unpin(memory_.data());
-  } catch (const DeviceError&) {  // the driver is shutting down and lets go of everything
+  } catch (const DeviceError&) {  // the driver is shutting down and frees everything
   }
 }
 

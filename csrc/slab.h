@@ -1,6 +1,6 @@
-// One run of host memory that a GPU copies from and to at full speed, cut into Buffers. It is pinned once, when it is
-// made: cutting and giving back never calls the driver, so both may happen anywhere, in a driver's callback too. A
-// child that this process forks does not have it.
+// One range of pinned host memory, which a GPU copies from and to at full speed, cut into Buffers. The constructor pins
+// it once: taking and returning Buffers never calls the driver, so any thread may do so, even in a driver callback. A
+// forked child does not inherit the memory.
 #pragma once
 
 #include <cstddef>
@@ -16,13 +16,14 @@ namespace parablock {
 
 class Slab : public std::enable_shared_from_this<Slab> {
  public:
-  // Rounded up to whole pages. Throws DeviceError when the system refuses to pin that much, std::bad_alloc.
+  // Rounds up to whole pages. Throws DeviceError when the system refuses to pin that much, and std::bad_alloc.
   Slab(std::shared_ptr<const Driver> driver, size_t bytes);
-  ~Slab();  // after the last Buffer
+  ~Slab();  // runs after the last Buffer is gone
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
 
-  // A page-aligned piece with arbitrary contents, which keeps the slab; null when there is no room. Any thread.
+  // Returns a page-aligned Buffer with arbitrary contents, which keeps the slab alive; null when there is no room. Any
+  // thread.
   std::shared_ptr<Buffer> take(size_t bytes);
 
   size_t size() const { return memory_.size(); }

@@ -46,7 +46,7 @@ Fd open_socket(const addrinfo& address) {
   return Fd(socket(address.ai_family, address.ai_socktype | SOCK_NONBLOCK | SOCK_CLOEXEC, address.ai_protocol));
 }
 
-// The error with which a non-blocking connect ended, 0 for none.
+// Waits for a non-blocking connect; returns its error, 0 for success.
 int finish_connect(int fd, int64_t deadline_ns) {
   while (true) {
     int64_t left_ns = deadline_ns - monotonic_ns();
@@ -113,7 +113,7 @@ Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns) {
       continue;
     }
     error = connect(fd.get(), at->ai_addr, at->ai_addrlen) == 0 ? 0 : errno;
-    // An address from which nothing comes back uses up its share of the time alone.
+    // An address that does not answer uses up only its share of the time.
     const int64_t now_ns = monotonic_ns();
     if (error == EINPROGRESS) error = finish_connect(fd.get(), now_ns + (deadline_ns - now_ns) / addresses_left);
     if (error == 0) return fd;
@@ -152,7 +152,7 @@ void set_link_options(int fd) {
   fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
   int on = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  // The buffers' sizes are left to the kernel, which follows bandwidth x delay by itself unless they are set.
+  // Do not set the buffer sizes: the kernel adapts them to bandwidth x delay, but only while they are not set.
   set_unsent_limit(fd, kLeastUnsentBytes);
 }
 

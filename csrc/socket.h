@@ -7,7 +7,7 @@
 
 namespace parablock {
 
-// Closes its descriptor when it goes.
+// Owns a descriptor and closes it.
 class Fd {
  public:
   Fd() = default;
@@ -29,18 +29,18 @@ constexpr size_t kLeastUnsentBytes = 256 << 10;  // the limit of a new connectio
 
 // All throw std::system_error; its message names the address.
 Fd listen_tcp(const std::string& host, uint16_t port);
-Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // tries each address for a share of it
-Fd connect_to_peer_of(int fd, int64_t timeout_ns);  // another connection to where this one leads
+Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns);  // each address gets a share of the time
+Fd connect_to_peer_of(int fd, int64_t timeout_ns);  // another connection to the same peer address
 Fd duplicate(int fd);
 uint16_t local_port(const Fd& fd);
 
 void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little unsent data in the kernel
-void set_unsent_limit(int fd, size_t bytes);  // in the kernel: what is sent later queues behind no more than that
-void set_user_timeout(int fd, int64_t ns);  // after which the kernel ends a connection whose data nobody acknowledges
+void set_unsent_limit(int fd, size_t bytes);  // most unsent bytes in the kernel, which later data queues behind
+void set_user_timeout(int fd, int64_t ns);  // the kernel ends a connection whose data is unacknowledged for this long
 std::string peer_address(int fd);  // "host:port"; "unknown" when the peer is gone
-std::string peer_network(int fd);  // what one user has of addresses: an IPv4 address, or 48 bits of IPv6
+std::string peer_network(int fd);  // the addresses that one user controls: an IPv4 address, or 48 bits of IPv6
 
-// The kernel's view of a connection; zeros where it has none.
+// The kernel's view of a connection; zeros if the kernel gives none.
 struct TcpInfo {
   uint32_t rtt_us = 0;
   uint32_t rttvar_us = 0;

@@ -1,5 +1,5 @@
-// How every thread of this library begins: with a name, and with all signals blocked, so that they go to the program's
-// own threads, where Python's handlers belong.
+// Starts the threads of this library: each has a name, and all signals blocked, so that signals go to the program's own
+// threads, where Python handles them.
 #pragma once
 
 #include <pthread.h>
@@ -11,7 +11,7 @@
 
 namespace parablock {
 
-// Blocks all signals in the calling thread for as long as it lives. A thread that is started meanwhile inherits that.
+// Blocks all signals in the calling thread while it lives. A thread started meanwhile inherits the blocked signals.
 class SignalBlock {
  public:
   SignalBlock() {
@@ -27,8 +27,7 @@ class SignalBlock {
   sigset_t before_;
 };
 
-// `name`: at most 15 characters; the thread has it when this returns. Throws std::system_error when the system gives no
-// more threads.
+// `name`: at most 15 characters; set when this returns. Throws std::system_error when the system has no more threads.
 template <class Body>
 std::thread start_thread(const char* name, Body body) {
   SignalBlock block;
@@ -37,8 +36,8 @@ std::thread start_thread(const char* name, Body body) {
   return thread;
 }
 
-// A thread that is joined by whoever has it, if it is there: a process that was forked has none of its parent's
-// threads, only what they left in memory, and `join` has nothing to wait for.
+// A thread that its owner joins, aware of forks: a forked child has no threads of its parent, only this object, so
+// `join` does not wait in the child.
 class Thread {
  public:
   Thread() = default;

@@ -1,4 +1,4 @@
-// The pool behind parallel_for. One mutex guards the queue of jobs; the pieces of a job are dealt by an atomic counter.
+// The pool behind parallel_for. One mutex guards the queue of jobs; an atomic counter deals out the pieces of a job.
 #include "thread_pool.h"
 
 #include <unistd.h>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kMaxWorkers = 255;
 
-// Lives on the stack of the thread that asked for it, which leaves only when no worker can reach it any more.
+// Lives on the stack of the calling thread, which returns only when no worker can reach the job any more.
 struct Job {
   void (*fn)(void*, int64_t, int64_t);
   void* context;
@@ -60,7 +60,7 @@ class Pool {
       for (; workers_ < std::min(wanted, kMaxWorkers); ++workers_)
         start_thread("pb-codec", [this] { serve(); }).detach();
     } catch (const std::system_error&) {
-      // The system gives no more threads: the caller does the work of the missing ones.
+      // The system has no more threads: the caller does the work of the missing helpers.
     }
   }
 
@@ -84,8 +84,8 @@ class Pool {
   int workers_ = 0;  // guarded by mutex_
 };
 
-// Never destroyed: detached workers may outlive static destruction. Left behind in a forked child, which has none of
-// the threads and may have inherited a locked mutex; the child makes a pool of its own.
+// Never destroyed: detached workers may outlive static destruction. A forked child abandons the inherited pool, which
+// has no threads there and perhaps a locked mutex, and makes its own.
 struct Owner {
   pid_t pid;
   Pool pool;

@@ -1,5 +1,5 @@
-// A small pool of native threads that splits one linear range. Its workers only ever run the codec's kernels: they
-// hold no Python state and never take the GIL.
+// A small pool of native threads that split a linear range. Its workers only run the codec's kernels: they hold no
+// Python state and never take the GIL.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,13 @@ namespace internal {
 void run_split(int64_t total, int64_t piece, int threads, void (*fn)(void*, int64_t, int64_t), void* context);
 }  // namespace internal
 
-// The range handed to one call is a multiple of this, except for the last one.
+// Every range passed to fn is a multiple of this long, except the last range.
 constexpr int64_t kSplitMultiple = int64_t{1} << 15;
 
-// fn(begin, end) over disjoint ranges that cover [0, total). `threads` counts the caller, which always takes part; one
-// thread, or a total of at most kSplitMultiple, never leaves the caller. fn must not throw. Any number of threads may
-// call this at once; the pool's threads are shared among them and start with the first call that needs them.
+// Calls fn(begin, end) for disjoint ranges that cover [0, total). `threads` includes the caller, which always takes
+// part; with one thread, or a total of at most kSplitMultiple, all work stays on the caller. fn must not throw. Any
+// number of threads may call this at once; they share the pool's threads, which start when first needed.
+
 template <class Fn>
 void parallel_for(int64_t total, int threads, Fn&& fn) {
   if (total <= 0) return;
@@ -25,7 +26,7 @@ void parallel_for(int64_t total, int threads, Fn&& fn) {
     fn(int64_t{0}, total);
     return;
   }
-  // Four pieces a thread: a core that something else also uses must not hold up the others.
+  // Four pieces per thread, so that a core that other work slows down does not hold up the others.
   const int64_t wanted = total / (int64_t{threads} * 4);
   const int64_t piece = (wanted / kSplitMultiple + 1) * kSplitMultiple;
   using Body = std::remove_reference_t<Fn>;

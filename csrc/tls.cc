@@ -15,9 +15,9 @@
 namespace parablock {
 namespace {
 
-constexpr size_t kCertificateBytes = 64 << 10;  // a peer's chain may have
+constexpr size_t kCertificateBytes = 64 << 10;  // the most that a peer's chain may have
 
-int no_passphrase(char*, int, int, void*) { return -1; }  // or the library would ask at the terminal
+int no_passphrase(char*, int, int, void*) { return -1; }  // OpenSSL would ask at the terminal
 
 class OpenSslContext final : public TlsContext {
  public:
@@ -43,7 +43,7 @@ OpenSslContext::OpenSslContext(const TlsSettings& settings) : settings_(settings
       1)
     unusable("this machine's OpenSSL allows none of the ciphers of TLS 1.3");
   SSL_CTX_set_options(context, SSL_OP_CIPHER_SERVER_PREFERENCE | SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION);
-  SSL_CTX_set_num_tickets(context, 0);  // links last for a run: nothing to resume, nothing to replay
+  SSL_CTX_set_num_tickets(context, 0);  // a link lasts for a run, so there is nothing to resume
   SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
   SSL_CTX_set_max_cert_list(context, kCertificateBytes);
   SSL_CTX_set_default_passwd_cb(context, &no_passphrase);
@@ -82,7 +82,7 @@ Ssl OpenSslContext::new_ssl() const {
 
 std::unique_ptr<TlsStream> OpenSslContext::connect(int fd, const std::string& host) const {
   if (settings_.ca_file.empty() && settings_.fingerprint.empty())
-    throw TlsError("nothing here tells the right server from another: give its CA file or its fingerprint");
+    throw TlsError("expected a way to recognise the server, found none: give its CA file or its fingerprint");
   auto stream = std::make_unique<OpenSslStream>(settings_, new_ssl(), fd);
   stream->start_connecting(host);
   return stream;

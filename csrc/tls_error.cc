@@ -19,7 +19,7 @@ bool is_damage(unsigned long code) {
     case SSL_R_UNEXPECTED_EOF_WHILE_READING:
     case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC:
     case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC:
-    case SSL_R_TLSV1_ALERT_DECODE_ERROR:  // the library's answer to a connection that was cut
+    case SSL_R_TLSV1_ALERT_DECODE_ERROR:  // OpenSSL's reply to a connection that was cut
       return true;
     default: return false;
   }
@@ -30,14 +30,14 @@ std::string explain(unsigned long code, bool opening) {
     case SSL_R_WRONG_VERSION_NUMBER:
     case SSL_R_HTTP_REQUEST:
     case SSL_R_BAD_RECORD_TYPE:
-      return "expected TLS, found something else: the peer does not use TLS, or is no ParaBlock at all; give both "
-             "sides "
-             "TLS options, or neither";
+      return "expected TLS, found something else: the peer does not use TLS, or is not ParaBlock; give both sides TLS "
+             "options, or neither";
     case SSL_R_UNSUPPORTED_PROTOCOL:
-    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION: return "one side speaks no TLS 1.3, the only version that is used here";
+    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
+      return "one side does not speak TLS 1.3, the only version that is used here";
     case SSL_R_UNEXPECTED_EOF_WHILE_READING:
       return opening ? "the peer closed the connection in the TLS handshake"
-                     : "the connection was cut: expected TLS's own end, found none, so that bytes may be missing";
+                     : "the connection was cut: expected TLS's close_notify, found none, so bytes may be missing";
     case SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE:
       return "expected a client certificate, found none: the client needs --tls-cert and --tls-key";
     case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
@@ -51,9 +51,9 @@ std::string explain(unsigned long code, bool opening) {
     case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
     case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
       return "the peer refused this side's certificate (" + library_error(code) + "); its own output says why";
-    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC: return "a TLS record was changed on its way";
-    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC: return "the peer found that a TLS record was changed on its way";
-    case SSL_R_TLSV1_ALERT_DECODE_ERROR: return "the peer found the connection cut in the middle of TLS";
+    case SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC: return "a TLS record was changed in transit";
+    case SSL_R_SSLV3_ALERT_BAD_RECORD_MAC: return "the peer found that a TLS record was changed in transit";
+    case SSL_R_TLSV1_ALERT_DECODE_ERROR: return "the peer found that the connection was cut in the middle of TLS";
     default: return "TLS failed: " + library_error(code);
   }
 }

@@ -1,18 +1,18 @@
-// What OpenSSL's errors mean. In a build with TLS only.
+// Explains OpenSSL's errors. Only in builds with TLS.
 #pragma once
 
 #include <string>
 
 namespace parablock {
 
-std::string library_error(unsigned long code);  // in the library's own words
+std::string library_error(unsigned long code);  // in OpenSSL's own words
 
-// Bytes were lost or changed on their way, which need not happen again: seen here, or by the peer, which says so.
+// Whether bytes were lost or changed in transit, as found here or reported by the peer: not a permanent error.
 bool is_damage(unsigned long code);
 
-[[noreturn]] void unusable(const std::string& what);  // throws TlsError, with what the library says of it
+[[noreturn]] void unusable(const std::string& what);  // throws TlsError with OpenSSL's own text added
 
-// In words for a user; `opening`: in the handshake. An alert is what the peer has found wrong.
+// A text for the user; `opening`: in the handshake. Alerts report what the peer has found wrong.
 std::string explain(unsigned long code, bool opening);
 
 }  // namespace parablock

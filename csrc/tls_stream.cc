@@ -24,17 +24,17 @@
 namespace parablock {
 namespace {
 
-constexpr size_t kRecordBytes = 16 << 10;   // of plain text, the most that TLS allows
-constexpr size_t kBatchBytes = 96 << 10;  // of records go into one `send`: 32 and 128 KiB cost more CPU time a byte
+constexpr size_t kRecordBytes = 16 << 10;  // most plain text in a record that TLS allows
+constexpr size_t kBatchBytes = 96 << 10;   // of records per `send`; 32 and 128 KiB cost more CPU time per byte
 constexpr size_t kMostSealedBytes = kBatchBytes + kRecordBytes + 256;  // a batch ends with the record that fills it
-constexpr size_t kReadBytes = 96 << 10;  // of records come in one `read`; 128 KiB of memory would be new for each
-constexpr size_t kRecordsAtOnce = 256;  // are read before others have their turn, however small they are
-// Of the peer, after the handshake: what it takes to change its keys as often as we do, and some.
+constexpr size_t kReadBytes = 96 << 10;  // of records per `read`; a 128 KiB buffer would be new memory for each read
+constexpr size_t kRecordsAtOnce = 256;   // most records per read, however small, before other links have their turn
+// Handshake messages allowed from the peer after the handshake: enough to change its keys as often as this side does.
 constexpr uint64_t kLateMessages = 16;
-constexpr uint64_t kBytesPerLateMessage = 256 << 20;  // one more for each so many that it sent
+constexpr uint64_t kBytesPerLateMessage = 256 << 20;  // one more message is allowed for this many bytes received
 constexpr size_t kBindingBytes = 32;
 
-// Streams of a thread seal into the same memory by turns; only one whose socket is full keeps what it holds.
+// The streams of a thread share this memory for sealing; a stream only keeps it while its socket is full.
 std::vector<char>& spare_batch() {
   thread_local std::vector<char> spare;
   return spare;
@@ -71,7 +71,7 @@ int verify_peer(X509_STORE_CTX* store, void*) try {
   return 0;
 }
 
-// Never freed: streams may be closed while the process ends.
+// Never freed: streams may still be closed while the process exits.
 const BIO_METHOD* stream_method() {
   static const BIO_METHOD* const method = [] {
     Method made(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "stream"));
@@ -87,8 +87,8 @@ const BIO_METHOD* stream_method() {
 }  // namespace
 
 void OpenSslStream::prepare(SSL_CTX* context) {
-  SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);  // a silent link holds none
-  SSL_CTX_set_read_ahead(context, 1);  // or there are two reads per record, one for its header
+  SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);  // an idle link holds no buffers
+  SSL_CTX_set_read_ahead(context, 1);  // saves a separate read for each record's header
   SSL_CTX_set_default_read_buffer_len(context, kReadBytes);
   SSL_CTX_set_cert_verify_callback(context, &verify_peer, nullptr);
   SSL_CTX_set_msg_callback(context, &note_message);
@@ -109,7 +109,7 @@ void OpenSslStream::start_connecting(const std::string& host) {
   SSL_set_connect_state(ssl_.get());
   SSL_set_verify(ssl_.get(), SSL_VERIFY_PEER, nullptr);
   X509_VERIFY_PARAM* wanted = SSL_get0_param(ssl_.get());
-  const std::string address = host.substr(0, host.find('%'));  // no certificate has a scope
+  const std::string address = host.substr(0, host.find('%'));  // certificates have no scope ids
   if (X509_VERIFY_PARAM_set1_ip_asc(wanted, address.c_str()) != 1) {
     ERR_clear_error();
     X509_VERIFY_PARAM_set_hostflags(wanted, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
@@ -117,7 +117,7 @@ void OpenSslStream::start_connecting(const std::string& host) {
         SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
       unusable("no certificate can be checked against the host name " + host);
   }
-  shake_hands();  // nothing has come yet: the first message waits in sealed_
+  shake_hands();  // writes the first message, which waits in sealed_
 }
 
 void OpenSslStream::start_accepting() {
@@ -140,13 +140,14 @@ bool OpenSslStream::seal_into_buffer(const char* data, size_t bytes) try {
   }
   sealed_.insert(sealed_.end(), data, data + bytes);
   return true;
-} catch (const std::bad_alloc&) {  // must not pass through the library
+} catch (const std::bad_alloc&) {  // exceptions must not pass through OpenSSL
   return false;
 }
 
 bool OpenSslStream::floods() const { return late_messages_ > kLateMessages + read_bytes_ / kBytesPerLateMessage; }
 
-// The library reads as long as only messages of its own come, so whoever sends nothing else would be served for ever.
+// OpenSSL reads on while only its own handshake messages come, so a peer that sends nothing else would hold the thread
+// for ever.
 ssize_t OpenSslStream::receive(char* data, size_t bytes) {
   if (floods()) {
     errno = EPROTO;
@@ -159,7 +160,7 @@ ssize_t OpenSslStream::receive(char* data, size_t bytes) {
   return got;
 }
 
-// Errno says why not.
+// On false, errno says why.
 bool OpenSslStream::flush() {
   if (sealed_.capacity() == 0) return true;
   while (sent_ < sealed_.size()) {
@@ -182,7 +183,8 @@ void OpenSslStream::fail(std::string why, bool permanent) {
   failure_ = std::move(why);
 }
 
-// A call of the library did not succeed: 0 at the peer's end; -1 with EAGAIN when it needs more, or once it has failed.
+// Handles an unsuccessful OpenSSL call. Returns 0 when the peer has ended the stream, else -1 with EAGAIN: OpenSSL
+// needs more bytes, or TLS has failed and `failure_` says why.
 ssize_t OpenSslStream::not_now(int result) {
   int system_error = errno;
   int error = SSL_get_error(ssl_.get(), result);
@@ -191,11 +193,11 @@ ssize_t OpenSslStream::not_now(int result) {
   if (error != SSL_ERROR_WANT_READ) {
     unsigned long code = ERR_peek_error();
     bool not_tls = ERR_GET_REASON(code) == SSL_R_WRONG_VERSION_NUMBER || ERR_GET_REASON(code) == SSL_R_HTTP_REQUEST;
-    // The library is silent to who does not seem to speak TLS; a peer of ours in the clear understands this alert.
+    // OpenSSL sends nothing to a peer that does not speak TLS. A ParaBlock peer without TLS recognises this alert.
     constexpr std::string_view kProtocolVersionAlert("\x15\x03\x03\x00\x02\x02\x46", 7);
     if (not_tls && opening_) seal_into_buffer(kProtocolVersionAlert.data(), kProtocolVersionAlert.size());
     if (floods())
-      fail("the peer changes its TLS keys all the time, which no peer of ours does", true);
+      fail("the peer changes its TLS keys all the time, which no ParaBlock peer does", true);
     else if (code == 0)
       fail(std::string("the connection failed: ") + std::strerror(system_error), false);
     else
@@ -230,8 +232,8 @@ void OpenSslStream::note_info() {
   info_.store(std::move(info));
 }
 
-// Until the vectors are full or the library has nothing left, so that a short count means an empty socket; but for very
-// small records, of which the rest is `unread`, or wakes the loop.
+// Reads until the vectors are full or OpenSSL has no bytes left, so that a short count means an empty socket.
+// Exception: after kRecordsAtOnce small records it stops; the rest is then `unread`, or wakes the loop.
 ssize_t OpenSslStream::read_records(const iovec* vectors, size_t count) {
   size_t got = 0;
   size_t records = 0;
@@ -263,13 +265,13 @@ ssize_t OpenSslStream::read(const iovec* vectors, size_t count) {
     got = read_records(vectors, count);
     if (got >= 0) return got;
   }
-  flush();  // of the handshake, or an alert; what the socket does not take, `write` sends
+  flush();  // handshake messages or an alert; `write` sends what the socket does not take now
   failure_told_ = !failure_.empty();
   errno = failure_told_ ? EPROTO : EAGAIN;
   return -1;
 }
 
-// With new keys where these have been used for long: see RFC 8446, 5.5.
+// Updates the keys after records_per_key records: see RFC 8446, 5.5.
 bool OpenSslStream::put_record(const void* data, size_t bytes) {
   if (++sealed_records_ % settings_.records_per_key == 0 &&
       SSL_key_update(ssl_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
@@ -278,8 +280,8 @@ bool OpenSslStream::put_record(const void* data, size_t bytes) {
   return SSL_write_ex(ssl_.get(), data, bytes, &written) == 1 && written == bytes;
 }
 
-// Seals what is left of the vectors after `skip` bytes, until a batch is full; returns the bytes sealed. What fills a
-// record is sealed where it lies; smaller pieces are collected, so that they share records.
+// Seals the vectors after the first `skip` bytes until a batch is full; returns the bytes sealed. Pieces that fill a
+// record are sealed in place; smaller pieces are collected, so that they share records.
 ssize_t OpenSslStream::seal(const iovec* vectors, size_t count, size_t skip) {
   std::array<char, kRecordBytes> collected;
   size_t filled = 0;

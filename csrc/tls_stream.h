@@ -1,4 +1,4 @@
-// One TLS connection with OpenSSL: its records and the socket. Knows nothing of where certificates and trust come from.
+// One TLS connection with OpenSSL: its records and the socket. Independent of where certificates and trust come from.
 #pragma once
 
 #ifdef PARABLOCK_TLS
@@ -16,10 +16,10 @@ namespace parablock {
 
 class OpenSslStream final : public TlsStream {
  public:
-  // Sets what streams of this context rely on. Before the first of them is made.
+  // Sets the options that the streams of this context rely on. Call before making the first stream.
   static void prepare(SSL_CTX* context);
 
-  OpenSslStream(const TlsSettings& settings, Ssl ssl, int fd);  // `settings` outlive it
+  OpenSslStream(const TlsSettings& settings, Ssl ssl, int fd);  // `settings` must outlive the stream
 
   void start_connecting(const std::string& host);
   void start_accepting();
@@ -39,9 +39,9 @@ class OpenSslStream final : public TlsStream {
 
   bool verify(X509_STORE_CTX* store);
 
-  // For the library: its records on their way out and in, and the handshake messages that it has read.
+  // Callbacks from OpenSSL: outgoing and incoming records, and every handshake message that it has read.
   bool seal_into_buffer(const char* data, size_t bytes);
-  ssize_t receive(char* data, size_t bytes);  // as recv
+  ssize_t receive(char* data, size_t bytes);  // like recv
   bool ended() const { return ended_; }
   void note_handshake_message() { late_messages_ += opening_ ? 0 : 1; }
 
@@ -60,16 +60,16 @@ class OpenSslStream final : public TlsStream {
   int fd_;
   std::string host_;
   Ssl ssl_;
-  std::vector<char> sealed_;  // records that wait for the socket, from sent_ on: one `send` takes many
+  std::vector<char> sealed_;  // records that wait for the socket, from sent_ on; one `send` takes many records
   size_t sent_ = 0;
   bool opening_ = true;
-  bool starved_ = false;  // the library has used up all it read but part of a record
+  bool starved_ = false;  // OpenSSL holds no more than a part of a record
   bool shut_ = false;
-  bool ended_ = false;  // the socket has
+  bool ended_ = false;  // the socket has ended
   uint64_t read_bytes_ = 0;
-  uint64_t late_messages_ = 0;
+  uint64_t late_messages_ = 0;  // handshake messages read after the handshake
   uint64_t sealed_records_ = 0;
-  std::string refused_;  // why the peer's certificate was
+  std::string refused_;  // why the peer's certificate was refused
   std::string failure_;
   bool permanent_ = false;
   bool failure_told_ = false;

@@ -15,7 +15,7 @@ namespace parablock {
 Buffer::Buffer(size_t bytes) : size_(bytes) {
   void* memory = mmap(nullptr, std::max<size_t>(bytes, 1), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: fewer page faults where the kernel grants it
+  madvise(memory, bytes, MADV_HUGEPAGE);  // optional: fewer page faults if the kernel grants it
   data_ = static_cast<uint8_t*>(memory);
 }
 
@@ -40,7 +40,7 @@ std::array<Segment, 2> Layout::segments(uint8_t* body, uint64_t chunk) const {
 
 void Layout::check(size_t buffer_bytes) const {
   if (units == 0 || chunk_units == 0 || uint64_t{scale_bytes} + code_bytes == 0)
-    throw std::invalid_argument("a transfer needs at least one unit, one byte a unit and one unit a chunk");
+    throw std::invalid_argument("a transfer needs at least one unit, one byte per unit and one unit per chunk");
   uint64_t unit = uint64_t{scale_bytes} + code_bytes;
   if (units > buffer_bytes / unit)
     throw std::invalid_argument("the transfer has " + std::to_string(units) + " units of " + std::to_string(unit) +

@@ -1,6 +1,6 @@
 // A transfer: one packed body in one direction. The sending side is a Source, which any number of links may share (a
-// broadcast is one buffer); the receiving side is a Sink. Both own their Buffer through a shared_ptr, so bytes outlive
-// every socket that still refers to them.
+// broadcast is one buffer); the receiving side is a Receiver::Sink. Both own their Buffer through a shared_ptr, so the
+// bytes live for as long as a link still refers to them.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,11 @@
 
 namespace parablock {
 
-// Page-aligned memory, given back when the last owner lets go.
+// Page-aligned memory, returned when the last owner releases it.
 class Buffer : public std::enable_shared_from_this<Buffer> {
  public:
-  explicit Buffer(size_t bytes);  // of its own, zeroed; throws std::bad_alloc
-  Buffer(uint8_t* data, size_t bytes, std::function<void()> give_back);  // part of somebody's
+  explicit Buffer(size_t bytes);  // owns zeroed memory; throws std::bad_alloc
+  Buffer(uint8_t* data, size_t bytes, std::function<void()> give_back);  // borrows memory; give_back returns it
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -29,7 +29,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
  private:
   uint8_t* data_;
   size_t size_;
-  std::function<void()> give_back_;  // empty: the memory is its own
+  std::function<void()> give_back_;  // empty: the Buffer owns the memory
 };
 
 struct Segment {
@@ -41,8 +41,8 @@ struct Segment {
 // codes of a range of units. Chunks follow each other on the wire, so "offset" counts bytes in that order.
 struct Layout {
   uint64_t units = 0;
-  uint32_t scale_bytes = 0;  // a unit
-  uint32_t code_bytes = 0;   // a unit
+  uint32_t scale_bytes = 0;  // per unit
+  uint32_t code_bytes = 0;   // per unit
   uint32_t chunk_units = 0;
 
   uint64_t bytes() const { return units * (uint64_t{scale_bytes} + code_bytes); }
@@ -55,7 +55,7 @@ struct Layout {
   }
   std::array<Segment, 2> segments(uint8_t* body, uint64_t chunk) const;
 
-  // Whether a transfer can begin at this offset: a chunk does.
+  // Whether a chunk begins at this offset, so that a transfer can begin there.
   bool is_start(uint64_t offset) const { return offset < bytes() && offset % chunk_bytes(0) == 0; }
 
   // Throws std::invalid_argument when empty, when a chunk would not fit a frame, or when `buffer_bytes` is too small.
@@ -65,19 +65,19 @@ struct Layout {
 
 class Source {
  public:
-  // `wake` is called, from the raising thread, after the watermark rose; it must not block.
+  // The raising thread calls `wake` after each rise of the watermark; `wake` must not block.
   Source(std::shared_ptr<Buffer> buffer, Layout layout, uint64_t ready_chunks, std::function<void()> wake);
 
   const Layout& layout() const { return layout_; }
   uint8_t* body() const { return buffer_->data(); }
 
-  // The watermark: chunks below it are final. Any one thread may raise it; it never falls. Computes the checksums of
-  // the new chunks, which are still in the raising thread's cache.
+  // The watermark: chunks below it are final. It never falls, and only one thread may raise it. `raise` computes the
+  // checksums of the new chunks, which are still in that thread's cache.
   uint64_t ready_chunks() const { return ready_.load(std::memory_order_acquire); }
   void raise(uint64_t ready_chunks);
 
-  // Checksum of one ready chunk, computed once whatever the number of links: at its first use when it was ready from
-  // the beginning. The loop thread's, and the raising thread's for chunks above the watermark.
+  // The checksum of a chunk, computed once for all links: by `raise`, or at the first use if the chunk was ready from
+  // the beginning. Only the loop thread, or the raising thread for chunks above the watermark.
   uint32_t chunk_crc(uint64_t chunk);
   bool crc_known(uint64_t chunk) const { return crc_known_[chunk]; }
 
@@ -89,17 +89,17 @@ class Source {
   std::atomic<uint64_t> ready_;
   std::function<void()> wake_;
   std::vector<uint32_t> crc_;
-  std::vector<uint8_t> crc_known_;  // no bits: both threads write to it
+  std::vector<uint8_t> crc_known_;  // not vector<bool>: both threads write, to different elements
 };
 
-// How much of a receive is there, for whoever takes the bytes on from the buffer while more arrive. Raised by the loop
-// thread, read by any other.
+// How much of a receive has arrived, for a thread that uses the first bytes while more arrive. The loop thread raises
+// the watermark; any thread may read it.
 class Watermark {
  public:
-  // `wake` is called, from the loop thread, after each rise; it must not block.
+  // The loop thread calls `wake` after each rise; `wake` must not block.
   explicit Watermark(std::function<void()> wake) : wake_(std::move(wake)) {}
 
-  // The bytes that are there, contiguous from the start in the order of the wire; never falls.
+  // The bytes that have arrived, contiguous from the start in wire order; never falls.
   uint64_t received() const { return received_.load(std::memory_order_acquire); }
   void raise(uint64_t received) {
     if (received <= received_.load(std::memory_order_relaxed)) return;

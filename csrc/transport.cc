@@ -12,21 +12,21 @@
 namespace parablock {
 namespace {
 
-// Listener tokens count up from here, those of lanes from 1.
+// Listener tokens start here, lane tokens below.
 constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
-constexpr int64_t kAbsentNs = 1'000'000'000;  // by which the loop wakes too late, before it has been absent
+constexpr int64_t kAbsentNs = 1'000'000'000;  // a loop that wakes this much too late was absent
 constexpr int kAcceptsPerTurn = 64;
-// After a turn that moved this much on a fast link the next is due within the time that falling asleep and being woken
-// takes. On a slow one turns that move so much are few, and so is the time that is spent in vain.
-// A message is often answered at once, and messages are few, so that after one the thread stays awake as long.
+// On a fast link, the turn after one that moved this many bytes is due sooner than the thread could sleep and wake up,
+// so the thread busy-polls for kSpinNs. On a slow link such turns are rare, so busy-polling in vain costs little. The
+// thread also busy-polls after a control message: messages are rare, and many are answered at once.
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kSpinNs = 50'000;
-constexpr size_t kQueueBytes = 1 << 20;  // of control frames to one trusted peer, at least
-constexpr size_t kRememberedKeys = 4096;  // of one trusted peer
-constexpr size_t kUnreadBytes = 1 << 20;             // of one link's events, before its reading stops
-constexpr size_t kUnreadBytesOfStranger = 16 << 10;  // likewise, of a peer that has not proved who it is
-constexpr size_t kMostEvents = 4096;      // that nobody has taken, before newcomers wait in the kernel's backlog
+constexpr size_t kQueueBytes = 1 << 20;  // least queue limit for control frames to a trusted peer
+constexpr size_t kRememberedKeys = 4096;  // for a trusted peer
+constexpr size_t kUnreadBytes = 1 << 20;             // of a link's events, above which reading from the link stops
+constexpr size_t kUnreadBytesOfStranger = 16 << 10;  // the same for a peer that has not proved its identity
+constexpr size_t kMostEvents = 4096;  // untaken events at which newcomers stay in the kernel's backlog
 
 constexpr const char* kClosed = "the transport is closed: make a new one";
 
@@ -58,7 +58,7 @@ Transport::Transport(TransportOptions options)
 Transport::~Transport() { close(0); }
 
 void Transport::close(int64_t flush_ns) {
-  if (!thread_.is_of_this_process()) {  // a thread that is not there may hold any of the mutexes
+  if (!thread_.is_of_this_process()) {  // forked child: the missing thread may have left any mutex locked
     if (thread_.joinable()) thread_.join();
     return;
   }
@@ -95,7 +95,7 @@ uint64_t Transport::connect(const std::string& host, uint16_t port, int64_t time
   return id;
 }
 
-// ---- Commands: queued by any thread, carried out by the loop's
+// ---- Commands: queued by any thread, carried out by the loop thread
 
 void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
   commands_.push([this, id, action = std::move(action)] {
@@ -178,8 +178,8 @@ void Transport::attach_lanes(uint64_t id, const std::string& key, size_t count, 
   });
 }
 
-// By the loop thread, behind the command that adds the link; and a copy, because the link may end meanwhile and its
-// descriptor become another's.
+// The loop thread makes the copy, because the command that adds the link may still be queued. A copy, because the link
+// may end meanwhile and its descriptor number be reused.
 Fd Transport::duplicate_of(uint64_t id) {
   auto answer = std::make_shared<std::promise<Fd>>();
   std::future<Fd> copy = answer->get_future();
@@ -193,7 +193,7 @@ Fd Transport::duplicate_of(uint64_t id) {
   answer.reset();
   try {
     return copy.get();
-  } catch (const std::future_error&) {  // nobody was there to carry the command out
+  } catch (const std::future_error&) {  // the command was dropped: no link, or no transport any more
     throw std::invalid_argument("the link is gone");
   }
 }
@@ -251,12 +251,12 @@ std::shared_ptr<const TlsInfo> Transport::tls_info(uint64_t id) const {
 
 // ---- The loop thread
 
-// One that has not said who it is gives its descriptor to a newcomer, if none is left: no more than one, because others
-// may take what it leaves. `errno` is that of the last try.
+// If no descriptor is left, evicts one stranger for the newcomer; only one, because other threads may take the freed
+// descriptor. On failure `errno` is that of the last try.
 Fd Transport::accept_one(int listener) {
   Fd fd = try_to_accept(listener);
   if (fd.get() >= 0 || !lacks_descriptors(errno)) return fd;
-  if (!somebody_waits(listener)) {  // the kernel looks for a descriptor first
+  if (!somebody_waits(listener)) {  // the kernel reports a missing descriptor even if no connection waits
     errno = EAGAIN;
     return fd;
   }
@@ -269,7 +269,7 @@ Fd Transport::accept_one(int listener) {
 
 void Transport::accept_some(int listener, int64_t now_ns) {
   for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
-    // Each connection is an event when it comes and when it ends, however little the program takes of them.
+    // Back-pressure: each connection makes two events, kConnected and kClosed, even if the program takes no events.
     if (events_.size() >= kMostEvents) {
       accept_again(false);
       accept_again_ns_ = now_ns + kHousekeepingNs;
@@ -277,7 +277,7 @@ void Transport::accept_some(int listener, int64_t now_ns) {
     }
     Fd fd = accept_one(listener);
     if (fd.get() < 0) {
-      // The connection stays in the backlog and would wake the loop for ever.
+      // The connection stays in the backlog and would wake the loop again and again.
       if (lacks_descriptors(errno) || errno == ENOBUFS || errno == ENOMEM) {
         accept_again(false);
         accept_again_ns_ = now_ns + kHousekeepingNs;
@@ -340,12 +340,12 @@ void Transport::add_link(uint64_t id, Fd fd, const std::string& host) {
 void Transport::add_lane(Link& link, Channel channel) {
   if (link.lanes() == kMaxLanes)
     throw std::invalid_argument("a link has at most " + std::to_string(kMaxLanes) + " lanes");
-  std::lock_guard lock(links_mutex_);  // others read the link's stats
+  std::lock_guard lock(links_mutex_);  // other threads read the link's stats
   Lane& lane = link.add_lane(std::move(channel));
   loop_.add(lane.fd(), token_of(link.id(), lane.index()));
 }
 
-// The newcomer's connection goes to the link that its key opens; what is left of the newcomer ends.
+// Moves the newcomer's connection to the link that its key belongs to, and ends the newcomer's own link.
 void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   std::optional<uint64_t> owner = lane_keys_.redeem(key, now_ns);
   if (!owner) {
@@ -353,12 +353,12 @@ void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
     return;
   }
   loop_.remove(newcomer.lane(0).fd());
-  std::unique_lock lock(links_mutex_);  // others ask what the newcomer's channel is
+  std::unique_lock lock(links_mutex_);  // other threads read the newcomer's channel
   Channel channel = std::move(newcomer.lane(0).channel());
   lock.unlock();
   Link& link = *links_.at(*owner);
   add_lane(link, std::move(channel));
-  link.session().owe_ping(link.lanes() - 1);  // the peer uses the lane once it hears something on it
+  link.session().owe_ping(link.lanes() - 1);  // the peer uses the lane after the first bytes on it
   stirred_.insert(*owner);
   newcomer.become_lane("it became a lane of link " + std::to_string(*owner));
 }
@@ -369,7 +369,7 @@ void Transport::drop(uint64_t id) {
   auto found = links_.find(id);
   due_.erase({found->second->due_ns, id});
   for (std::set<uint64_t>* links : {&stirred_, &sending_, &paused_}) links->erase(id);
-  publish(*found->second);  // what came before the end is not lost
+  publish(*found->second);  // events from before the end are not lost
   found->second->session().note_end();
   Event closed;
   closed.type = Event::Type::kClosed;
@@ -379,7 +379,7 @@ void Transport::drop(uint64_t id) {
   closed.became_lane = found->second->became_lane();
   closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
-  // Closing alone does neither while a process that was forked holds the descriptors, too.
+  // Closing the descriptors does neither of these while a forked process also holds them.
   for (size_t i = 0; i < found->second->lanes(); ++i) {
     const int fd = found->second->lane(i).fd();
     if (fd < 0) continue;  // it was refused, or has become a lane of another link
@@ -393,7 +393,7 @@ void Transport::drop(uint64_t id) {
   publish(std::move(closed));
 }
 
-// The port is free then, also while a process that was forked holds the descriptors.
+// Frees the port, even while a forked process also holds the descriptors.
 void Transport::close_listeners() {
   for (const Fd& listener : listeners_) {
     loop_.remove(listener.get());
@@ -407,7 +407,7 @@ void Transport::drop_all() {
   over_.clear();
 }
 
-// Whatever goes wrong here ends this link alone.
+// Any error here ends only this link.
 void Transport::service_link(Link& link, int64_t now_ns) {
   bool going_on = true;
   const uint64_t before = link.bytes_moved();
@@ -435,7 +435,7 @@ void Transport::close_refused_lanes(Link& link) {
   for (Lane* lane : link.refused_lanes()) {
     loop_.remove(lane->fd());
     shutdown(lane->fd(), SHUT_RDWR);
-    std::lock_guard lock(links_mutex_);  // others read the link's stats
+    std::lock_guard lock(links_mutex_);  // other threads read the link's stats
     Channel closed = std::move(lane->channel());
   }
 }
@@ -472,7 +472,7 @@ std::set<uint64_t> Transport::links_to_service(int64_t now_ns) {
   for (auto at = due_.begin(); at != due_.end() && at->first <= now_ns; ++at) links.insert(at->second);
   if (waker_->moved.exchange(false)) links.insert(sending_.begin(), sending_.end());
   links.insert(paused_.begin(), paused_.end());
-  if (now_ns - swept_ns_ >= kHousekeepingNs) {  // stalls are looked for now and then
+  if (now_ns - swept_ns_ >= kHousekeepingNs) {  // looks for stalls
     swept_ns_ = now_ns;
     for (const auto& [id, link] : links_) links.insert(id);
   }
@@ -489,7 +489,7 @@ void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
       continue;
     }
     int listener = static_cast<int>(at.token - kListenerTokens);
-    auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // it may have been closed since
+    auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // the listener may be closed by now
     if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
   }
   for (uint64_t id : links_to_service(now_ns)) {
@@ -500,8 +500,8 @@ void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
   over_.clear();
 }
 
-// This process was stopped, or got no processor: what came meanwhile lies in the sockets, more than the kernel reports
-// at once, and none of it is a peer's silence.
+// After this process was stopped or got no CPU time: the peers' bytes wait in the sockets, on more of them than the
+// kernel reports at once, so the time away must not count as any peer's silence.
 void Transport::forgive_own_absence(int64_t now_ns) {
   const int64_t away_ns = now_ns - std::exchange(last_turn_ns_, now_ns);
   if (away_ns <= kHousekeepingNs + kAbsentNs) return;
@@ -522,7 +522,7 @@ void Transport::run() {
       const int64_t now_ns = monotonic_ns();
       forgive_own_absence(now_ns);
       service(now_ns, ready);
-    } catch (const std::exception& error) {  // beyond one link: this process or the kernel is out of memory
+    } catch (const std::exception& error) {  // not one link's fault: out of memory here or in the kernel
       for (auto& [id, link] : links_) link->fail(error.what());
       drop_all();
     }

@@ -1,8 +1,8 @@
 // The transport of a process: one thread that owns every socket. It never takes the GIL and never calls Python.
 //
-// Every public function may be called from any thread except the loop's own. Calls that change a link are queued and
-// carried out by the loop thread in the order in which they were made; what happens comes back as Events. A program
-// that leaves a link's events lying stops this link's reading, not the others'.
+// Every public function may be called from any thread except the loop thread. Calls that change a link are queued; the
+// loop thread carries them out in order and reports the results as Events. A program that does not take a link's events
+// stops the reading of that link (back-pressure), not of the others.
 #pragma once
 
 #include <atomic>
@@ -27,19 +27,19 @@
 namespace parablock {
 
 struct TransportOptions {
-  double bytes_per_second = 0;  // every link sends at most this much; 0: unlimited
-  int64_t delay_ns = 0;         // and every frame arrives this much later
+  double bytes_per_second = 0;  // the most that each link sends; 0: unlimited
+  int64_t delay_ns = 0;  // artificial one-way delay of every frame
   int64_t idle_timeout_ns = 60'000'000'000;
   int64_t opening_timeout_ns = 10'000'000'000;  // for a TLS handshake
-  AdmissionLimits admission;    // of accepted connections
-  uint64_t window_bytes = 256 << 20;  // the most that a peer may have under way to this side, of one transfer
-  std::shared_ptr<const TlsContext> tls;  // every link is in TLS; nullptr: none is
+  AdmissionLimits admission;  // of accepted connections
+  uint64_t window_bytes = 256 << 20;  // the most bytes of one transfer that a peer may have under way to this side
+  std::shared_ptr<const TlsContext> tls;  // for every link; nullptr: no link uses TLS
 };
 
 class Transport {
  public:
   explicit Transport(TransportOptions options);
-  ~Transport();  // as close(0)
+  ~Transport();  // calls close(0)
 
   // Throw std::system_error, and std::runtime_error once the transport is closed.
   uint16_t listen(const std::string& host, uint16_t port);  // returns the port taken
@@ -52,15 +52,15 @@ class Transport {
                std::shared_ptr<Watermark> watermark);
   void cancel_send(uint64_t link, TransferKey key);
   void cancel_receive(uint64_t link, TransferKey key);
-  void refuse_receive(uint64_t link, TransferKey key);  // of what was never posted: the peer need not wait for room
-  // The peer has proved who it is: larger control messages are read, and `run` must stand in every frame.
+  void refuse_receive(uint64_t link, TransferKey key);  // of a key never posted: the peer need not wait for credit
+  // The peer has proved its identity: its control messages may be larger, and every frame must carry `run`.
   void trust(uint64_t link, uint64_t run, size_t control_bytes);
-  // Lets the peer add up to `count` lanes to the link, for `within_ns`, and returns the key that it must show.
+  // Lets the peer add up to `count` lanes to the link, for `within_ns`; returns the key that the peer must present.
   std::string offer_lanes(uint64_t link, size_t count, int64_t within_ns);
-  // Opens `count` further lanes to where the link leads; blocks. Throws std::system_error, and std::invalid_argument
-  // for a key of the wrong length, more lanes than there can be or a link that is gone.
+  // Opens `count` further lanes to the peer of the link; blocks. Throws std::system_error, and std::invalid_argument
+  // for a key of the wrong length, too many lanes, or a link that is gone.
   void attach_lanes(uint64_t link, const std::string& key, size_t count, int64_t timeout_ns);
-  void close_link(uint64_t link, std::string reason, int64_t flush_ns);  // after what is queued has left
+  void close_link(uint64_t link, std::string reason, int64_t flush_ns);  // flushes for at most `flush_ns`
 
   std::shared_ptr<Source> make_source(std::shared_ptr<Buffer> buffer, Layout layout, bool complete);
 
@@ -68,7 +68,7 @@ class Transport {
   LinkStats stats(uint64_t link) const;  // zeros when the link is gone
   std::shared_ptr<const TlsInfo> tls_info(uint64_t link) const;  // nullptr: no TLS, not established yet, or gone
 
-  // From now on the loop thread notes there what happens to each chunk; null: no more. The ring may have no other
+  // From now on the loop thread records every stage of each chunk in `ring`; null: stops. The ring may have no other
   // writer.
   void record(std::shared_ptr<Ring> ring);
 
@@ -76,11 +76,11 @@ class Transport {
   void close(int64_t flush_ns);
 
  private:
-  // Shared with Sources, which may outlive the transport: after the end `wake` is a no-op.
+  // Shared with Sources, which may outlive the transport: then `wake` is a no-op.
   struct Waker {
     std::mutex mutex;
     Loop* loop = nullptr;
-    std::atomic<bool> moved{false};  // a watermark, since the loop looked last
+    std::atomic<bool> moved{false};  // a watermark has risen since the loop last looked
     void wake();
   };
 
@@ -92,7 +92,7 @@ class Transport {
   void accept_some(int listener, int64_t now_ns);
   void accept_again(bool on);
   Channel open_channel(Fd fd, const std::string& host) const;
-  void add_link(uint64_t id, Fd fd, const std::string& host);  // `host`: as of Link
+  void add_link(uint64_t id, Fd fd, const std::string& host);  // `host`: see Link
   void add_lane(Link& link, Channel channel);
   void attach(Link& newcomer, const std::string& key, int64_t now_ns);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
@@ -113,32 +113,33 @@ class Transport {
   CommandQueue commands_{loop_};
   EventQueue events_{loop_};
 
-  mutable std::mutex links_mutex_;  // taken by the loop thread to change the map, by others to read it
+  mutable std::mutex links_mutex_;  // the loop thread takes it to change the map, other threads to read it
   std::map<uint64_t, std::unique_ptr<Link>> links_;
   std::vector<Fd> listeners_;
   LaneKeys lane_keys_;
-  int64_t accept_again_ns_ = 0;  // out of descriptors or behind with events: when to try again; 0: not so
+  int64_t accept_again_ns_ = 0;  // when to accept again, after running out of descriptors or event room; 0: accepting
   Admission admission_;  // loop thread only
   std::atomic<uint64_t> next_link_{1};
 
-  std::shared_ptr<Incoming> incoming_ = std::make_shared<Incoming>();  // loop thread only, as the next
+  // Everything from here to stop_deadline_ns_: loop thread only.
+  std::shared_ptr<Incoming> incoming_ = std::make_shared<Incoming>();
   std::shared_ptr<Ring> ring_;
-  std::set<uint64_t> readable_;  // tokens of lanes, in this turn, as the next
-  std::vector<uint64_t> over_;  // links that ended
+  std::set<uint64_t> readable_;  // tokens of the lanes that are readable in this turn
+  std::vector<uint64_t> over_;  // links that ended in this turn
 
-  // Which links to look at in the next turn. Silent ones cost nothing until they are due.
-  std::set<uint64_t> stirred_;  // a socket of theirs, or a command, asks for it
+  // The links to service in the next turn. Idle links cost nothing until they are due.
+  std::set<uint64_t> stirred_;  // links that a socket or a command asks to service
   std::set<std::pair<int64_t, uint64_t>> due_;  // all links, by Link::due_ns
-  std::set<uint64_t> sending_;  // where a watermark that rises gives something to send
-  std::set<uint64_t> paused_;  // until the program has taken their events
-  int64_t swept_ns_ = 0;  // when all were looked at
+  std::set<uint64_t> sending_;  // links that may have data to send when a watermark rises
+  std::set<uint64_t> paused_;  // links whose reading is paused until the program takes their events
+  int64_t swept_ns_ = 0;  // when all links were last serviced
 
-  uint64_t moved_ = 0;  // bytes of frames, in and out
-  bool conversing_ = false;  // a message came or left in this turn
+  uint64_t moved_ = 0;  // bytes of frames in this turn, in and out
+  bool conversing_ = false;  // a control message came or left in this turn
 
-  int64_t last_turn_ns_ = 0;  // when it began
+  int64_t last_turn_ns_ = 0;  // when the last turn began
 
-  bool stopping_ = false;  // loop thread only, as the next
+  bool stopping_ = false;
   int64_t stop_deadline_ns_ = 0;
   std::mutex close_mutex_;
   Thread thread_;

@@ -1,7 +1,7 @@
-// How much a sender may have under way: twice what the link delivers in one round trip, so that a sender that the
-// window holds back is given twice as much a round trip later, and one that is not keeps no more under way than it can
-// use. A least amount keeps a fast link going. Where several transfers come at once it is theirs together: what is
-// under way lies in the kernel's memory, and more of it than a processor's cache holds costs both ends time.
+// How much a sender may have under way: twice the bytes that the link delivers in one round trip. So the window of a
+// sender that it holds back doubles every round trip, and other senders have no more under way than they can use.
+// A minimum keeps a fast link busy. Transfers that come at the same time share the minimum: bytes under way occupy
+// kernel memory, and more of them than a CPU cache holds slow down both ends.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace parablock {
 
-// The transfers that have begun to come, of all links of a transport. Each of them holds a Share while it is one.
+// Counts the transfers of all links of a transport that have begun to arrive. Each of them holds a Share meanwhile.
 class Incoming {
  public:
   class Share {
@@ -45,7 +45,7 @@ class Window {
 
   void arrived(uint64_t bytes, int64_t now_ns) {
     int64_t interval = std::max(round_trip_ns_, kLeastIntervalNs);
-    if (now_ns - last_ns_ > interval) {  // it was idle: nothing about its speed
+    if (now_ns - last_ns_ > interval) {  // the link was idle: says nothing about its speed
       since_ns_ = now_ns;
       bytes_ = 0;
     }
@@ -58,7 +58,7 @@ class Window {
     bytes_ = 0;
   }
 
-  // `highest` also bounds the least. `sharing`: how many transfers the least is for.
+  // `highest` also limits the minimum. `sharing`: the number of transfers that share the minimum.
   uint64_t bytes(uint64_t highest, size_t sharing) const {
     double in_a_round_trip = bytes_per_second_ * static_cast<double>(round_trip_ns_) / 1e9;
     uint64_t least = std::min(kLeastBytes / std::max<size_t>(sharing, 1), highest);
@@ -66,11 +66,12 @@ class Window {
   }
 
  private:
-  // Enough that a thread which is not scheduled for a millisecond does not stop a loopback link.
+  // Enough to keep a loopback link busy while a thread is not scheduled for a millisecond.
   static constexpr uint64_t kLeastBytes = 4 << 20;
   static constexpr int64_t kLeastIntervalNs = 10'000'000;
 
-  std::array<int64_t, 8> round_trips_{};  // the last: the least of them has no queue in it
+  std::array<int64_t, 8> round_trips_{};  // the last eight; the shortest has the least queueing in it
+
   size_t next_ = 0;
   int64_t round_trip_ns_ = 0;
   int64_t since_ns_ = 0;

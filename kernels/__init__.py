@@ -1,9 +1,9 @@
 """The codec on a GPU: Triton kernels that give the same bytes as `parablock_rt.codec`, installed as
 `parablock_rt.kernels`.
 
-One launch per block and operation, on the current stream, without waiting for the device. Needs torch and triton and
-nothing of the runtime; where triton is missing the package can be imported, but using it raises ImportError. With
-TRITON_INTERPRET=1 in the environment before the first import the kernels run on the CPU, slowly.
+One launch per block and operation, on the current stream, without waiting for the device. Needs torch and triton, but
+not the runtime. Without triton the package can be imported, but using it raises ImportError. With TRITON_INTERPRET=1 in
+the environment before the first import the kernels run on the CPU, slowly.
 """
 
 from __future__ import annotations

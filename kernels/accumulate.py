@@ -4,9 +4,9 @@
     units += rint(weight * value * 2^72)           fp32, bf16
 
 Source: fixed-point accumulation in the manner of Demmel and Nguyen 2015, "Parallel Reproducible Summation". The sum is
-one integer of 128 bits, hi * 2^64 + lo, and integer addition is associative. A number is rounded to units in two steps,
-to multiples of 2^52 and what is left, by adding 1.5 * 2^52, whose low bits then hold the integer, for magnitudes up to
-2^51; codes multiply both parts, which have room for them.
+one integer of 128 bits, hi * 2^64 + lo, and integer addition is associative. A number is rounded to units in two steps:
+first to multiples of 2^52 units, then the rest to units. Each step adds 1.5 * 2^52, which leaves the rounded integer in
+the low bits of the sum, for magnitudes up to 2^51. Codes multiply both parts; the products fit into 64 bits.
 """
 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
@@ -21,7 +21,7 @@ import triton.language as tl
 from . import common
 from .common import jit, kernel, load_change, load_codes
 
-TILE = 2048  # elements a program
+TILE = 2048  # elements per program
 WARPS = 4
 
 _ROUNDER = tl.constexpr(1.5 * 2.0**52)
@@ -30,7 +30,7 @@ _PER_COARSE = tl.constexpr(2.0**20)
 _COARSE_UNIT = tl.constexpr(2.0**-20)
 _COARSE_BITS = tl.constexpr(52)
 _PER_UNIT = tl.constexpr(2.0**72)
-_FACTOR_LIMIT = tl.constexpr(2.0**31)  # only a group whose codes are all 0 has a factor as large as this
+_FACTOR_LIMIT = tl.constexpr(2.0**31)  # a group with a factor this large has only codes that are 0
 
 
 @jit
@@ -44,7 +44,7 @@ def to_units(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @jit
 def is_below(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """int64 1 where a < b as numbers without a sign: their sum has carried."""
+    """int64 1 where a < b as unsigned numbers: a sum that is below a summand has carried."""
     return (a.to(tl.uint64, bitcast=True) < b.to(tl.uint64, bitcast=True)).to(tl.int64)
 
 
@@ -60,7 +60,7 @@ def accumulate_kernel(
     WORD: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """hi, lo += weight * d. The weight comes as the bits of a double: a float argument would be rounded to fp32."""
+    """hi, lo += weight * d. Takes the bits of the weight as a double: Triton would round a float argument to fp32."""
     GROUP: tl.constexpr = 64 if FORMAT == "int4" else 128
     ROWS: tl.constexpr = TILE // GROUP
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -91,11 +91,11 @@ def accumulate_kernel(
 
 
 def accumulate(hi: torch.Tensor, lo: torch.Tensor, body: torch.Tensor, weight: float, *, format: str = "int8") -> None:
-    """Add `weight` times the change in `body` (uint8, [body_bytes]) to the sum in `hi` and `lo`, the halves of its
-    128 bits (int64, [numel]).
+    """Add `weight` times the change in `body` (uint8, [body_bytes]) to the 128-bit sum whose upper and lower halves are
+    `hi` and `lo` (int64, [numel]).
 
-    The caller keeps `weight * |value|` below 2^31 and counts contributions (at most 4095). Raises ValueError if an
-    argument does not fit.
+    The caller keeps `weight * |value|` below 2^31 and adds at most 4095 contributions. Raises ValueError if an argument
+    does not fit.
     """
     common.check_format(format)
     numel = common.check_block(hi, "hi", (torch.int64,))

@@ -1,4 +1,4 @@
-"""Apply: add the change of a packed body to weights in place, without holding it in memory in between.
+"""Apply: add the change of a packed body to weights in place, without storing the decoded change.
 
     target = round(float(target) + code * scale)   to the dtype of the target, nearest even
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from . import common
 from .common import kernel, load_change, narrow, widen
 
-TILE = 4096  # elements a program
+TILE = 4096  # elements per program
 WARPS = 4
 
 
@@ -50,7 +50,7 @@ def apply_(
     """Add the change in `body` (uint8, [body_bytes]) to `target` in place and return `target`.
 
     `target` is [numel] in fp32, bf16 or fp16, or several such tensors that follow one another in the block: one launch
-    for each. Raises ValueError if an argument does not fit.
+    per tensor. Raises ValueError if an argument does not fit.
     """
     common.check_format(format)
     parts = [target] if isinstance(target, torch.Tensor) else target

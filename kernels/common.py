@@ -1,8 +1,8 @@
 """What all kernels share: the layout of a packed body, checks of arguments, and the arithmetic of single values.
 
-Memory is read and written as integers (bf16 and fp16 as int16, fp32 as int32) and turned into numbers here: bf16 has no
-arithmetic of its own anywhere, and a NaN keeps or gets the bits that the codec prescribes. No `/`, no `tl.max` of
-floating-point numbers, no conversion to bf16: each of them gives other bits on some path. Must not import the runtime.
+Kernels read and write memory as integers (bf16 and fp16 as int16, fp32 as int32) and convert them to numbers here: no
+kernel computes in bf16, and a NaN keeps or gets the bits that the codec prescribes. Do not use `/`, `tl.max` on
+floating-point numbers or conversion to bf16: each of them gives other bits on some path. Must not import the runtime.
 """
 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
@@ -19,23 +19,23 @@ import triton
 import triton.language as tl
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
-ALIGNMENT = 128  # elements; every flat length is a multiple
+ALIGNMENT = 128  # elements; every flat length is a multiple of it
 BAD_SCALE = tl.constexpr(0x7FC0)  # the scale of a group that was not finite
 
-# triton has no type hints, so a kernel is Any to a type checker.
+# Triton has no type hints, so a kernel is Any to a type checker.
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
 def kernel(*unspecialised: str) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`; no value of the arguments named gets a compilation of its own."""
+    """`triton.jit` that does not specialise the named arguments: their values never cause another compilation."""
     jitted: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(unspecialised))
     return jitted
 
 
-# A multiply-add that is fused changes bytes.
+# A fused multiply-add would change bytes.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
-# Under the interpreter kernels run on the CPU; triton reads this when a kernel is defined, so it is read once.
+# Under the interpreter kernels run on the CPU. Triton reads the variable when it defines a kernel, so one read is safe.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _INFINITY = tl.constexpr(0x7F800000)
@@ -43,7 +43,7 @@ _CODE_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WEIGHT_DTYPES = tuple(_KINDS)
 _POOL_SLOTS = 512
-# Making a pool may collect garbage, and what is collected may drop another stream's: by the same thread.
+# Re-entrant: allocating a pool can trigger garbage collection, whose finalizers may call drop_counters on this thread.
 _pools_lock = threading.RLock()
 _pools: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
@@ -52,12 +52,12 @@ _pools: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
 
 def group_of(format: str) -> int:
-    """Elements of one group: 64 for int4, else 128 (fp32 and bf16 have no scales, but are cut alike)."""
+    """Elements per group: 64 for int4, else 128 (fp32 and bf16 have no scales, but are cut into groups too)."""
     return 64 if format == "int4" else 128
 
 
 def scale_bytes(numel: int, format: str) -> int:
-    """Bytes of the scales of a block of `numel` elements, which come first in a body."""
+    """Bytes of the scales of a block of `numel` elements. In a body the scales come first."""
     return numel // group_of(format) * 2 if format in ("int8", "int4") else 0
 
 
@@ -70,7 +70,7 @@ def empty_body(numel: int, *, format: str, device: torch.device | str) -> torch.
     """An uninitialised uint8 body [body_bytes] whose codes start at a multiple of 16 bytes.
 
     The codes follow the scales without a gap, so a body at an aligned address has misaligned codes unless `numel` is a
-    multiple of 1024. Here it is the scales, a sixty-fourth of the bytes, that may be misaligned. Raises ValueError.
+    multiple of 1024. Here only the scales, a sixty-fourth of the bytes, may be misaligned. Raises ValueError.
     """
     check_format(format)
     check_length(numel)
@@ -81,9 +81,9 @@ def empty_body(numel: int, *, format: str, device: torch.device | str) -> torch.
 
 
 def planes(body: torch.Tensor, name: str, numel: int, format: str) -> tuple[torch.Tensor | None, torch.Tensor, int]:
-    """A body's scales (int16, None without scales), its codes in words, and the elements that share one word.
+    """A body's scales (int16; None for fp32 and bf16), its codes in words, and the number of elements per word.
 
-    The words of int8 and int4 are int32 where the address allows, else int16.
+    The words of int8 and int4 are int32 if the address allows it, else int16.
     """
     expected = body_bytes(numel, format)
     check_memory(body, name)
@@ -155,7 +155,7 @@ def check_device(first: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one, on which triton launches."""
+    """Makes the tensor's GPU the current one, because Triton launches on the current GPU."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
@@ -165,24 +165,24 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 
 def zero_counter(device: torch.device) -> torch.Tensor:
-    """An int64 [1] that holds 0 and is nobody else's, usually without a launch of its own.
+    """A new int64 [1] that holds 0, usually without a launch of its own.
 
-    Slots are cut from a pool that is zeroed once, in order of the stream that will use them, hence a pool per stream.
-    Each begins at a multiple of 16 bytes: triton compiles a kernel once more for a pointer that does not.
-    Not for capture in a CUDA graph: a replay would count on in the slot of the capture.
+    Slots come from a pool that is zeroed once, on the stream that will use them, hence a pool per stream. Each slot
+    begins at a multiple of 16 bytes: Triton would compile the kernel once more for a pointer that does not.
+    Not for capture in a CUDA graph: every replay would go on counting in the captured slot.
     """
     with _pools_lock:
         return _pool(device).pop()
 
 
 def make_counters(device: torch.device) -> None:
-    """Makes the current stream's pool of counters, unless it has one: a call that finds it there allocates nothing."""
+    """Makes the current stream's pool of counters unless the stream has one, so that later calls allocate nothing."""
     with _pools_lock:
         _pool(device)
 
 
 def drop_counters(stream: int) -> None:
-    """Lets go of a stream's pool. For a stream that ends; counters that are in use stay."""
+    """Releases the pool of a stream that ends; counters in use stay valid."""
     with _pools_lock:
         for key in list(_pools):
             if key[1] == stream:
@@ -190,7 +190,7 @@ def drop_counters(stream: int) -> None:
 
 
 def _pool(device: torch.device) -> list[torch.Tensor]:
-    """The current stream's counters, at least one. With the lock held."""
+    """The current stream's counters, at least one. The caller holds the lock."""
     pool = _pools.setdefault((device, stream_of(device)), [])
     if not pool:
         zeros = torch.zeros(_POOL_SLOTS, 2, dtype=torch.int64, device=device)
@@ -238,7 +238,7 @@ def rounded_to_bf16(bits: tl.tensor) -> tl.tensor:
 
 @jit
 def narrow(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """The bits of an fp32 value rounded to KIND; of any NaN those of the quiet positive one without payload."""
+    """The bits of an fp32 value rounded to KIND; any NaN becomes the quiet positive NaN without payload."""
     bits = bits_of(value)
     nan = (bits & 0x7FFFFFFF) > _INFINITY
     if KIND == "fp32":
@@ -262,9 +262,9 @@ def load_codes(
     WORD: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Of the int8 or int4 groups `first + rows`: the codes, int32 [rows, GROUP], and the scales, fp32 [rows].
+    """The codes, int32 [rows, GROUP], and the scales, fp32 [rows], of the int8 or int4 groups `first + rows`.
 
-    A scale that is not finite is +0, and so are its codes.
+    A scale that is not finite reads as +0, and the codes of its group read as 0.
     """
     BITS: tl.constexpr = 8 if FORMAT == "int8" else 4
     WORDS: tl.constexpr = GROUP // WORD
@@ -274,7 +274,7 @@ def load_codes(
     at = rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     words = tl.load(codes_ptr + first * WORDS + at, mask=inside[:, None], other=0).to(tl.int32)
     words = tl.where(finite[:, None], words, 0)
-    # Up to the top of the register and down again: the second shift extends the sign.
+    # Shift each code up to the top of the register and down again: the second shift extends the sign.
     up = (32 - BITS) - tl.arange(0, WORD) * BITS
     code = (words[:, :, None] << up[None, None, :]) >> (32 - BITS)
     return tl.reshape(code, (rows.shape[0], GROUP)), float_of(scale)
@@ -293,7 +293,8 @@ def load_change(
 ) -> tl.tensor:
     """d = code * scale of the groups `first + rows`, fp32 [rows, GROUP].
 
-    A group whose scale is not finite is +0 whatever its codes are, and so is an fp32 or bf16 code that is not finite.
+    A group whose scale is not finite decodes to +0 whatever its codes are, as does an fp32 or bf16 code that is not
+    finite.
     """
     if FORMAT == "int8" or FORMAT == "int4":
         code, scale = load_codes(scales_ptr, codes_ptr, first, rows, inside, FORMAT, WORD, GROUP)

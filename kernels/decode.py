@@ -2,7 +2,7 @@
 
     d = code * scale,   +0 in a group whose scale is not finite
 
-Source: the inverse of `encode`. A code has at most 8 significant bits and so has a bf16 scale: the product is exact.
+Source: the inverse of `encode`. A code and a bf16 scale have at most 8 significant bits each, so the product is exact.
 """
 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
@@ -15,7 +15,7 @@ import triton.language as tl
 from . import common
 from .common import kernel, load_change
 
-TILE = 4096  # elements a program
+TILE = 4096  # elements per program
 WARPS = 4
 
 
@@ -41,7 +41,7 @@ def decode_kernel(
 
 
 def decode(body: torch.Tensor, numel: int, *, format: str = "int8") -> torch.Tensor:
-    """Return the change that `body` (uint8, [body_bytes]) holds, as a new fp32 tensor [numel] beside it.
+    """Return the change that `body` (uint8, [body_bytes]) holds, as a new fp32 tensor [numel] on the same device.
 
     Raises ValueError if the body does not fit or the format is unknown.
     """

@@ -8,7 +8,7 @@
 
 Source: group-wise absmax quantisation (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization") with error
 feedback (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD"). The signed int4 scale puts the largest element on
-the code -8. `rint` is written as adding and taking away 1.5 * 2^23, exact for |x| < 2^22.
+the code -8. `rint` adds and subtracts 1.5 * 2^23, which is exact for |x| < 2^22.
 """
 
 # ruff: noqa: N803, N806 - a compile-time constant of a kernel is written in capitals
@@ -24,7 +24,7 @@ import triton.language as tl
 from . import common
 from .common import BAD_SCALE, bits_of, float_of, jit, kernel, rounded_to_bf16, widen
 
-TILE = 4096  # elements a program
+TILE = 4096  # elements per program
 WARPS = 4
 
 _INFINITY = tl.constexpr(0x7F800000)
@@ -36,14 +36,14 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed block: `body` (uint8, [body_bytes]) and, still on the device, the count of what did not fit."""
+    """One packed block: `body` (uint8, [body_bytes]) and, still on the device, the count of bad groups or elements."""
 
     body: torch.Tensor
     bad: torch.Tensor
 
     @cached_property
     def bad_groups(self) -> int:
-        """Groups (int8, int4) or elements (fp32, bf16) that were not finite and went out as zeros.
+        """Groups (int8, int4) or elements (fp32, bf16) that were not finite and were sent as zeros.
 
         The first access waits for the device.
         """
@@ -85,9 +85,9 @@ def encode_groups_kernel(
     WORD: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """int8 and int4. One row of a tile is one group; WORD codes are summed into one word by shifts.
+    """Encodes int8 and int4. One row of a tile is one group; WORD codes are shifted and summed into one word.
 
-    Bad groups are computed as zeros and then marked. In a zero group scale and inverse are 0, so that every code is 0
+    Bad groups are encoded as zeros and then marked. In a zero group, scale and inverse are 0, so that every code is 0
     and the residual is x itself, sign of zero included.
     """
     GROUP: tl.constexpr = 64 if FORMAT == "int4" else 128
@@ -100,10 +100,10 @@ def encode_groups_kernel(
     at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = load_x(now_ptr, ref_ptr, residual_ptr, first * GROUP, at, inside[:, None], NOW, REF)
 
-    # On the bits: a maximum of floats would lose a NaN.
+    # Compare bits, because a maximum of floats would lose a NaN.
     bits = bits_of(x)
     if FORMAT == "int4":
-        # The sign goes below the magnitude, so one maximum finds both, and of equal magnitudes the positive one.
+        # Put the sign below the magnitude: one maximum finds both, and prefers the positive one of equal magnitudes.
         key = tl.max(((bits << 1) | ((bits >> 31) + 1)).to(tl.uint32, bitcast=True), axis=1)
         largest = (key >> 1).to(tl.int32, bitcast=True)
         sign = (key << 31).to(tl.int32, bitcast=True)  # positive: scale below 0
@@ -114,7 +114,7 @@ def encode_groups_kernel(
     plain = (largest > _ZERO_GROUP) & (largest < _INFINITY)
     x = tl.where(bad[:, None], 0.0, x)
 
-    # No operand or quotient is subnormal, so it is all the same that triton before 3.6 flushes those.
+    # No operand or quotient is subnormal, so Triton before 3.6, which flushes subnormals, gives the same result.
     step = tl.div_rn(float_of(tl.where(plain, largest, _ONE)), 127.0 if FORMAT == "int8" else 8.0)
     up = sign | ((bits_of(step) + 0xFFFF) & -65536)  # magnitude up to bf16
     inverse = tl.where(plain, tl.div_rn(1.0, float_of(up)), 0.0)
@@ -149,8 +149,8 @@ def encode_elements_kernel(
     FORMAT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """fp32 and bf16, in rows of 128 elements. What is or rounds to no finite number goes out as 0, is counted and
-    leaves no residual.
+    """Encodes fp32 and bf16, in rows of 128 elements. An element that is not finite, or does not round to a finite
+    number, is sent as 0, is counted and leaves no residual.
     """
     ROWS: tl.constexpr = TILE // 128
     LIMIT: tl.constexpr = _BF16_OVERFLOW if FORMAT == "bf16" else _INFINITY
@@ -184,18 +184,17 @@ def encode(
     out: torch.Tensor | None = None,
     bad: torch.Tensor | None = None,
 ) -> Packed:
-    """Pack `(now - ref) + residual` and keep what the packing left out. One launch, on the current stream.
+    """Pack `(now - ref) + residual` and keep the error of the packing. One launch, on the current stream.
 
     Args:
         now: new weights, [numel], fp32, bf16 or fp16, on a GPU (on the CPU under the interpreter).
         ref: reference weights, [numel], fp32, bf16 or fp16 (not necessarily the dtype of `now`).
-        residual: what earlier packings left out, [numel], fp32; None stands for zeros. Updated in place unless
+        residual: the error of earlier packings, [numel], fp32; None stands for zeros. Updated in place unless
             `residual_out` is given.
         format: "fp32", "bf16", "int8" or "int4".
         residual_out: fp32 [numel] that receives the new residual instead; `residual` is then only read.
-        out: uint8 [body_bytes] to write into, best from `empty_body`; allocated if None.
-        bad: int64 [1] that the count of bad groups is added to, for a block that takes several calls; a fresh one if
-            None.
+        out: uint8 [body_bytes] to write into, preferably from `empty_body`; allocated if None.
+        bad: int64 [1] to add the count of bad groups to, for a block that takes several calls; a new counter if None.
 
     Raises:
         ValueError: an argument has an unexpected format, dtype, shape, layout or device.

@@ -177,7 +177,7 @@ def test_a_ping_leaves_on_every_lane_and_is_answered_on_the_first_alone() -> Non
 @pytest.mark.parametrize("type", [CONTROL, ACK, PONG, ATTACH, WITHDRAW])
 def test_anything_but_chunks_and_pings_on_another_lane_than_the_first_is_refused(type: int) -> None:
     session = Session()
-    with pytest.raises(ProtocolError, match="chunks and pings alone"):
+    with pytest.raises(ProtocolError, match="only chunks and pings may come on a lane other than the first"):
         session.feed(Frame(type).encode(), lane=2)
 
 

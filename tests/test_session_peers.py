@@ -100,7 +100,7 @@ def test_a_peer_that_asks_again_for_ever_is_cut_off() -> None:
 def test_a_peer_may_ask_again_only_for_chunks_under_way(offset: int) -> None:
     sender, _ = sending(small_layout())
     sender.feed(Frame(ACK, (1, 2, 3), offset=27, payload=struct.pack("<Q", 90)).encode())
-    assert_refused(sender, Frame(RESEND, (1, 2, 3), offset=offset).encode(), "there is none under way")
+    assert_refused(sender, Frame(RESEND, (1, 2, 3), offset=offset).encode(), "no chunk at that offset is under way")
 
 
 @pytest.mark.parametrize("type", [CONTROL, ACK])

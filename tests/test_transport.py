@@ -467,7 +467,7 @@ def test_layouts_cut_bodies_and_raw_blocks_as_agreed() -> None:
     assert raw_layout(256, 1).chunks == 1
     with pytest.raises(ValueError, match="128"):
         body_layout("int4", 100, 256)
-    with pytest.raises(ValueError, match="at least one unit a chunk, found 0"):
+    with pytest.raises(ValueError, match="at least one unit per chunk, found 0"):
         _C.Layout(1, 0, 1, 0)
 
 

@@ -45,7 +45,6 @@ constexpr int kMostDigits = 6;  // of a window, so that the window of a sum fits
 constexpr int64_t kLong = 1 << 16;  // elements; the sums of this many fill a second-level cache
 // How many elements ahead the codes of each contribution are prefetched, into the second-level cache: bodies often
 // begin at the same offset in a page, so sixteen contributions would evict one another from the first-level cache.
-
 constexpr int kPrefetchCodes = 1024;
 
 // Word [q][j] has digit j of the contributions 4q to 4q + 3, a byte each; 0 for missing contributions.

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from parablock_rt.client.run import Run
 from parablock_rt.client.server_link import ServerLink
+from parablock_rt.server.catch_up import CatchUp
+from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.intake import Intake
 from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import ClosedRound
-from parablock_rt.server.participants import Participants
 
 # ---- Uploads that are not accepted
 
@@ -103,27 +104,27 @@ def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_
     """Client 0 takes the last block of its snapshot only when the server knows that client 1 has all of its own."""
     other_is_ready = threading.Event()
     began: list[int] = []
-    make_room, send_snapshot = ServerLink._make_room_for_snapshot, Participants.send_snapshot
-    let_begin = Participants._let_begin
+    make_room, send_snapshot = ServerLink._make_room_for_snapshot, CatchUp.send_snapshot
+    let_begin = CatchUp._let_begin
 
     def hold(self: ServerLink) -> None:
         if self._seat == 0 and any(message.block == 2 for message in self._transit.announced):
             assert other_is_ready.wait(WAIT_S)
         make_room(self)
 
-    def note_ready(self: Participants, member: Any) -> None:
+    def note_ready(self: CatchUp, member: Any) -> None:
         complete = not member.to_send
         send_snapshot(self, member)
         if member.seat == 1 and complete:
             other_is_ready.set()
 
-    def note_begin(self: Participants, member: Any, **rest: Any) -> None:
+    def note_begin(self: CatchUp, member: Any, **rest: Any) -> None:
         began.append(member.seat)
         let_begin(self, member, **rest)
 
     monkeypatch.setattr(ServerLink, "_make_room_for_snapshot", hold)
-    monkeypatch.setattr(Participants, "send_snapshot", note_ready)
-    monkeypatch.setattr(Participants, "_let_begin", note_begin)
+    monkeypatch.setattr(CatchUp, "send_snapshot", note_ready)
+    monkeypatch.setattr(CatchUp, "_let_begin", note_begin)
     case = Case(clients=2)
     result = case.run(client_models=[lambda: mlp(seed=7), lambda: mlp(seed=8)])
     assert sorted(began) == [0, 1]
@@ -294,12 +295,12 @@ def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
 def test_a_client_that_leaves_more_aggregates_lying_than_the_budget_is_dismissed_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Participants.__init__
+    original = Eviction.__init__
 
-    def without_room(self: Participants, *args: Any, **named: Any) -> None:
+    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
         original(self, *args, **named, update_budget=0)
 
-    monkeypatch.setattr(Participants, "__init__", without_room)
+    monkeypatch.setattr(Eviction, "__init__", without_room)
     held, ended = threading.Event(), threading.Event()
 
     def hold(run: Run, step: int) -> None:

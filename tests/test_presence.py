@@ -22,7 +22,7 @@ import parablock_rt as pb
 from parablock_rt import _C
 from parablock_rt.errors import RoundError
 from parablock_rt.schedule import cohort_of
-from parablock_rt.server.participants import Participants
+from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
@@ -332,13 +332,13 @@ def test_a_resumed_run_that_ends_without_a_quorum_does_not_advise_what_a_resume_
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody may leave more lying than the newest rounds, and no round beyond them; while catching up, a snapshot."""
-    original = Participants.__init__
+    original = Eviction.__init__
 
-    def without_room(self: Participants, *args: Any, **named: Any) -> None:
+    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
         original(self, *args, **named, update_budget=0)
 
-    monkeypatch.setattr(Participants, "__init__", without_room)
-    monkeypatch.setattr("parablock_rt.server.participants.MAX_LAG", 3)
+    monkeypatch.setattr(Eviction, "__init__", without_room)
+    monkeypatch.setattr("parablock_rt.server.eviction.MAX_LAG", 3)
 
 
 @pytest.mark.usefixtures("no_room")

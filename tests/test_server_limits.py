@@ -27,10 +27,11 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
 from parablock_rt.schedule import Schedule
 from parablock_rt.server import journal
+from parablock_rt.server.catch_up import CatchUp
 from parablock_rt.server.checkpoint import Checkpoint
+from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.intake import Intake
 from parablock_rt.server.members import UploadSlot
-from parablock_rt.server.participants import Participants
 from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
 from parablock_rt.wire import protocol
@@ -93,11 +94,11 @@ def test_a_client_that_missed_a_deadline_is_waited_for_again_only_when_it_has_tr
 
 
 def test_a_client_that_never_says_what_it_holds_loses_its_seat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parablock_rt.server.participants._LEAST_READY_S", 0.0)
+    monkeypatch.setattr("parablock_rt.server.eviction._LEAST_READY_S", 0.0)
     with start_server(clients=1, join_timeout=0.2) as running:
         with RawClient(running.address) as mute:
             mute.take_seat()
-            monkeypatch.setattr(Participants, "start_if_complete", lambda self, **at_deadline: None)
+            monkeypatch.setattr(CatchUp, "start_if_complete", lambda self, **at_deadline: None)
             assert "to say what its model holds" in mute.hear(protocol.Failure).reason
         with RawClient(running.address) as other:
             other.take_seat()
@@ -204,12 +205,12 @@ def test_a_client_that_had_not_begun_joins_the_server_that_goes_on_anew(start: S
 def test_a_client_in_an_endless_snapshot_is_dismissed_when_the_aggregates_it_lacks_weigh_more_than_the_model(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Participants.__init__
+    original = Eviction.__init__
 
-    def without_room(self: Participants, *args: Any, **named: Any) -> None:
+    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
         original(self, *args, **named, update_budget=0)
 
-    monkeypatch.setattr(Participants, "__init__", without_room)
+    monkeypatch.setattr(Eviction, "__init__", without_room)
     with start_server(quorum=1, rounds=40, deadline=300.0) as running:
         do_not_wait_for(running, lambda index: {0})
         with RawClient(running.address) as former:
@@ -285,7 +286,7 @@ def test_an_upload_that_is_announced_and_never_sent_loses_its_room_to_one_that_w
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One client holds all the room there is. Nobody need wait for the deadline, which is far away."""
-    monkeypatch.setattr("parablock_rt.server.participants._SILENT_S", 0.3)
+    monkeypatch.setattr("parablock_rt.server.eviction._SILENT_S", 0.3)
     settings = {"clients": 2, "rounds": 1, "quorum": 1, "deadline": 300.0, "upload_budget": len(good_body())}
     with start_server(**settings) as running, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(RawClient(running.address)) for _ in range(2)]

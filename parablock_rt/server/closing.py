@@ -148,9 +148,9 @@ class Closing:
         """Tells those whose uploads count, if they were to wait for the disk; and those who are too late."""
         for seat in round.uploads if self._durability.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
-                self._participants.say_verdict(holder, round.index, "")
+                self._participants.verdicts.say(holder, round.index, "")
         for member in self._roster.members:
             if member.seat not in round.cohort or not self._participants.intake.refuse(member, round.index):
                 continue
             if member.here:
-                self._participants.say_late(member, round.index)
+                self._participants.verdicts.say_late(member, round.index)

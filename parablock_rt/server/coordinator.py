@@ -186,7 +186,7 @@ class Coordinator:
             if event.type == kinds.RECEIVED:
                 self._participants.upload_arrived(member, event)
             elif event.type == kinds.SENT and event.kind == Kind.SNAPSHOT:
-                self._participants.send_snapshot(member)
+                self._participants.catch_up.send_snapshot(member)
             elif event.type == kinds.STALLED:
                 log.warning("client %d, %s: %s", member.seat, describe(event), event.text)
             elif event.type == kinds.SENT and event.kind == Kind.UPDATE:
@@ -235,12 +235,12 @@ class Coordinator:
         self._roster.check_clock(now)
         if (overdue := self._visitors.overdue()) is not None:
             self._dismiss(overdue, HandshakeError("measuring this link took longer than the server allows"))
-        self._participants.dismiss_overdue(now)
-        self._participants.refuse_silent(now)
+        self._participants.eviction.dismiss_overdue(now)
+        self._participants.eviction.refuse_silent(now)
         attendance = self._participants.attendance
         if not self._progress.started:
             if self._progress.open_s > self._config.join_timeout:
-                self._participants.start_if_complete(at_deadline=True)
+                self._participants.catch_up.start_if_complete(at_deadline=True)
         elif self._progress.deserted(anybody=bool(self._roster.here), may_return=bool(attendance.lost)):
             gone = "; ".join(attendance.gone(self.outcome.left))
             raise RoundError(f"no client is left ({gone}); start them and the server again")

@@ -168,6 +168,11 @@ class Member:
         """Whether messages and transfers of the run may go to it now."""
         return self.link is not None and not self.rejoining
 
+    def left_lying(self, oldest: int) -> range:
+        """The closed rounds whose aggregates were sent to it as they closed, and that it has not applied. `oldest`: the
+        oldest open round."""
+        return range(max(self.applied + 1, self.updates_from), oldest)
+
     def check(self, ready: protocol.Ready, identity: Identity, blocks: int) -> None:
         """Raises PlanMismatchError when the client's model cannot take part."""
         if ready.plan_digest != identity.plan_digest:

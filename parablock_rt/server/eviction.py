@@ -1,0 +1,102 @@
+"""Those who take too long: whose link is ended, and whose upload is refused, so that others need not wait for them.
+
+Looks at the members now and then. Who is dismissed is told why by the caller's `dismiss`. The server's thread alone
+uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parablock_rt.config import RunConfig
+from parablock_rt.errors import HandshakeError, ParaBlockError, RoundError
+from parablock_rt.schedule import Schedule
+from parablock_rt.server import roster
+from parablock_rt.server.intake import Intake
+from parablock_rt.server.members import Member
+from parablock_rt.server.progress import Progress
+from parablock_rt.server.roster import Roster
+from parablock_rt.server.rounds import OpenRounds
+from parablock_rt.server.verdicts import Verdicts
+from parablock_rt.wire.transport import Transport
+
+_SILENT_S = 10.0
+_LEAST_READY_S = 60.0  # a large model's fingerprints take their time
+MAX_LAG = 32  # rounds that a connected client may leave its aggregates lying
+UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave lying, the newest ones apart
+
+
+class Eviction:
+    """The limits of what one client may cost the others."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: RunConfig,
+        schedule: Schedule,
+        progress: Progress,
+        rounds: OpenRounds,
+        roster: Roster,
+        intake: Intake,
+        verdicts: Verdicts,
+        dismiss: Callable[[int, ParaBlockError], None],
+        snapshot_bytes: int,
+        update_budget: int = UPDATE_BUDGET,
+    ) -> None:
+        """`dismiss`: ends a link and says why. `snapshot_bytes`: what all blocks weigh, sent whole."""
+        self._transport = transport
+        self._config = config
+        self._schedule = schedule
+        self._progress = progress
+        self._rounds = rounds
+        self._roster = roster
+        self._intake = intake
+        self._verdicts = verdicts
+        self._dismiss = dismiss
+        self._snapshot_bytes = snapshot_bytes
+        self._update_budget = update_budget
+
+    def refuse_silent(self, now: float) -> None:
+        """Room that others wait for is not kept for an upload of which nothing comes."""
+        oldest = self._progress.oldest
+        limit_s = min(_SILENT_S, self._progress.deadline.seconds / 2)
+        for member in self._intake.silent(oldest, now, limit_s):
+            reason = f"nothing of it came for {limit_s:g} s, and others waited for its room"
+            self._rounds[oldest].refused.setdefault(member.seat, reason)
+            self._intake.refuse(member, oldest)
+            self._verdicts.say(member, oldest, reason)
+
+    def dismiss_overdue(self, now: float) -> None:
+        """Ends the links of those who do not say what they must, or leave more lying than is kept for one.
+
+        One that has come back and says nothing keeps its seat: it may do better on another connection.
+        """
+        longest = max(_LEAST_READY_S, self._config.join_timeout)
+        for member in [m for m in self._roster.members if m.link is not None]:
+            assert member.link is not None
+            silent_s = now - member.seated_at
+            if member.rejoining and silent_s > roster.HANDSHAKE_S:
+                member.seated_at = now  # until its end is heard of
+                self._transport.native.close_link(member.link, "the client did not say where it stands")
+            elif not member.ready and silent_s > longest:
+                error = HandshakeError(f"a client has {longest:g} s to say what its model holds; join again")
+                self._dismiss(member.link, error)
+        for member in [m for m in self._roster.here if m.ready and self._lags(m)]:
+            assert member.link is not None
+            behind = self._progress.oldest - 1 - member.applied
+            reason = f"this client fell {behind} rounds behind; join again for a snapshot"
+            if member.catching_up:
+                what = "what it missed" if member.begun else "its snapshot"
+                reason = f"{behind} rounds have closed while this client took {what}: its link is too slow for them"
+            self._dismiss(member.link, RoundError(reason))
+
+    def _lags(self, member: Member) -> bool:
+        """Whether more is kept for a member than one may leave lying. A snapshot may take many rounds, and so may what
+        a client missed while it was away, as long as the aggregates since weigh no more than a snapshot."""
+        behind = member.left_lying(self._progress.oldest)
+        newest = self._config.staleness + 2
+        weight = sum(self._schedule.body_bytes(index) for index in behind[:-newest])
+        if member.catching_up:
+            return weight > max(self._update_budget, self._snapshot_bytes)
+        rounds = MAX_LAG + self._config.staleness + member.gathered_rounds
+        return len(behind) > rounds or weight > self._update_budget + member.gathered_bytes

@@ -156,7 +156,7 @@ def closed_record(index: int) -> journal.Closed:
     )
     update = protocol.Update(round=index, block=0, fingerprint=index, contributions=2, bad_groups=0)
     verdicts = {0: "", 1: "bad", 2: ""} if index < 30 else {0: ""}
-    return journal.Closed(closed=closed, update=update, verdicts=verdicts)
+    return journal.Closed(closed=closed, update=update, verdicts=verdicts, given_up=[2] if index > 9 else [])
 
 
 def test_of_early_rounds_a_server_keeps_no_part_of_any_client_in_memory(tmp_path: Path) -> None:
@@ -192,6 +192,19 @@ def test_the_last_verdicts_on_each_seats_uploads_are_known_however_long_ago_they
     }
     assert {verdict.reason for verdict in members[1].verdicts.values()} == {"bad"}
     assert all(verdict.accepted for verdict in members[2].verdicts.values())
+
+
+def test_who_was_given_up_is_known_until_a_newcomer_has_the_seat() -> None:
+    past = journal.Past(begin())
+    found = []
+    for index in range(11):
+        past.take(closed_record(index))
+        found.append(past.given_up)
+    assert found == [set()] * 10 + [{2}]
+    past.take(Seated(seat=2, secret=b""))
+    assert past.given_up == {2}
+    past.take(Started(seat=2, first_round=11))
+    assert past.given_up == set()
 
 
 def test_a_file_that_cannot_be_removed_is_an_error_that_says_so_and_frees_the_state(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ class Past:
     seats: dict[int, SeatState] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     closed: list[Closed] = field(default_factory=list)
+    given_up: set[int] = field(default_factory=set)  # the seats that rounds did not wait for
 
     def take(self, record: Record) -> None:
         """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
@@ -124,6 +125,7 @@ class Past:
                 self.seats[record.seat] = SeatState(record.secret)
             case Started() if record.seat in self.seats:
                 self.seats[record.seat].first_round = record.first_round
+                self.given_up.discard(record.seat)
             case Vacated() if record.seat in self.seats:
                 del self.seats[record.seat]
                 self.left = with_left(self.left, record.seat, record.reason)
@@ -146,6 +148,7 @@ class Past:
                 if len(holder.verdicts) > self.begin.config.staleness + 3:
                     del holder.verdicts[min(holder.verdicts)]
         self.closed.append(record)
+        self.given_up = set(record.given_up)
         if not self.whole and (old := index - WHOLE_ROUNDS) >= 0:
             kept = self.closed[old]
             self.closed[old] = msgspec.structs.replace(kept, closed=kept.closed.brief(), verdicts={}, given_up=[])

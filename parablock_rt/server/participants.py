@@ -229,7 +229,7 @@ class Participants:
             if member.goodbye is not None:
                 self._outcome.goodbyes[member.seat] = member.goodbye
                 self._outcome.client_digests[member.seat] = member.goodbye.digest
-        self.attendance.resume_with(self.roster.members, past.closed[-1].given_up if past.closed else ())
+        self.attendance.resume_with(self.roster.members, past.given_up)
         self.uplink.restore(past.closed[-1].closed.bytes_up if past.closed else 0)
         self._downlink.restore(past, state)
         open_s = [record.closed.open_s for record in past.closed if record.complete]

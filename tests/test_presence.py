@@ -226,6 +226,22 @@ def test_a_round_below_its_quorum_waits_for_clients_that_were_given_up(away: boo
         assert running._coordinator._progress.deadline._seen == []
 
 
+def test_a_client_that_comes_back_after_the_deadline_has_time_to_deliver_what_the_quorum_needs() -> None:
+    gone: set[int] = set()
+    with start_server(clients=1) as running:
+        running._coordinator._progress.deadline = PatientDeadline(running, lambda index: gone)
+        with begun(running, 1) as clients, Returning(running.address) as returning:
+            holder, welcome = clients[0]
+            holder.__exit__()
+            assert settles(lambda: bool(running._coordinator._participants.attendance.lost))
+            gone.add(0)
+            come_back(returning, welcome)
+            returning.hear(protocol.RejoinAnswer)
+            loop_turns(running)
+            deliver(returning, 0)
+            assert returning.hear(protocol.Update).contributions == 1
+
+
 def third_is_of_the_first_two(cohorts: list[frozenset[int]]) -> bool:
     """Whether the third cohort has one of the first and one of the second, which have nobody in common."""
     first, second, third = cohorts

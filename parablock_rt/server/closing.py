@@ -74,11 +74,12 @@ class Closing:
 
     def _may_reach_quorum(self, round: Round) -> bool:
         """Whether to wait on for the uploads that a round lacks, whether or not they were expected: until its deadline,
-        and longer for one whose connection broke."""
+        and longer for a client that is away, or was and has its upload still to send."""
         missing = self._attendance.missing(round)
         lost = {member.seat for member in self._attendance.lost}
+        back = {member.seat for member in self._roster.here if member.seated_at > self._progress.oldest_since}
         deadline = self._progress.deadline
-        limit = deadline.without_quorum if missing & lost else deadline.seconds
+        limit = deadline.without_quorum if missing & (lost | back) else deadline.seconds
         return bool(missing) and self._progress.open_s < limit
 
     def _without_quorum(self, round: Round) -> str:

@@ -440,7 +440,7 @@ def test_a_model_that_is_not_the_servers_is_refused_with_the_parameter_that_diff
 def test_a_plan_that_lies_about_sizes_is_refused_before_anything_is_allocated(shape: tuple[int, ...]) -> None:
     """A server that lies: its plan is compared with the client's own model, and never the measure of a buffer."""
     with start_server() as running:
-        identity = running._coordinator._participants._identity
+        identity = running._coordinator._roster._identity
         first, *others = identity.plan.blocks
         parameters = (msgspec.structs.replace(first.parameters[0], shape=shape), *first.parameters[1:])
         lie = msgspec.structs.replace(

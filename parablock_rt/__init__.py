@@ -1,4 +1,4 @@
-"""ParaBlock-RT: federated fine-tuning of large models, one block at a time, with the network behind the computation."""
+"""ParaBlock-RT: federated fine-tuning of large models, block by block, with communication hidden behind training."""
 
 from parablock_rt import codec
 from parablock_rt.blocks import BlockPlan

@@ -1,11 +1,13 @@
-"""The codec: one block's change to bytes and back, exact sums of packed blocks, fingerprints.
+"""The codec: packs the change of a block into bytes and back, sums packed blocks exactly, and takes fingerprints.
 
-`encode`, `decode`, `apply_` and `fingerprint` work where their tensors are: in host memory natively, on a GPU by the
-kernels of `parablock_rt.kernels`, on the current stream and without waiting for the device. The bytes are the same. The
-`Accumulator` is the server's and takes host memory only. Takes flat blocks: 1-D contiguous tensors whose length is a
-multiple of 128. Knows nothing of models, rounds or networks and keeps no state besides an `Accumulator`'s. Checks
-everything about its arguments that the native code relies on, except that buffers do not overlap. The bytes depend on
-neither the number of threads nor the instruction set.
+All functions take flat blocks: 1-D contiguous tensors whose length is a multiple of 128. `encode`, `decode`, `apply_`
+and `fingerprint` work where their tensors are: in host memory by native code, on a GPU by `parablock_rt.kernels`. The
+kernels run on the current stream, and only reading a fingerprint or `Packed.bad_groups` waits for the device. The
+`Accumulator` is for the server and takes host memory only.
+
+The bytes are the same on both, and depend on neither the number of threads nor the instruction set. All arguments are
+checked as far as the native code relies on them, except that buffers must not overlap. Knows nothing of models, rounds
+or networks, and has no state but that of an `Accumulator`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from parablock_rt.errors import CodecError, ConfigError
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 ALIGNMENT = 128  # elements; every flat length is a multiple
-MAX_CONTRIBUTIONS = 4095  # each adds less than 2^103 units in magnitude; what one pass adds up in 64 bits has room
-LARGEST_CONTRIBUTION = 2.0**31  # bound of weight * |decoded value| (exclusive)
-# Any count of tokens or examples lies between. Beyond, the sum's resolution divided by the weight, or the sum of the
-# weights, could be more than a float holds, and one client's mean infinite for all.
+# Each contribution adds at most 2^103 units (below) to a 128-bit sum: 4095 * 2^103 < 2^127. For fp32 and bf16, one pass
+# adds up halves of at most 2^51 in 64 bits: 4095 * 2^51 < 2^63. See csrc/codec_sum.h.
+MAX_CONTRIBUTIONS = 4095
+LARGEST_CONTRIBUTION = 2.0**31  # exclusive bound of weight * |decoded value|
+# Every count of tokens or examples is in this range. Outside of it, the sum's resolution divided by the weight, or the
+# sum of the weights, could overflow a float, and one client could make the mean infinite for all.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-64, 2.0**64
 
 _GROUP = {"int8": 128, "int4": 64}
@@ -39,7 +43,7 @@ _LARGEST_FP32 = float(torch.finfo(torch.float32).max)
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed block: `body`, a uint8 tensor of `body_bytes` elements, and `bad`, the count of what did not fit.
+    """One packed block: `body`, a uint8 tensor of `body_bytes` elements, and `bad`, the count behind `bad_groups`.
 
     `bad` stays on the GPU (int64 [1]) when the block was packed there.
     """
@@ -49,17 +53,17 @@ class Packed:
 
     @cached_property
     def bad_groups(self) -> int:
-        """Groups (int8, int4) or elements (fp32, bf16) that were not finite and went out as zeros.
+        """How many groups (int8, int4) or elements (fp32, bf16) were not finite and are packed as zeros.
 
-        The first access waits for the GPU, if the block was packed there.
+        The first access waits for the GPU if the block was packed there.
         """
         return int(self.bad)
 
 
 def check_format(name: str) -> str:
-    """Return `name` if it is one of `FORMATS`, else raise ConfigError."""
+    """Returns `name` if it is one of `FORMATS`, else raises ConfigError."""
     if name not in FORMATS:
-        raise ConfigError(f"expected a format out of {', '.join(FORMATS)}; found {name!r}")
+        raise ConfigError(f"expected a format out of {', '.join(FORMATS)}, found {name!r}")
     return name
 
 
@@ -69,7 +73,7 @@ def group_size(format: str) -> int | None:
 
 
 def scale_bytes(numel: int, format: str) -> int:
-    """Bytes of the scales of a block of `numel` elements, which come first in a body; 0 for fp32 and bf16."""
+    """Bytes of the scales of a block of `numel` elements; they come first in a body. 0 for fp32 and bf16."""
     group = group_size(format)
     _check_length(numel)
     return 0 if group is None else numel // group * 2
@@ -90,16 +94,16 @@ def encode(
     residual_out: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> Packed:
-    """Pack `(now - ref) + residual` and keep what the packing left out.
+    """Packs `(now - ref) + residual`; the new residual is the error of the packing.
 
     Args:
         now: new weights, [numel], fp32, bf16 or fp16.
         ref: reference weights, [numel], fp32, bf16 or fp16 (not necessarily the dtype of `now`).
-        residual: what earlier packings left out, [numel], fp32; None stands for zeros. Updated in place unless
+        residual: the error that earlier packings left, [numel], fp32; None stands for zeros. Updated in place unless
             `residual_out` is given.
         format: one of `FORMATS`.
-        threads: number of threads including the caller; `torch.get_num_threads()` if None. Of no meaning on a GPU.
-        residual_out: fp32 [numel] that receives the new residual instead; `residual` is then only read.
+        threads: number of threads including the caller; `torch.get_num_threads()` if None. Ignored on a GPU.
+        residual_out: fp32 [numel] that receives the new residual; `residual` is then only read.
         out: uint8 [body_bytes] to write into; allocated if None.
 
     Raises:
@@ -138,7 +142,7 @@ def encode(
 
 
 def decode(body: torch.Tensor, numel: int, *, format: str = "int8", threads: int | None = None) -> torch.Tensor:
-    """Return the change that `body` (uint8, [body_bytes]) holds, as a new fp32 tensor [numel] beside it.
+    """Returns the change that `body` (uint8, [body_bytes]) holds, as a new fp32 tensor [numel] on the same device.
 
     Raises CodecError if the body does not fit, ConfigError for an unknown format.
     """
@@ -161,11 +165,11 @@ def apply_(
     format: str = "int8",
     threads: int | None = None,
 ) -> torch.Tensor | Sequence[torch.Tensor]:
-    """Add the change in `body` to `target` in place, in fp32, rounded to the nearest (even) value of its dtype.
+    """Adds the change in `body` to `target` in place. Adds in fp32 and rounds to nearest even in the target's dtype.
 
     `target` is [numel] in fp32, bf16 or fp16, or several such tensors that follow one another in the block. A sum that
-    is not a number is stored as the dtype's positive quiet NaN without payload. Returns `target`. Raises CodecError if
-    an argument does not fit, ConfigError for an unknown format.
+    is NaN is stored as the dtype's positive quiet NaN without payload. Returns `target`. Raises CodecError if an
+    argument does not fit, ConfigError for an unknown format.
     """
     check_format(format)
     if (gpu := _gpu_codec(body)) is not None:
@@ -185,9 +189,9 @@ def apply_(
 
 @dataclass(frozen=True)
 class Contribution:
-    """A packed block that `Accumulator.check` found fit. Its body must stay as it is until it is added.
+    """A packed block that `Accumulator.check` accepted. Nobody may write the body until it has been added.
 
-    `bad_groups`: that its encoder marked.
+    `bad_groups`: how many groups the encoder marked as not finite.
     """
 
     body: torch.Tensor = field(repr=False)
@@ -197,12 +201,12 @@ class Contribution:
 
 
 class Accumulator:
-    """The weighted sum of packed blocks in host memory, bit-identical whatever the order in which they are added.
+    """The weighted sum of packed blocks in host memory, bit-identical for any order of the contributions.
 
-    The sum of an element is one integer of 128 bits, in units of 2^-72. Its halves lie in two int64 tensors of `numel`
-    elements each: 16 bytes per element, which are moved once for all contributions that are held, and neither made nor
-    moved if all are held until the mean is taken. Contributions may come in different formats. One thread at a time may
-    use it.
+    The sum of an element is a 128-bit integer in units of 2^-72. Its halves are in two int64 tensors of `numel`
+    elements, 16 bytes per element. `fold` reads and writes them once for all contributions held; if all contributions
+    are held until `mean`, they are not even allocated. Contributions may have different formats. One thread at a time
+    may use it.
     """
 
     def __init__(self, numel: int, *, threads: int | None = None) -> None:
@@ -210,15 +214,15 @@ class Accumulator:
         _check_length(numel)
         self.numel = numel
         self._threads = threads
-        self._halves: tuple[torch.Tensor, ...] = ()  # upper and lower; of no meaning while nothing was settled
+        self._halves: tuple[torch.Tensor, ...] = ()  # upper and lower half; arbitrary while `_settled` is 0
         self._settled = 0
         self._held: list[Contribution] = []
-        self._weight = Fraction(0)  # exact, so that the total does not depend on the order either
-        self.bad_groups = 0  # that the encoders marked, over all contributions
+        self._weight = Fraction(0)  # exact, so that the total does not depend on the order
+        self.bad_groups = 0  # groups that encoders marked as not finite, over all contributions
 
     @property
     def contributions(self) -> int:
-        """How many blocks count."""
+        """How many contributions are in the sum, held ones included."""
         return self._settled + len(self._held)
 
     @property
@@ -227,24 +231,24 @@ class Accumulator:
         return float(self._weight)
 
     def add(self, body: torch.Tensor, weight: float, format: str = "int8") -> None:
-        """Add `weight` times the change in `body` (uint8, [body_bytes]). An add that raises changes nothing.
+        """Adds `weight` times the change in `body` (uint8, [body_bytes]). An add that raises changes nothing.
 
-        Raises what `check` and `hold` do.
+        Raises what `check` and `hold` raise.
         """
         self.hold(self.check(body, weight, format))
         self.fold()
 
     def check(self, body: torch.Tensor, weight: float, format: str = "int8") -> Contribution:
-        """Look at all of a body (uint8, [body_bytes]) that a stranger may have made.
+        """Checks all of a body (uint8, [body_bytes]), which may come from an untrusted peer.
 
         Raises:
-            CodecError: the weight is not from 2^-64 to 2^64; the body does not fit or holds what no encoder makes; or a
-                weighted value reaches 2^31.
+            CodecError: the weight is not from 2^-64 to 2^64; the body does not fit or holds values that no encoder
+                makes; or a weighted value reaches 2^31.
             ConfigError: the format is unknown.
         """
         scales, codes = _planes(body, "body", self.numel, format)
         weight = float(weight)
-        if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # nor is a NaN
+        if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # a NaN fails, too
             raise CodecError(f"expected a weight from 2^-64 to 2^64, such as a count of tokens, found {weight}")
         kind = FORMATS.index(format)
         largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, _threads(self._threads))
@@ -261,7 +265,7 @@ class Accumulator:
         return Contribution(body, weight, format, bad_groups)
 
     def hold(self, contribution: Contribution) -> None:
-        """Count what was checked. Its body must stay as it is until `fold` or `reset`.
+        """Counts a checked contribution. Nobody may write its body until `fold` or `reset`.
 
         Raises CodecError if there would be more than `MAX_CONTRIBUTIONS`.
         """
@@ -274,7 +278,7 @@ class Accumulator:
         self.bad_groups += contribution.bad_groups
 
     def fold(self) -> None:
-        """Add all that is held to the sum, in one pass over it."""
+        """Adds all held contributions to the sum, in one pass over it."""
         if not self._held:
             return
         if not self._halves:
@@ -285,12 +289,12 @@ class Accumulator:
         self._held.clear()
 
     def mean(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weighted mean, fp32 [numel], in `out` if given; what is held stays so.
+        """The weighted mean, fp32 [numel], in `out` if given. Held contributions stay held.
 
         Raises CodecError if there are no contributions or `out` does not fit.
         """
         if self.contributions == 0:
-            raise CodecError("expected at least one contribution before mean(), found none")
+            raise CodecError("expected at least one contribution before mean(), found none; call add() first")
         if out is None:
             out = torch.empty(self.numel, dtype=torch.float32, device="cpu")
         _check_block(out, "out", (torch.float32,), self.numel)
@@ -306,7 +310,7 @@ class Accumulator:
         return out
 
     def reset(self) -> None:
-        """Empty the sum; its memory is kept."""
+        """Empties the sum and keeps its memory."""
         self._weight = Fraction(0)
         self._settled = 0
         self._held.clear()
@@ -325,14 +329,14 @@ class Accumulator:
 def fingerprint(tensor: torch.Tensor) -> int:
     """A 64-bit fingerprint of a contiguous tensor's bytes (a multiple of 4), for finding divergence.
 
-    Says nothing about dtype or shape, and is no defence against somebody who wants a collision. Waits for the GPU if
-    the tensor is on one. Raises CodecError.
+    It covers neither dtype nor shape, and does not withstand a deliberate collision. Waits for the GPU if the tensor is
+    on one. Raises CodecError for a tensor that is not contiguous or of another length.
     """
     return start_fingerprint(tensor)()
 
 
 def start_fingerprint(tensor: torch.Tensor) -> Callable[[], int]:
-    """As `fingerprint`, of the bytes as they are now; only calling what this returns waits for the GPU."""
+    """Like `fingerprint`, of the bytes as they are now. Only calling the result waits for the GPU."""
     if (gpu := _gpu_codec(tensor)) is not None:
         with _as_codec_error():
             total = gpu.fingerprint_on_device(tensor)
@@ -350,18 +354,18 @@ def _host_fingerprint(tensor: torch.Tensor) -> int:
 
 
 def kernels() -> Any:
-    """`parablock_rt.kernels`, imported at first use, for triton takes a second."""
+    """`parablock_rt.kernels`, imported at first use, as importing triton takes a second."""
     return import_module("parablock_rt.kernels")
 
 
 def _gpu_codec(tensor: torch.Tensor) -> Any:
-    """The kernels, for a tensor on a GPU; else None."""
+    """The kernels if `tensor` is on a GPU, else None."""
     return kernels() if tensor.device.type == "cuda" else None
 
 
 @contextmanager
 def _as_codec_error() -> Iterator[None]:
-    """The kernels need nothing of the runtime, its errors included; triton may be missing."""
+    """Turns the errors of the kernels, which do not import the runtime, and a missing triton into CodecError."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -384,8 +388,8 @@ def _check_length(numel: int) -> None:
 def _check_memory(tensor: torch.Tensor, name: str) -> None:
     if tensor.device.type != "cpu":
         raise CodecError(
-            f"{name}: expected host memory, found it on {tensor.device}; put all tensors of a call on one device "
-            "(.cpu() where only the host will do)"
+            f"{name}: expected host memory, found it on {tensor.device}; put all tensors of a call on one device, or "
+            "call .cpu() if only host memory is supported"
         )
     if not tensor.is_contiguous():
         raise CodecError(f"{name}: expected contiguous memory, found strides {tensor.stride()}; call .contiguous()")
@@ -398,7 +402,7 @@ def _check_block(
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = str(tensor.dtype).removeprefix("torch.")
-        raise CodecError(f"{name}: expected dtype {expected}; found {found}; convert it with .to(...)")
+        raise CodecError(f"{name}: expected dtype {expected}, found {found}; convert it with .to(...)")
     if tensor.dim() != 1:
         raise CodecError(f"{name}: expected one dimension, found shape {tuple(tensor.shape)}; pass the flat block")
     if numel is not None and tensor.numel() != numel:

@@ -1,6 +1,6 @@
 """The settings of a run. The server owns them and sends them to every client; a client chooses none of them.
 
-Only plain data and its validation live here: no defaults that depend on the machine, nothing of the network.
+Only plain data and its validation: no defaults that depend on the machine, no networking.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ LocalView = Literal["own", "reference"]
 ServerOptimizer = Literal["average", "momentum", "adam", "yogi"]
 
 MAX_CLIENTS = MAX_CONTRIBUTIONS
-"""How many contributions the fixed-point sum of one round can take without a chance of overflow."""
+"""The most contributions that the fixed-point sum of one round can take without overflow."""
 
 MAX_ROUNDS = 2**31  # a frame has 32 bits for the round
 MAX_CHUNK = 2**24  # elements
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What server and clients must agree on, and the server's own rules for closing a round.
+    """The settings that server and clients must agree on, and the server's rules for closing a round.
 
-    Raises ConfigError on construction when a value is one that no run can use.
+    Construction raises ConfigError for an invalid value.
     """
 
     rounds: int
@@ -79,7 +79,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def _check_types(self) -> None:
-        """A struct checks types when it is decoded, not when it is made."""
+        """Checks the types; msgspec checks them only when it decodes a struct, not on construction."""
         for name in ("rounds", "clients", "local_steps", "staleness", "seed", "quorum", "chunk"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -95,25 +95,28 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def quorum_size(self) -> int:
-        """Contributions without which a round cannot be closed, even at its deadline."""
+        """The fewest contributions with which a round can be closed at its deadline."""
         return self.quorum if self.quorum is not None else self.cohort_size // 2 + self.cohort_size % 2
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:
     if not holds:
-        raise ConfigError(f"{name} must be {expected}; found {found!r}")
+        raise ConfigError(f"expected {name} to be {expected}, found {found!r}")
 
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of "host:port", "[::1]:port" or ":port" (all interfaces). Raises ConfigError."""
     host, separator, port = text.rpartition(":")
     if not separator or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
-        raise ConfigError(f"an address looks like host:7070 or [::1]:7070; found {text!r}")
+        raise ConfigError(f"expected an address such as host:7070 or [::1]:7070, found {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file; its keys are the command line's flags. Raises ConfigError."""
+    """The settings in a TOML file, by the names of the command line's flags with "_" for "-".
+
+    Raises ConfigError when the file cannot be read or is not valid TOML.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -123,4 +126,4 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error

@@ -16,7 +16,7 @@ class PlanError(ParaBlockError):
 
 
 class PlanMismatchError(PlanError):
-    """Server and client partition different models; the message names the first parameter in which they differ."""
+    """The plans of server and client differ, or do not fit the model; the message names the first difference."""
 
 
 class CodecError(ParaBlockError, ValueError):
@@ -32,7 +32,8 @@ class ConnectError(TransportError):
 
 
 class HandshakeError(TransportError):
-    """The two sides do not fit: another protocol version, run, token or configuration."""
+    """The two sides do not fit together: another protocol version, run, token, TLS setting or configuration; or one
+    side refuses the other."""
 
 
 class PeerLostError(TransportError):
@@ -40,15 +41,15 @@ class PeerLostError(TransportError):
 
 
 class WaitTimeoutError(PeerLostError):
-    """The peer is there, as far as is known, but what was waited for did not come in time."""
+    """The connection seems to work, but the peer did not deliver in time."""
 
 
 class CheckpointError(ParaBlockError):
-    """A server's durable state is damaged, in use, or of another run."""
+    """A server's durable state is damaged, in use, or belongs to another run."""
 
 
 class DeviceMemoryError(ParaBlockError):
-    """A device has less free memory than the run will take; the message has the prediction, item by item."""
+    """A device has less free memory than the run will take; the message lists the prediction item by item."""
 
 
 class RoundError(ParaBlockError):
@@ -56,8 +57,8 @@ class RoundError(ParaBlockError):
 
 
 class DigestError(ParaBlockError):
-    """The weights of two sides that must hold the same bits differ."""
+    """The weights of client and server differ where they must have the same bits."""
 
 
 class TraceError(ParaBlockError):
-    """A trace file cannot be used: it is damaged, of another kind, or of another clock."""
+    """A trace file cannot be used: it is damaged, not a trace, or uses another clock."""

@@ -1,9 +1,8 @@
-"""What is still open when the program ends is closed before the interpreter goes; in a process that was forked from it,
-it is left alone.
+"""Closes objects with native threads that are still open when the program ends; leaves them alone in a forked process.
 
-A thread that waits in native code and comes back when there is no interpreter any more aborts the process. Whoever has
-such a thread registers here; everybody should close what they open all the same. A forked process has a copy of
-everything but the threads: to close or destroy it there would wait for them for ever.
+A thread that returns from native code after the interpreter has ended aborts the process. An object with such a thread
+therefore registers here, as a safety net for programs that do not close it. A forked process has copies of these
+objects but not of their threads: closing or destroying a copy would wait for the threads for ever.
 """
 
 from __future__ import annotations
@@ -16,29 +15,29 @@ from typing import Protocol
 
 
 class Closable(Protocol):
-    """Something with a thread that calls native code, or one of native code."""
+    """An object with a native thread, or a Python thread that calls native code."""
 
     def close_at_exit(self) -> None:
-        """Ends the thread, and returns soon in any case."""
+        """Ends the thread. Must return soon, whatever happens."""
 
 
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
-_inherited: weakref.WeakSet[Closable] = weakref.WeakSet()  # from the process that this one was forked from
+_inherited: weakref.WeakSet[Closable] = weakref.WeakSet()  # copies from the parent of a forked process
 
 
 def register(closable: Closable) -> None:
-    """Has it closed at the program's end, if it is there still. Any thread."""
+    """Closes `closable` at the end of the program, if it still exists then. Any thread."""
     _open.add(closable)
 
 
 def is_inherited(closable: Closable) -> bool:
-    """Whether it belongs to the process that this one was forked from, so that closing it here must do nothing."""
+    """Whether `closable` is a copy from the parent of this forked process; closing it must then do nothing."""
     return closable in _inherited
 
 
 def _inherit() -> None:
     for closable in _open:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(closable))  # never destroyed
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(closable))  # so that it is never destroyed
         _inherited.add(closable)
     _open.clear()
 

@@ -1,7 +1,7 @@
-"""What of this machine this process may use: cores and memory, by its affinity and by the control groups it is in.
+"""How many cores and how much memory this process may use, by its affinity and its control groups.
 
-A container sees all cores and all memory of the machine that it shares; what it may take of them is in the cgroup files
-of the kernel (version 2, or 1), of its own group or of one around it.
+A container sees all cores and all memory of its machine. Its limits are in the kernel's cgroup files (version 1 or 2),
+of its own group or of an enclosing group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def cores() -> float:
-    """Cores that this process may keep busy; not always a whole number."""
+    """How many cores this process may keep busy; may be a fraction."""
     quotas = []
     for limit, period in _read("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
         if limit > 0 and period > 0:
@@ -24,13 +24,16 @@ def cores() -> float:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this process may use, beside others as far as they are in its groups."""
+    """Bytes of memory that this process may use; it shares them with other processes in its control groups."""
     limits = [int(limit) for limit, _ in _read("memory", "memory.max", "memory.limit_in_bytes") if limit > 0]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
 
 
 def _read(controller: str, file: str, old_file: str, old_second: str = "") -> Iterator[tuple[float, float]]:
-    """The limits of all groups around this process: the one or two numbers of `file`, or of the two old files."""
+    """The limits of this process's control group and of all enclosing groups, as pairs of numbers.
+
+    Version 2 has both numbers in `file`; version 1 has them in `old_file` and `old_second` (if given). 0: no limit.
+    """
     try:
         lines = _OWN.read_text().splitlines()
     except OSError:
@@ -47,8 +50,11 @@ def _read(controller: str, file: str, old_file: str, old_second: str = "") -> It
 
 
 def _around(root: Path, path: str) -> Iterator[Path]:
-    """The group and those around it. Within a container the path may be one of the machine, which is not there: then
-    the container's own group is the root."""
+    """The group and all enclosing groups, up to the root.
+
+    In a container, `path` may be the machine's path, which does not exist there; the root is then the container's own
+    group.
+    """
     group = root / path.strip("/")
     yield group
     while group != root:
@@ -64,5 +70,5 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str) -> float:
-    """0 for what is none: there is no limit."""
+    """The number in `text`; 0, which stands for no limit, if it is not a number."""
     return float(text) if text.isdecimal() else 0.0

@@ -1,6 +1,6 @@
-"""What a link to a running server can carry, measured from the client's end: time, width, TLS, clocks.
+"""Measures the link to a running server from the client's end: round trip, bandwidth, TLS, clock offset.
 
-Takes no seat and moves at most 64 MiB in each direction. `probe.py` is the other end.
+Takes no seat and transfers at most 64 MiB in each direction. The server's end is server/probe.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import Transport, raw_layout
 
 _ROUND_TRIPS = 200
-_ROUND_TRIPS_S = 5.0  # fewer of them where they take long
+_ROUND_TRIPS_S = 5.0  # limits the number of round trips on a slow link
 _FIRST_BYTES = 4 * PROBE_CHUNK
 _LONG_ENOUGH_S = 0.5
 _PATIENCE_S = 30.0
@@ -28,7 +28,8 @@ _PATIENCE_S = 30.0
 
 @dataclass(frozen=True)
 class LinkReport:
-    """Times in seconds, rates in bytes per second. `clock_offset_s`: how far the server's clock is ahead of ours."""
+    """Times in seconds, rates (`up`, `down`) in bytes per second. `clock_offset_s`: how far the server's clock is ahead
+    of this machine's; `clock_error_s`: its error bound."""
 
     address: str
     round_trip_s: float
@@ -70,7 +71,7 @@ class _Check:
         self._index = 0
 
     def round_trips(self) -> tuple[list[float], float]:
-        """Seconds of each, and the clock offset: what the fastest one says, as in NTP."""
+        """The seconds of each round trip, and the clock offset from the fastest round trip, as in NTP."""
         trips: list[float] = []
         offset, until = 0.0, time.monotonic() + _ROUND_TRIPS_S
         while len(trips) < _ROUND_TRIPS and (len(trips) < 3 or time.monotonic() < until):
@@ -83,7 +84,7 @@ class _Check:
         return trips, offset
 
     def rate(self, direction: Literal["up", "down"], round_trip_s: float) -> float:
-        """Bytes a second, of the last of transfers that double until one takes long enough."""
+        """Bytes per second. Doubles the size of the transfer until one takes at least 0.5 s, and uses the last."""
         nbytes, left = _FIRST_BYTES, self._welcome.max_total
         move = self._up if direction == "up" else self._down
         rate = 0.0
@@ -97,7 +98,7 @@ class _Check:
         return rate
 
     def _up(self, nbytes: int) -> float:
-        """From the first byte that leaves to the acknowledgement of all."""
+        """Seconds from the first byte sent to the acknowledgement of the last."""
         layout = raw_layout(nbytes, PROBE_CHUNK)
         source = self._native.make_source(_C.Buffer(nbytes), layout, True)
         self._ask(nbytes, "up")
@@ -106,7 +107,7 @@ class _Check:
         return (event.at_ns - event.first_byte_ns) / 1e9
 
     def _down(self, nbytes: int) -> float:
-        """From the first chunk to the last, scaled to all of them."""
+        """Seconds from the first chunk to the last, scaled up to include the first chunk."""
         buffer = _C.Buffer(nbytes)
         self._native.receive(self._link.link, Kind.PROBE, self._index + 1, 0, buffer, raw_layout(nbytes, PROBE_CHUNK))
         self._ask(nbytes, "down")
@@ -147,7 +148,7 @@ def _describe(info: _C.TlsInfo) -> dict[str, str]:
 
 
 def render(report: LinkReport) -> str:
-    """The report for a reader."""
+    """The report as text."""
     lines = [
         f"server          {report.address}",
         f"round trip      {report.round_trip_s * 1e3:.2f} ms median, {report.round_trip_p99_s * 1e3:.2f} ms p99",
@@ -157,12 +158,12 @@ def render(report: LinkReport) -> str:
         f"{'ahead' if report.clock_offset_s > 0 else 'behind'} (± {report.clock_error_s * 1e3:.1f} ms)",
     ]
     if report.tls is None:
-        lines.append("TLS             none: whoever is on the way can read and change everything")
+        lines.append("TLS             none: anyone on the network path can read and change everything")
     for name, value in (report.tls or {}).items():
         lines.append(f"TLS {name:<12}{value}")
     return "\n".join(lines)
 
 
 def as_dict(report: LinkReport) -> dict[str, Any]:
-    """The report for a program; rates in bytes per second."""
+    """The report as plain data; rates in bytes per second."""
     return {name: getattr(report, name) for name in report.__dataclass_fields__}

@@ -1,6 +1,6 @@
-"""What a plan costs and what would hide its transfers: arithmetic on sizes, rates and one measured step time.
+"""The cost of a plan and what would hide its transfers: arithmetic on sizes, rates and one measured step time.
 
-Predictions only; nothing here talks to a network. What is held in memory is `memory`'s word.
+Predictions only; nothing here talks to a network. client/memory.py predicts the memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Link:
     delay: float
 
     def exchange_s(self, block: Block, format: str) -> float:
-        """Seconds from hand-over to applied aggregate when nothing hides them: the body up and down, both delays."""
+        """Seconds from hand-over to arrived aggregate without overlap: the body up and down, and the delay twice."""
         nbytes = block.wire_bytes(format)
         return nbytes / self.up + nbytes / self.down + 2 * self.delay
 
     def steps_to_hide(self, block: Block, format: str, step_s: float, staleness: int) -> int | None:
-        """The fewest local steps of `step_s` seconds that hide it; None at staleness 0, where nothing can."""
+        """The fewest local steps of `step_s` seconds that hide an exchange; None at staleness 0, where nothing can."""
         if staleness == 0:
             return None
         nbytes = block.wire_bytes(format)
@@ -44,8 +44,12 @@ class Link:
 def forecast(
     plan: BlockPlan, memory: Predictor, rate: float, delay: float, step_s: float | None, staleness: int
 ) -> dict[str, Any]:
-    """The plan in figures. With a `rate` (bytes per second, each way) and a step time (seconds) also how long an
-    exchange takes (`exchange_s`) and how many local steps hide it; no number of them (None) does at staleness 0."""
+    """The plan in figures.
+
+    With `rate` (bytes per second, each way) and `step_s` (seconds per step), also how long an exchange takes
+    (`exchange_s`) and how many local steps hide it: None at staleness 0, where no number of steps does. `delay`:
+    seconds one way.
+    """
     link = Link(rate, rate, delay)
     blocks = []
     for block, held in zip(plan.blocks, memory.blocks, strict=True):
@@ -74,9 +78,9 @@ def forecast(
 
 
 def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tensor]) -> float:
-    """Seconds of one forward, backward and AdamW step on the middle block: the median of three after one to warm up.
+    """Seconds of one forward, backward and AdamW step on the middle block: the median of three after a warm-up step.
 
-    The model's weights are put back as they were.
+    Restores the model's weights and `requires_grad` afterwards.
     """
     flat = plan.materialise(model)[len(plan.blocks) // 2]
     before = [part.clone() for part in flat.flats]
@@ -119,7 +123,7 @@ def verdict(plan: BlockPlan, format: str, staleness: int, local_steps: int, link
 
 
 def render(plan: BlockPlan, memory: Predictor, figures: dict[str, Any]) -> str:
-    """The forecast for a reader."""
+    """The forecast as text."""
     heaviest = max(figures["blocks"], key=lambda entry: entry["parameters"])
     lines = [plan.describe(), "", memory.peak().render()]
     if "exchange_s" in heaviest:
@@ -127,11 +131,11 @@ def render(plan: BlockPlan, memory: Predictor, figures: dict[str, Any]) -> str:
         link = (
             f"{figures['rate_bytes_per_s'] * 8 / 1e6:g} Mbit/s each way, {figures['delay_s'] * 1e3:g} ms one-way delay"
         )
-        lines.append(f"at {link} and {figures['step_s']:.3f} s a local step, {heaviest['name']} needs:")
+        lines.append(f"at {link} and {figures['step_s']:.3f} s per local step, {heaviest['name']} needs:")
         for format in FORMATS:
             seconds, steps = heaviest["exchange_s"][format], heaviest["local_steps_to_hide"][format]
             if steps is None:
-                effect = "not hidden, as staleness 0 wants it"
+                effect = "not hidden, as expected at staleness 0"
             else:
                 effect = f"hidden by {steps} local steps or more at staleness {figures['staleness']}"
             lines.append(f"  {format:>5}: {seconds:8.2f} s up and down, {effect}")

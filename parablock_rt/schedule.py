@@ -1,6 +1,6 @@
-"""Which block a round trains and which clients train it: pure functions of the seed, evaluated alike on every machine.
+"""Which block a round trains and which clients train it: pure functions of the seed, the same on every machine.
 
-Nothing here depends on Python's or torch's generators, whose streams may change between releases.
+Nothing here uses Python's or torch's random generators, whose streams may change between releases.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def permutation(seed: int, purpose: str, index: int, count: int) -> list[int]:
     return sorted(range(count), key=draws.__getitem__)
 
 
-@lru_cache(maxsize=1024)  # a server asks again at every turn of its loop
+@lru_cache(maxsize=1024)  # a server asks again in every iteration of its loop
 def block_of(order: str, seed: int, round: int, blocks: int) -> int:
     """The block that round `round` (from 0) trains, out of `blocks`.
 
-    `cyclic` goes 0, 1, 2, … again and again, `reverse` from the last to the first, `reshuffled` draws a new permutation
-    for every sweep.
+    `order`: "cyclic" repeats 0, 1, 2, …; "reverse" goes from the last block to the first; "reshuffled" draws a new
+    permutation for every sweep.
     """
     sweep, position = divmod(round, blocks)
     if order == "reverse":
@@ -47,7 +47,7 @@ def cohort_of(seed: int, round: int, clients: int, size: int) -> frozenset[int]:
 
 
 class Schedule:
-    """The rounds of one run: what each trains, who trains in it, and what a body of it weighs."""
+    """The rounds of one run: the block, the clients and the size of a body of each round."""
 
     def __init__(self, config: RunConfig, flat_numels: Sequence[int]) -> None:
         """`flat_numels`: the length of each block's flat index space, `Block.flat_numel`."""
@@ -59,13 +59,13 @@ class Schedule:
         return block_of(self._config.schedule, self._config.seed, index, len(self._flat_numels))
 
     def numel(self, index: int) -> int:
-        """How many elements a body of a round has, those in its block's gaps with them."""
+        """The number of elements in a round's body, including the gaps of its block."""
         return self._flat_numels[self.block(index)]
 
     def body_bytes(self, index: int) -> int:
-        """What a packed body of a round weighs, on its way up or down."""
+        """Bytes of a round's packed body, the same up and down."""
         return codec.body_bytes(self.numel(index), self._config.format)
 
     def cohort(self, index: int) -> frozenset[int]:
-        """The seats whose holders train in a round."""
+        """The seats that train in a round."""
         return cohort_of(self._config.seed, index, self._config.clients, self._config.cohort_size)

@@ -1,4 +1,4 @@
-"""The figures that a run leaves: `summary.json` and the tables made of it. Pure functions of what was recorded."""
+"""The contents of `summary.json`. Pure functions of a run's records."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from parablock_rt.stages import hidden_share, total, waited_for_others
 from parablock_rt.wire.protocol import Goodbye
 
 SUMMARY_VERSION = 2
-"""Of the names and meanings in summary.json; a reader of another version says so.
+"""The version of the names and meanings in summary.json; a reader of another version says so.
 
-2: `exposed_comm_s` and `serial_comm_s` do not contain the wait for other clients any more, which is
-`waited_for_others_s`; means over clients are those of a client that took part in all of the run; `wall_s` of a resumed
-run contains the rounds before; `resumed_from` and `snapshot_bytes` are new.
+Version 2: `exposed_comm_s` and `serial_comm_s` no longer contain the wait for other clients, which is now in
+`waited_for_others_s`. Means over clients describe a client that took part in the whole run. `wall_s` of a resumed run
+includes the earlier rounds. `resumed_from` and `snapshot_bytes` are new.
 """
 
 
@@ -31,15 +31,16 @@ def summarise(
     eval_loss_before: float | None = None,
     eval_loss_after: float | None = None,
 ) -> dict[str, Any]:
-    """What `summary.json` holds. Times in seconds, bytes without framing; times of clients are means over them.
+    """The contents of `summary.json`. Times are in seconds and bytes exclude framing; clients' times are means over
+    clients.
 
-    `exposed_comm_s`: for how long training was blocked on communication; `waited_for_others_s`: for how long it was
-    blocked because other clients had not delivered yet, which no link can help.
+    `exposed_comm_s`: how long communication blocked training. `waited_for_others_s`: how long training was blocked
+    because other clients had not delivered yet, which a faster link would not change; not part of `exposed_comm_s`.
 
-    `serial_comm_s`: what the same transfers take when nothing hides them, from a run with staleness 0 on the same link.
-    With staleness 0 it is the run's own exposed time; otherwise, without it, there is no overlap efficiency. Nor is
-    there one of a run that was resumed (`resumed_from`: the first round that this server closed): its clients were
-    blocked without a server, too, and no record tells that time apart.
+    `serial_comm_s`: the time of the same transfers without overlap, from a run with staleness 0 on the same link. At
+    staleness 0 it is the run's own exposed time. `overlap_efficiency` is None without it, and for a resumed run
+    (`resumed_from`: the first round that this server closed): the clients of such a run were also blocked while there
+    was no server, and no record separates that time.
     """
     rounds = outcome.rounds
     finished = [goodbye for goodbye in outcome.goodbyes.values() if not goodbye.reason]
@@ -106,16 +107,16 @@ def summarise(
 
 
 def _to_a_whole_run(finished: list[Goodbye], rounds: float) -> float:
-    """What makes sums over these clients figures of one that took part in all of the run, in `rounds` rounds.
+    """The factor that turns sums over these clients into the figures of one client that trained in all `rounds` rounds.
 
-    A client that came late, or in another's place, has trained fewer of them: a mean would take its part for a whole.
+    A client that came late, or took over a seat, has trained fewer rounds, so a plain mean would be too small.
     """
     trained = sum(goodbye.rounds for goodbye in finished)
     return rounds / trained if trained and all(goodbye.rounds for goodbye in finished) else 1 / len(finished)
 
 
 def summarise_client(run: Run) -> dict[str, Any]:
-    """What a client's own `summary.json` holds, also of a run that it has left early. Units as in `summarise`."""
+    """The contents of a client's own `summary.json`, also if it left the run early. Units as in `summarise`."""
     others_s = waited_for_others(run.exposed_s, run.stages.wait)
     return {
         "version": SUMMARY_VERSION,

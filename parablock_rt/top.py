@@ -1,6 +1,6 @@
-"""`parablock top`: a running server, live. Looks at it again and again and shows what has changed; changes nothing.
+"""`parablock top`: shows a running server live. Polls its status and renders it; changes nothing.
 
-The conversation is `Connection.observe`; here is what a reader sees of it.
+`Connection.observe` asks for the status; the output is made here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from parablock_rt.wire.protocol import Status
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import Transport
 
-_SLOW = 0.1  # of a round's length, behind the first upload
-_COME_BACK_S = 3.0  # for how long a server that was seen before is looked for once the connection broke
+_SLOW = 0.1  # a client counts as slow if it is behind the first upload by this share of a round
+_COME_BACK_S = 3.0  # how long to try to reach the server again after the connection broke
 
 
 def figures(status: Status) -> dict[str, Any]:
-    """The status as plain data, with what follows from it: `hidden`, the share of the last exchanges."""
+    """The status as plain data, with `hidden`, the hidden share of the last exchanges."""
     found: dict[str, Any] = msgspec.to_builtins(status)
     for name in ("type", "mac"):
         found.pop(name, None)
@@ -34,7 +34,7 @@ def figures(status: Status) -> dict[str, Any]:
 
 
 def hidden(status: Status) -> float | None:
-    """The share of the last exchanges that was hidden, estimated from the durations of their transfers."""
+    """The hidden share of the last exchanges, estimated from the durations of their transfers; None if unknown."""
     if status.exposed_s is None:
         return None
     share = hidden_share(status.exposed_s - (status.others_s or 0.0), status.exchange_s)
@@ -42,7 +42,7 @@ def hidden(status: Status) -> float | None:
 
 
 def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group:
-    """The status for a reader. `earlier`: one before it, and the seconds between them, for the rates."""
+    """The status as text and a table. `earlier`: the previous status and the seconds since then, for the rates."""
     state = "waiting for clients" if status.wall_s is None else f"running for {status.wall_s:.0f} s"
     state = "finished" if status.round == status.rounds else state
     head = Text.assemble(
@@ -84,14 +84,16 @@ def _moved(status: Status, earlier: tuple[Status, float] | None, name: str) -> s
 
 
 def look_once(address: str, token: str | None, *, tls: Tls | None = None) -> Status:
-    """One look. Raises ConnectError, HandshakeError, PeerLostError, ConfigError."""
+    """The current status of the server. Raises ConnectError, HandshakeError, PeerLostError, ConfigError."""
     with _transport(tls) as transport:
         return Connection(transport, address).observe(token)
 
 
 def watch(address: str, token: str | None, interval: float, console: Console, *, tls: Tls | None = None) -> None:
-    """Looks every `interval` seconds until the server ends; comes back when only the connection broke. Ctrl-C ends it
-    earlier. Raises like `look_once` as long as no look has succeeded."""
+    """Shows the status every `interval` seconds until the server ends; reconnects if only the connection broke.
+
+    Ctrl-C ends it earlier. Raises like `look_once` until a first status has arrived.
+    """
     with _transport(tls) as transport:
         link = Connection(transport, address)
         status, at = link.observe(token), time.monotonic()
@@ -109,14 +111,16 @@ def watch(address: str, token: str | None, interval: float, console: Console, *,
                 elapsed = time.monotonic() - at
                 live.update(render(now, (status, elapsed)), refresh=True)
                 status, at = now, at + elapsed
-    # Whoever looks every second rarely sees the last round closed: what cannot be known is not claimed.
+    # Polling every second usually misses the close of the last round, so claim only what is known.
     how = "has ended" if status.round == status.rounds else "has ended or cannot be reached any more"
-    console.print(f"The server at {address} {how}; seen last after round {status.round} of {status.rounds}")
+    console.print(f"The server at {address} {how}; last seen after round {status.round} of {status.rounds}")
 
 
 def _come_back(transport: Transport, address: str, token: str | None) -> tuple[Connection, Status] | None:
-    """Another connection and a look through it, or None where the server cannot be found. A connection that is made
-    and then breaks says as little about the server as one that is refused: both are tried again."""
+    """A new connection and a status, or None if the server cannot be reached in time.
+
+    Tries again after a refused connection and also after one that breaks: neither shows that the server has ended.
+    """
     deadline, tries = time.monotonic() + _COME_BACK_S, 0
     while True:
         try:

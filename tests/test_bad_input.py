@@ -479,7 +479,7 @@ def test_a_model_without_blocks_is_refused_with_a_way_to_name_them() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(pb.ParaBlockError) as failure:
         pb.serve(model, rounds=1, clients=1)
-    assert "expected an nn.ModuleList of decoder layers; found none in Sequential" in str(failure.value)
+    assert "expected an nn.ModuleList of decoder layers, found none in Sequential" in str(failure.value)
     assert "name the blocks yourself: BlockPlan.from_model(model, blocks=[" in str(failure.value)
     assert "blocks=4" in str(failure.value)
     assert "Give the plan to parablock_rt.serve as plan=; clients need nothing" in str(failure.value)

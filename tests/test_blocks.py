@@ -152,7 +152,7 @@ def test_a_fully_frozen_model_and_trainable_parameters_outside_the_layers_only_a
     with pytest.raises(PlanError, match=r"'embed\.weight': requires_grad is False"):
         BlockPlan.from_model(model)
     model.head.requires_grad_(True)
-    with pytest.raises(PlanError, match=r"layers 'layers'; found only 'head\.weight' outside"):
+    with pytest.raises(PlanError, match=r"layers 'layers', found only 'head\.weight' outside"):
         BlockPlan.from_model(model)
 
 
@@ -194,7 +194,7 @@ def test_named_blocks_take_prefixes_globs_and_lists() -> None:
         (["embed", "head"], r"no parameter to train \('embed\.weight': it is tied to a parameter of an earlier item\)"),
         ([], r"found \[\]"),
         ("layers.0", r"found 'layers\.0'"),
-        ([[]], r"item 0 of blocks must be"),
+        ([[]], r"item 0 of blocks to be"),
     ],
 )
 def test_named_blocks_that_do_not_fit_are_errors(blocks: list[str], message: str) -> None:
@@ -405,7 +405,7 @@ def test_homing_on_the_meta_device_over_two_devices_or_of_another_model_is_an_er
     plan = BlockPlan.from_model(Tiny())
     meta = Tiny().to("meta")
     assert BlockPlan.from_model(meta).digest == plan.digest
-    with pytest.raises(PlanError, match=r"'layers\.0' must be on one real device; found meta"):
+    with pytest.raises(PlanError, match=r"'layers\.0' on one real device, found meta"):
         plan.materialise(meta)
     mixed = Tiny()
     mixed.layers[0].norm.to("meta")
@@ -471,7 +471,7 @@ def changed(spec: PlanSpec, block: int, index: int, **values: object) -> PlanSpe
         ({"shape": (1,) * 100_000}, r"\(1, 1, 1, 1, 1, 1, \.\.\.\)"),
         ({"dtype": "bf16"}, r"\(10, 10\) 'bf16'; this model has .* \(10, 10\) 'fp32'"),
         ({"dtype": "x" * 10_000}, r"'x{200}\.\.\.'"),
-        ({"name": "layers.0.proj.weight"}, r"beside 'layers\.0\.proj\.weight'; in this model both are one"),
+        ({"name": "layers.0.proj.weight"}, r"in addition to 'layers\.0\.proj\.weight'; in this model both are one"),
     ],
 )
 def test_from_spec_and_check_same_name_the_parameter_that_differs(values: dict[str, object], message: str) -> None:
@@ -487,7 +487,7 @@ def test_from_spec_and_check_same_name_the_parameter_that_differs(values: dict[s
 
 def test_from_spec_refuses_weights_tied_here_only_and_weights_quantised_here() -> None:
     spec = BlockPlan.from_model(Tiny(), outer="train").spec()
-    with pytest.raises(PlanMismatchError, match=r"'head\.weight' .* beside 'embed\.weight'"):
+    with pytest.raises(PlanMismatchError, match=r"'head\.weight' .* in addition to 'embed\.weight'"):
         BlockPlan.from_spec(Tiny(tie=True), spec)
     model = Tiny()
     model.layers[0].proj.weight.quant_state = types.SimpleNamespace(absmax=torch.ones(1))
@@ -498,7 +498,7 @@ def test_from_spec_refuses_weights_tied_here_only_and_weights_quantised_here() -
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 257, "layers.1"])
 def test_from_spec_refuses_unusable_block_names(name: str) -> None:
     first, second, third = BlockPlan.from_model(Tiny()).spec().blocks
-    with pytest.raises(PlanMismatchError, match="block names must be unique"):
+    with pytest.raises(PlanMismatchError, match="expected unique block names"):
         BlockPlan.from_spec(Tiny(), PlanSpec((msgspec.structs.replace(first, name=name), second, third)))
 
 

@@ -136,30 +136,30 @@ def test_wrong_usage_ends_with_2(main: Main, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--format", "int2"], "expected a format out of fp32, bf16, int8, int4; found 'int2'"),
-        (["demo", "--schedule", "random"], "schedule must be one of cyclic, reshuffled, reverse; found 'random'"),
-        (["demo", "--rounds", "0"], "rounds must be at least 1; found 0"),
-        (["demo", "--clients", "0"], "clients must be at least 1; found 0"),
-        (["demo", "--local-steps", "0"], "local_steps must be at least 1; found 0"),
-        (["demo", "--rate", "fast"], "a rate looks like 50mbit, 1gbit or 800kbit; found 'fast'"),
-        (["demo", "--delay", "soon"], "a delay looks like 40ms or 0.5s and is at most 5s; found 'soon'"),
+        (["demo", "--format", "int2"], "expected a format out of fp32, bf16, int8, int4, found 'int2'"),
+        (["demo", "--schedule", "random"], "schedule to be one of cyclic, reshuffled, reverse, found 'random'"),
+        (["demo", "--rounds", "0"], "expected rounds to be at least 1, found 0"),
+        (["demo", "--clients", "0"], "expected clients to be at least 1, found 0"),
+        (["demo", "--local-steps", "0"], "expected local_steps to be at least 1, found 0"),
+        (["demo", "--rate", "fast"], "expected a rate such as 50mbit, 1gbit or 800kbit, found 'fast'"),
+        (["demo", "--delay", "soon"], "expected a delay of at most 5s, such as 40ms or 0.5s, found 'soon'"),
         (["demo", "--batch-size", "0"], "batch_size must be at least 1; found 0"),
         (["demo", "--dtype", "int8"], "dtype must be one of bf16, fp16, fp32; found 'int8'"),
-        (["serve", "--staleness", "-1"], "staleness must be 0 (no overlap), 1 (ParaBlock) or more; found -1"),
-        (["serve", "--quorum", "3"], "quorum must be from 1 to the number of clients that train in a round (2); found"),
-        (["serve", "--deadline", "0"], "deadline must be a positive number; found 0.0"),
-        (["serve", "--local-view", "mine"], "local_view must be one of own, reference; found 'mine'"),
-        (["serve", "--server-optimizer", "sgd"], "server_optimizer must be one of average, momentum, adam, yogi"),
-        (["serve", "--address", "nowhere"], "an address looks like host:7070 or [::1]:7070; found 'nowhere'"),
-        (["serve", "--rate", "fast"], "a rate looks like"),
+        (["serve", "--staleness", "-1"], "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, found -1"),
+        (["serve", "--quorum", "3"], "quorum to be from 1 to the number of clients that train in a round (2), found"),
+        (["serve", "--deadline", "0"], "expected deadline to be a positive number, found 0.0"),
+        (["serve", "--local-view", "mine"], "expected local_view to be one of own, reference, found 'mine'"),
+        (["serve", "--server-optimizer", "sgd"], "server_optimizer to be one of average, momentum, adam, yogi"),
+        (["serve", "--address", "nowhere"], "expected an address such as host:7070 or [::1]:7070, found 'nowhere'"),
+        (["serve", "--rate", "fast"], "expected a rate such as"),
         (["serve", "--token-file", "absent"], "cannot read the token file absent: No such file or directory"),
-        (["join", "nowhere"], "an address looks like host:7070 or [::1]:7070; found 'nowhere'"),
-        (["join", "host:1", "--delay", "soon"], "a delay looks like"),
+        (["join", "nowhere"], "expected an address such as host:7070 or [::1]:7070, found 'nowhere'"),
+        (["join", "host:1", "--delay", "soon"], "expected a delay of at most 5s"),
         (["join", "host:1", "--lr", "0"], "lr must be positive; found 0.0"),
-        (["plan", "--rate", "fast"], "a rate looks like"),
+        (["plan", "--rate", "fast"], "expected a rate such as"),
         (["plan", "--step-time", "0"], "step-time must be a positive number of seconds; found 0.0"),
-        (["plan", "--optimizer", "lion"], "optimizer must be one of adamw,"),
-        (["plan", "--device", "tpu"], "device must be one of cuda, cpu; found 'tpu'"),
+        (["plan", "--optimizer", "lion"], "expected optimizer to be one of adamw,"),
+        (["plan", "--device", "tpu"], "expected device to be one of cuda, cpu, found 'tpu'"),
         (["plan", "--row-limit", "0"], "row_limit must be at least 1 element; found 0"),
         (["demo", "--run-dir", "file"], "the run folder file cannot be written"),
         (["serve", "--run-dir", "file/below"], "the run folder file/below cannot be written"),
@@ -259,9 +259,9 @@ def test_a_file_sets_what_the_flags_set_and_flags_win(main: Main, planned: list[
         ("[demo]\nrounds = 1\n", "does not know: demo;"),
         ("as_json = true\n", "does not know: as_json;"),
         ("config = 'x'\n", "does not know: config;"),
-        ("rounds = 0\n", "rounds must be at least 1; found 0"),
+        ("rounds = 0\n", "expected rounds to be at least 1, found 0"),
         ("rounds = 'many'\n", "Invalid value for '--rounds': "),
-        ("rounds =\n", "is no valid TOML"),
+        ("rounds =\n", "is not valid TOML"),
     ],
 )
 def test_a_file_with_what_is_no_setting_ends_with_2(
@@ -568,7 +568,7 @@ def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
         assert f"cannot serve Prometheus on 127.0.0.1:{port} (" in result.err
     result = main(name, *address, "--model", "tiny", "--report-to", "mlflow")
     assert result.code == 2
-    assert "--report-to knows tensorboard, wandb; found 'mlflow'" in result.err
+    assert "expected --report-to to name tensorboard or wandb, found 'mlflow'" in result.err
     assert "seconds between two samples" in main(name, *address, "--model", "tiny", "--telemetry", "-1").err
 
 

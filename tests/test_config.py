@@ -25,35 +25,35 @@ from parablock_rt.wire import protocol
 GOOD: dict[str, Any] = {"rounds": 4, "clients": 2}
 
 BAD_SETTINGS: list[tuple[str, Any, str]] = [
-    ("rounds", 0, "rounds must be at least 1; found 0"),
-    ("rounds", -3, "rounds must be at least 1; found -3"),
-    ("rounds", 2.5, "rounds must be a whole number; found 2.5"),
-    ("rounds", "4", "rounds must be a whole number; found '4'"),
-    ("rounds", True, "rounds must be a whole number; found True"),
-    ("rounds", 2**32, f"rounds must be at most {2**31}; found {2**32}"),
-    ("clients", 0, "clients must be at least 1; found 0"),
-    ("clients", config.MAX_CLIENTS + 1, f"clients must be at most {config.MAX_CLIENTS}; found"),
-    ("local_steps", 0, "local_steps must be at least 1; found 0"),
-    ("staleness", -1, "staleness must be 0 (no overlap), 1 (ParaBlock) or more; found -1"),
-    ("format", "int2", "expected a format out of fp32, bf16, int8, int4; found 'int2'"),
-    ("schedule", "random", "schedule must be one of cyclic, reshuffled, reverse; found 'random'"),
-    ("seed", -1, "seed must be from 0 to 2^63 - 1; found -1"),
-    ("seed", 2**63, f"seed must be from 0 to 2^63 - 1; found {2**63}"),
-    ("local_view", "mine", "local_view must be one of own, reference; found 'mine'"),
-    ("fraction", 0.0, "fraction must be above 0 and at most 1; found 0.0"),
-    ("fraction", 1.5, "fraction must be above 0 and at most 1; found 1.5"),
-    ("fraction", math.nan, "fraction must be above 0 and at most 1; found nan"),
-    ("fraction", "all", "fraction must be a number; found 'all'"),
-    ("quorum", 0, "quorum must be from 1 to the number of clients that train in a round (2); found 0"),
-    ("quorum", 3, "quorum must be from 1 to the number of clients that train in a round (2); found 3"),
-    ("deadline", 0.0, "deadline must be a positive number; found 0.0"),
-    ("deadline", math.inf, "deadline must be a positive number; found inf"),
-    ("join_timeout", -1.0, "join_timeout must be a positive number; found -1.0"),
-    ("join_timeout", None, "join_timeout must be a number; found None"),
-    ("server_optimizer", "sgd", "server_optimizer must be one of average, momentum, adam, yogi; found 'sgd'"),
-    ("server_lr", math.nan, "server_lr must be a positive number; found nan"),
-    ("chunk", 100, f"chunk must be a multiple of 128 elements from 128 to {2**24}; found 100"),
-    ("chunk", 2**25, f"chunk must be a multiple of 128 elements from 128 to {2**24}; found {2**25}"),
+    ("rounds", 0, "expected rounds to be at least 1, found 0"),
+    ("rounds", -3, "expected rounds to be at least 1, found -3"),
+    ("rounds", 2.5, "expected rounds to be a whole number, found 2.5"),
+    ("rounds", "4", "expected rounds to be a whole number, found '4'"),
+    ("rounds", True, "expected rounds to be a whole number, found True"),
+    ("rounds", 2**32, f"expected rounds to be at most {2**31}, found {2**32}"),
+    ("clients", 0, "expected clients to be at least 1, found 0"),
+    ("clients", config.MAX_CLIENTS + 1, f"expected clients to be at most {config.MAX_CLIENTS}, found"),
+    ("local_steps", 0, "expected local_steps to be at least 1, found 0"),
+    ("staleness", -1, "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, found -1"),
+    ("format", "int2", "expected a format out of fp32, bf16, int8, int4, found 'int2'"),
+    ("schedule", "random", "expected schedule to be one of cyclic, reshuffled, reverse, found 'random'"),
+    ("seed", -1, "expected seed to be from 0 to 2^63 - 1, found -1"),
+    ("seed", 2**63, f"expected seed to be from 0 to 2^63 - 1, found {2**63}"),
+    ("local_view", "mine", "expected local_view to be one of own, reference, found 'mine'"),
+    ("fraction", 0.0, "expected fraction to be above 0 and at most 1, found 0.0"),
+    ("fraction", 1.5, "expected fraction to be above 0 and at most 1, found 1.5"),
+    ("fraction", math.nan, "expected fraction to be above 0 and at most 1, found nan"),
+    ("fraction", "all", "expected fraction to be a number, found 'all'"),
+    ("quorum", 0, "expected quorum to be from 1 to the number of clients that train in a round (2), found 0"),
+    ("quorum", 3, "expected quorum to be from 1 to the number of clients that train in a round (2), found 3"),
+    ("deadline", 0.0, "expected deadline to be a positive number, found 0.0"),
+    ("deadline", math.inf, "expected deadline to be a positive number, found inf"),
+    ("join_timeout", -1.0, "expected join_timeout to be a positive number, found -1.0"),
+    ("join_timeout", None, "expected join_timeout to be a number, found None"),
+    ("server_optimizer", "sgd", "expected server_optimizer to be one of average, momentum, adam, yogi, found 'sgd'"),
+    ("server_lr", math.nan, "expected server_lr to be a positive number, found nan"),
+    ("chunk", 100, f"expected chunk to be a multiple of 128 elements from 128 to {2**24}, found 100"),
+    ("chunk", 2**25, f"expected chunk to be a multiple of 128 elements from 128 to {2**24}, found {2**25}"),
 ]
 
 
@@ -106,7 +106,7 @@ def test_a_server_takes_a_config_as_it_is() -> None:
 
 def test_a_quorum_may_not_exceed_the_part_of_the_clients_that_trains() -> None:
     assert RunConfig(rounds=1, clients=8, fraction=0.5, quorum=4).quorum_size == 4
-    with pytest.raises(ConfigError, match=r"that train in a round \(4\); found 5"):
+    with pytest.raises(ConfigError, match=r"that train in a round \(4\), found 5"):
         RunConfig(rounds=1, clients=8, fraction=0.5, quorum=5)
 
 
@@ -124,7 +124,7 @@ def test_settings_that_no_run_can_use_are_refused_when_they_come_over_the_wire()
     assert protocol.decode(protocol.encode(welcome)) == welcome
     forged = msgspec.msgpack.decode(protocol.encode(welcome))
     forged["config"]["rounds"] = 0
-    with pytest.raises(HandshakeError, match="rounds must be at least 1; found 0"):
+    with pytest.raises(HandshakeError, match="expected rounds to be at least 1, found 0"):
         protocol.decode(msgspec.msgpack.encode(forged))
     forged["config"] |= {"rounds": 1, "surprise": 1}
     with pytest.raises(HandshakeError, match="unknown field `surprise`"):
@@ -175,7 +175,7 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as failure:
         parse_address(text)
-    assert str(failure.value) == f"an address looks like host:7070 or [::1]:7070; found {text!r}"
+    assert str(failure.value) == f"expected an address such as host:7070 or [::1]:7070, found {text!r}"
 
 
 @given(st.text())
@@ -195,7 +195,7 @@ def test_a_file_has_the_flags_as_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read the configuration"), (b"rounds = ", "is no valid TOML"), (b"\xff\xfe", "is no valid TOML")],
+    [(None, "cannot read the configuration"), (b"rounds = ", "is not valid TOML"), (b"\xff\xfe", "is not valid TOML")],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "run.toml"

@@ -584,7 +584,7 @@ def test_the_cap_holds_and_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
         assert all(as_tensor(buffer, 1 << 15).fill_(1).sum() == 1 << 15 for buffer in buffers)
     assert [record.getMessage()[:39] for record in caplog.records] == ["pinning 0.1 MiB of host memory instead "]
     assert PinnedMemory(_driver(), 1 << 20, cap=0).nbytes == 0
-    with pytest.raises(ConfigError, match="0 bytes or more; found -1"):
+    with pytest.raises(ConfigError, match="0 bytes or more, found -1"):
         PinnedMemory(_driver(), 1, cap=-1)
 
 
@@ -594,7 +594,7 @@ def test_a_slab_that_is_full_is_told_once(caplog: pytest.LogCaptureFixture) -> N
         kept = [memory.take(1 << 12) for _ in range(4)]
     assert len(kept) == 4
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
-        "the 0.0 MiB of pinned memory are in use, 0.0 MiB more were asked for"
+        "the 0.0 MiB of pinned memory have no room for 0.0 MiB more"
     ]
 
 

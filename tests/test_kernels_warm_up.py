@@ -103,7 +103,7 @@ def run_rounds(stager: DeviceStager, replica: Replica, format: str) -> None:
     with Transport() as transport:
         for round in range(ROUNDS):
             block = replica.blocks[round % len(replica.blocks)].block
-            ref = replica.begin(round % len(replica.blocks))
+            ref = replica.snapshot_start(round % len(replica.blocks))
             master = torch.zeros(block.flat_numel)
             now = [master[s.start : s.start + s.length] for s in block.segments] if block.needs_master else ref
             pieces, residual = replica.pieces(round % len(replica.blocks), now, ref)

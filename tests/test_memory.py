@@ -106,7 +106,7 @@ def test_an_optimiser_that_nobody_can_foresee_is_said_to_be_missing() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match="device must be one of cuda, cpu; found 'tpu'"):
+    with pytest.raises(ConfigError, match="expected device to be one of cuda, cpu, found 'tpu'"):
         memory.device_kind("tpu")
 
 
@@ -159,7 +159,7 @@ def test_too_little_device_memory_is_said_before_anything_is_allocated(monkeypat
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4001)
     with pytest.raises(DeviceMemoryError) as caught:
         memory.require_room(cuda, lambda: found)
-    assert "free memory on cuda:0 beside the model's weights" in str(caught.value)
+    assert "free memory on cuda:0 in addition to the model's weights" in str(caught.value)
     assert found.render() in str(caught.value)
 
 

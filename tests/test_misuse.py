@@ -90,7 +90,7 @@ def test_the_optimiser_of_the_round_can_be_reached() -> None:
 
 
 def test_an_optimiser_that_needs_a_closure_is_refused() -> None:
-    with serve() as server, pytest.raises(ConfigError, match=r"needs no closure; found LBFGS"):
+    with serve() as server, pytest.raises(ConfigError, match=r"needs no closure, found LBFGS"):
         join(server, torch.optim.LBFGS)
 
 
@@ -536,7 +536,7 @@ def test_torchs_default_dtype_changes_nothing(default: torch.dtype, dtype: torch
 
 def test_an_error_feedback_that_is_not_fp32_is_refused() -> None:
     now = torch.zeros(128)
-    with pytest.raises(CodecError, match="expected an error feedback in fp32"):
+    with pytest.raises(CodecError, match="expected a residual in fp32"):
         check_piece(Piece(now, now, residual_out=torch.zeros(128, dtype=torch.bfloat16)), "cpu")
 
 

@@ -71,5 +71,5 @@ def test_an_optimiser_that_looks_at_values_cannot_be_foreseen() -> None:
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"adamw, .*sgd.*; found 'lion'"):
+    with pytest.raises(ConfigError, match=r"adamw, .*sgd.*, found 'lion'"):
         optimizers.by_name("lion")

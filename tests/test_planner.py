@@ -66,7 +66,7 @@ def test_the_forecast_for_a_reader_has_every_format_and_the_largest_block() -> N
     held = predictor(model, plan)
     text = planner.render(plan, held, planner.forecast(plan, held, 125_000.0, 0.02, 0.5, 1))
     assert held.peak().render() in text
-    assert "at 1 Mbit/s each way, 20 ms one-way delay and 0.500 s a local step, 1 needs:" in text
+    assert "at 1 Mbit/s each way, 20 ms one-way delay and 0.500 s per local step, 1 needs:" in text
     assert all(f"  {format:>5}: " in text for format in codec.FORMATS)
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_hidden_at_staleness_0_however_long_a_round_is() -> None:
     model, plan = make()
     figures = planner.forecast(plan, predictor(model, plan), 1e9, 0.0, step_s=100.0, staleness=0)
     assert {steps for entry in figures["blocks"] for steps in entry["local_steps_to_hide"].values()} == {None}
-    assert "not hidden, as staleness 0 wants it" in planner.render(plan, predictor(model, plan), figures)
+    assert "not hidden, as expected at staleness 0" in planner.render(plan, predictor(model, plan), figures)
     link = planner.Link(1e9, 1e9, 0.0)
     assert planner.verdict(plan, "int8", 0, 4, link, 100.0).startswith("not hidden: at staleness 0 training waits")
     assert "--staleness 1 with --local-steps 1 would hide it" in planner.verdict(plan, "int8", 0, 4, link, 100.0)

@@ -55,7 +55,8 @@ def test_the_verdict_quotes_the_summary_and_what_would_still_be_hidden(run: Path
     (loaded,) = folder.load(run)
     # Six exchanges of 0.3 s with 0.06 s of waiting; a step takes 0.1 s, so three hide an exchange as four do.
     assert verdict(loaded) == (
-        f"97{NBSP}% of the communication was hidden: the training thread waited 0.1 s beside 2.4 s of computing. "
+        f"97{NBSP}% of the communication was hidden: "
+        "the training thread waited 0.1 s in addition to 2.4 s of computing. "
         f"The link was idle 33{NBSP}% of the time. "
         "With 3 local steps instead of 4 it would still be hidden: an exchange takes 0.30 s. "
         "Held-out loss went from 2.5000 to 1.2500."
@@ -65,7 +66,7 @@ def test_the_verdict_quotes_the_summary_and_what_would_still_be_hidden(run: Path
 def test_without_overlap_the_verdict_says_what_would_hide_it(tmp_path: Path) -> None:
     write_run(tmp_path / "r", staleness=0, overlap_efficiency=0.0)
     (loaded,) = folder.load(tmp_path / "r")
-    assert "Nothing was hidden, as staleness 0 wants it: the training thread waited 1.8 s" in verdict(loaded)
+    assert "Nothing was hidden, as expected at staleness 0: the training thread waited 1.8 s" in verdict(loaded)
     assert "With staleness 1, 3 local steps per round would hide it" in verdict(loaded)
 
 
@@ -226,7 +227,7 @@ def test_a_direction_that_is_slower_than_the_other_is_not_hidden_by_more_stalene
 def test_what_was_waited_for_other_clients_is_named_and_no_link_blamed_for_it(tmp_path: Path) -> None:
     write_run(tmp_path / "r", waited_for_others_s=2.0)
     (loaded,) = folder.load(tmp_path / "r")
-    assert "waited 2.1 s, 2.0 s of it for other clients, beside 2.4 s of computing" in verdict(loaded)
+    assert "waited 2.1 s, 2.0 s of it for other clients, in addition to 2.4 s of computing" in verdict(loaded)
     assert verdict(loaded).startswith(f"97{NBSP}% of the communication was hidden")
 
 
@@ -241,7 +242,7 @@ def test_of_a_run_that_was_resumed_no_share_is_claimed_and_a_note_says_what_its_
     write_run(tmp_path / "r", resumed_from=4, serial_comm_s=None, overlap_efficiency=None)
     (shown,) = data_of(render([tmp_path / "r"]))["runs"]
     assert "closed the rounds from 5 on" in shown["notes"][0]
-    assert "of computing, which contains the time in which there was no server (" in shown["verdict"]
+    assert "of computing, including the time without a server (" in shown["verdict"]
     assert "which 3 of the 4 local steps would hide." in shown["verdict"]
     assert "was hidden" not in shown["verdict"]
     assert "still be hidden" not in shown["verdict"]
@@ -370,14 +371,14 @@ def test_numbers_that_are_none_become_gaps(run: Path) -> None:
     assert [shown["rounds"][1][name] for name in ("loss", "bytes_up", "compute_s", "open_s")] == [None] * 4
     assert shown["rounds"][2]["loss"] == 1.0
     assert shown["summary"]["wall_s"] is None
-    assert "waited 0.1 s beside 2.4 s of computing" in shown["verdict"]
+    assert "waited 0.1 s in addition to 2.4 s of computing" in shown["verdict"]
 
 
 @pytest.mark.parametrize(
     ("version", "note"),
     [
-        (7, "summary.json has version 7, this release knows 2"),
-        (None, "summary.json names no version"),
+        (7, "summary.json has version 7, this release reads version 2"),
+        (None, "summary.json has no version"),
         ("x", "summary.json has version 'x'"),
     ],
 )
@@ -465,7 +466,7 @@ def test_embedded_json_means_the_same_and_has_no_angle_brackets(content: Any) ->
 
 def test_leaving_a_report_never_fails_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "nowhere")
-    assert "no report was written" in caplog.text
+    assert "could not write the report" in caplog.text
     write_run(tmp_path / "r")
     write(tmp_path / "r")
     assert "97" in data_of((tmp_path / "r" / "report.html").read_text())["runs"][0]["verdict"]

@@ -132,12 +132,12 @@ def test_outer_blocks_stay_within_the_limit_and_hold_every_outer_parameter_once(
 def test_an_outer_parameter_above_the_limit_is_refused_with_what_cuts_it() -> None:
     with pytest.raises(PlanError, match=r"'model.embed_tokens.weight' has 1,600 elements.*split_rows"):
         pb.BlockPlan.from_model(llama(), outer="train", outer_limit=500)
-    with pytest.raises(ConfigError, match="outer_limit must be at least 1 element; found 0"):
+    with pytest.raises(ConfigError, match="expected outer_limit to be at least 1 element, found 0"):
         pb.BlockPlan.from_model(llama(), outer="train", outer_limit=0)
 
 
 def test_embeddings_that_cannot_be_cut_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"a row of 0\.weight has 8 elements; found a limit of 7"):
+    with pytest.raises(ConfigError, match=r"at least 8 elements, a row of 0\.weight, found 7"):
         split_rows(nn.Sequential(nn.Embedding(4, 8)), 7)
     with pytest.raises(PlanError, match="max_norm"):
         split_rows(nn.Sequential(nn.Embedding(4, 8, max_norm=1.0)), 8)

@@ -262,7 +262,7 @@ def test_when_nvml_fails_in_mid_run_its_rows_end_with_one_warning_and_the_rest_g
             assert sample.metrics["process.rss_bytes"] > 0
     assert nvml.calls == calls
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == ["GpuMeter failed and is not asked again, its metrics end here: NVMLError: GPU is lost"]
+    assert warnings == ["GpuMeter failed and is dropped; its metrics end here: NVMLError: GPU is lost"]
 
 
 def test_a_busy_thread_is_seen_under_its_name() -> None:
@@ -356,7 +356,7 @@ def test_a_reporter_that_fails_gets_nothing_more_and_the_others_go_on(caplog: py
     assert broken.samples.qsize() == 1
     assert broken.rounds.empty()
     assert [record.getMessage() for record in caplog.records] == [
-        "Broken failed and gets nothing more: OSError: no space left"
+        "Broken failed and is dropped: OSError: no space left"
     ]
     assert good.closed.is_set()
 
@@ -522,5 +522,5 @@ def test_what_is_not_installed_is_named_with_how_to_get_it(
 
 
 def test_a_reporter_that_nobody_knows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--report-to knows tensorboard, wandb; found 'mlflow'"):
+    with pytest.raises(ConfigError, match="expected --report-to to name tensorboard or wandb, found 'mlflow'"):
         reporters.open_all(tmp_path, None, "tensorboard,mlflow")

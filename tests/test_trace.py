@@ -258,10 +258,10 @@ def test_a_profile_and_traces_become_one_file(federation: Federation) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("[]", "is no Chrome trace"),
-        ('{"traceEvents": [1]}', "is no Chrome trace"),
-        ('{"traceEvents": []}', "has none of the runtime's clock marks"),
+        ("{", "expected JSON"),
+        ("[]", "expected a Chrome trace"),
+        ('{"traceEvents": [1]}', "expected a Chrome trace"),
+        ('{"traceEvents": []}', "expected clock marks of the runtime"),
         (None, "cannot read the trace"),
     ],
 )

@@ -36,7 +36,7 @@ def test_rates(text: str, bytes_per_s: float) -> None:
 def test_what_is_no_rate_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as failure:
         parse_rate(text)
-    assert str(failure.value) == f"a rate looks like 50mbit, 1gbit or 800kbit; found {text!r}"
+    assert str(failure.value) == f"expected a rate such as 50mbit, 1gbit or 800kbit, found {text!r}"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("40ms", 0.04), ("0.5s", 0.5), ("2", 2.0), (" 0MS ", 0.0), ("5s", 5.0)])
@@ -48,7 +48,7 @@ def test_delays(text: str, seconds: float) -> None:
 def test_what_is_no_delay_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as failure:
         parse_delay(text)
-    assert str(failure.value) == f"a delay looks like 40ms or 0.5s and is at most 5s; found {text!r}"
+    assert str(failure.value) == f"expected a delay of at most 5s, such as 40ms or 0.5s, found {text!r}"
 
 
 @given(st.text())
@@ -75,7 +75,7 @@ def test_amounts_of_memory_are_read(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "-1gib", "infgib", "8gb"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="an amount of memory looks like 8gib"):
+    with pytest.raises(ConfigError, match="expected an amount of memory such as 8gib"):
         parse_bytes(text)
 
 

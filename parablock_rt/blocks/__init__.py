@@ -1,6 +1,6 @@
-"""The blocks of a model: which parameters form one, how it is laid out, how it lies in memory.
+"""The blocks of a model: which parameters form a block, its layout, and its buffers in memory.
 
-Knows nothing of rounds, links or devices' streams.
+Knows nothing of rounds, links or device streams.
 """
 
 from parablock_rt.blocks.plan import BlockPlan

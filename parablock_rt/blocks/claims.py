@@ -1,4 +1,4 @@
-"""Which models are in use: a server or a client moves a model's parameters and writes them, so it alone may have it."""
+"""Which models are in use: a server or a client moves and writes a model's parameters, so it must be the only user."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _claims: weakref.WeakValueDictionary[int, Claim] = weakref.WeakValueDictionary()
 
 
 class Claim:
-    """A model is in use, until this is released or gone. Any thread."""
+    """Marks a model as in use until the claim is released or garbage-collected. Any thread."""
 
     def __init__(self, model: nn.Module, user: str) -> None:
-        """`user`: a server or a client. Raises ConfigError when somebody else has claimed the model."""
+        """`user`: "server" or "client". Raises ConfigError when the model is already claimed."""
         self._user = user
-        self._model = model  # so that nothing else gets its id
+        self._model = model  # keeps the id from being reused
         with _lock:
             if (other := _claims.get(id(model))) is not None:
                 raise ConfigError(
@@ -29,7 +29,7 @@ class Claim:
             _claims[id(model)] = self
 
     def release(self) -> None:
-        """The model is not in use any more. Idempotent."""
+        """Ends the claim. Idempotent."""
         with _lock:
             if _claims.get(id(self._model)) is self:
                 del _claims[id(self._model)]

@@ -1,6 +1,6 @@
-"""One number for the bits of a block, one text for those of a model: by them server and clients compare what they hold.
+"""A fingerprint of a block's bits and a digest of a model's: server and clients compare their weights by these.
 
-Finds mistakes and damaged bits. A peer that lies can repeat what it was told.
+They find mistakes and damaged bits, but not a lying peer, which can repeat the fingerprint that it was told.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from parablock_rt.blocks.plan import BlockPlan
 
 
 def fingerprint(block: FlatBlock | list[Tensor]) -> int:
-    """One number for the bits of a whole block (its segments in order)."""
+    """A 64-bit number for the bits of a whole block (its segments in order). Waits for the GPU if it is on one."""
     return start_fingerprint(block.flats if isinstance(block, FlatBlock) else block)()
 
 
 def start_fingerprint(flats: list[Tensor]) -> Callable[[], int]:
-    """As `fingerprint`, of the bits as they are now; only calling what this returns waits for a GPU."""
+    """Like `fingerprint`, of the bits as they are now. Only calling the result waits for the GPU."""
     parts = [codec.start_fingerprint(flat) for flat in flats]
 
     def total() -> int:
@@ -34,7 +34,7 @@ def start_fingerprint(flats: list[Tensor]) -> Callable[[], int]:
 
 
 def digest(plan: BlockPlan, fingerprints: list[int]) -> str:
-    """One text for the bits of all blocks of a plan: sha256 over the plan's digest and the fingerprints."""
+    """A text for the bits of all blocks of a plan: sha256 (hex) over the plan's digest and the fingerprints."""
     sha = hashlib.sha256(bytes.fromhex(plan.digest))
     for value in fingerprints:
         sha.update(value.to_bytes(8, "little"))

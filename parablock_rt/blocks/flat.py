@@ -1,7 +1,7 @@
 """A block in memory: flat buffers that the model's own parameters are views of.
 
-Moves parameters there and tells whether they still are there. Does not choose them, nor what trains when, and does not
-change `requires_grad`.
+Moves parameters into these buffers and checks that they still are there. Chooses neither the parameters nor what trains
+when, and does not change `requires_grad`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ class FlatBlock:
     params: list[nn.Parameter]
 
     def check_homed(self, model: nn.Module | None = None) -> None:
-        """Raises PlanError when a parameter is not a view of the flat buffers any more, or not the model's (under any
-        name: somebody may have wrapped its module)."""
+        """Raises PlanError when a parameter is no longer a view of the flat buffers, or no longer in the model.
+
+        Names do not matter: a wrapper around a module may have changed them.
+        """
         own = None if model is None else {id(parameter) for parameter in model.parameters()}
         for segment, flat in zip(self.block.segments, self.flats, strict=True):
             for i, slot in self.block.segment_slots(segment):
@@ -50,17 +52,18 @@ class FlatBlock:
         """
         if buffer.shape != (self.block.flat_numel,) or not buffer.is_contiguous():
             raise PlanError(
-                f"a flat buffer of block {self.block.name!r} must be contiguous with shape ({self.block.flat_numel},); "
+                f"expected a contiguous flat buffer of shape ({self.block.flat_numel},) for block {self.block.name!r}, "
                 f"found shape {tuple(buffer.shape)}, strides {buffer.stride()}; allocate block.flat_numel elements"
             )
         return [buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self.block.slots]
 
 
 def check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
-    """Distinct Parameters, or a Parameter and a buffer, over the same memory are tied in a way that re-homing would
-    silently end: refuse them.
+    """Raises PlanError when distinct Parameters, or a Parameter and a buffer, share memory: moving one of them into a
+    flat buffer would silently untie them.
 
-    A dense tensor counts with all its bytes, a strided one with its first element.
+    A dense tensor counts with all its bytes, a strided one with its first element only. `planned`: the ids of the
+    parameters that will move; sharing between other tensors is fine.
     """
     spans: list[tuple[str, int, int, str, bool]] = []
     for name, p in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -81,11 +84,14 @@ def check_no_hidden_sharing(model: nn.Module, planned: set[int]) -> None:
 
 
 def home(block: Block, params: list[nn.Parameter]) -> FlatBlock:
-    """Put one block's parameters into flat buffers, or find those that they are in already."""
+    """Puts one block's parameters into flat buffers, or finds the flat buffers that they are in already.
+
+    Raises PlanError when the parameters are on several devices or on the meta device.
+    """
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1 or devices == ["meta"]:
         raise PlanError(
-            f"the parameters of block {block.name!r} must be on one real device; found {', '.join(devices)}; "
+            f"expected the parameters of block {block.name!r} on one real device, found {', '.join(devices)}; "
             f"load the weights and move the model with model.to(device) first"
         )
     flats: list[Tensor] = []
@@ -104,7 +110,7 @@ def home(block: Block, params: list[nn.Parameter]) -> FlatBlock:
 
 
 def _existing_flat(segment: Segment, members: list[tuple[Slot, nn.Parameter]]) -> Tensor | None:
-    """The flat buffer that already holds exactly these parameters at their places, with zero gaps; else None."""
+    """The flat buffer that already holds exactly these parameters at their offsets, with zero gaps; else None."""
     storage = members[0][1].untyped_storage()
     if storage.nbytes() != segment.length * segment.dtype.itemsize:
         return None

@@ -1,6 +1,7 @@
-"""How a block is laid out: which parameters it has, and where each stands in its flat index space. Names and numbers.
+"""The layout of a block: which parameters it has, and where each stands in its flat index space.
 
-Follows from a `BlockSpec` alone, so that it is the same on every machine. Holds no tensor and looks at no model.
+The layout follows from a `BlockSpec` alone, so it is the same on every machine. Names and numbers only: nothing here
+holds a tensor or looks at a model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from parablock_rt.codec import ALIGNMENT, body_bytes
 
-# The order is part of the layout: a block's segments stand in it.
+# The order is part of the layout: a block's segments follow it.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -34,7 +35,7 @@ class BlockSpec(msgspec.Struct, frozen=True):
 
 
 class PlanSpec(msgspec.Struct, frozen=True):
-    """A whole plan as plain data. Offsets are not in it: they follow from the order, shapes and dtypes."""
+    """A whole plan as plain data, without offsets, which follow from the order, shapes and dtypes."""
 
     blocks: tuple[BlockSpec, ...]
 
@@ -51,7 +52,7 @@ class Slot:
 
     @property
     def padded(self) -> int:
-        """`numel` rounded up to the alignment; what lies beyond `numel` is a gap of zeros."""
+        """`numel` rounded up to the alignment; the elements beyond `numel` are a gap of zeros."""
         return -(-self.numel // ALIGNMENT) * ALIGNMENT
 
 
@@ -66,7 +67,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. `slots` are in plan order; offsets rise with it within a dtype, and dtypes follow one another.
+    """One block. `slots` are in plan order. The flat index space has one segment per dtype, in the order of `DTYPES`;
+    within a segment, offsets follow the plan order.
 
     `numel` counts the parameters' elements, `flat_numel` the flat index space with its gaps (a multiple of 128).
     """
@@ -84,7 +86,7 @@ class Block:
 
     @property
     def needs_master(self) -> bool:
-        """Whether it has 16-bit parameters, whose small updates would be lost without fp32 masters."""
+        """Whether the block has 16-bit parameters, which would lose small updates without fp32 masters."""
         return any(segment.dtype != torch.float32 for segment in self.segments)
 
     def wire_bytes(self, format: str) -> int:
@@ -97,7 +99,7 @@ class Block:
 
 
 def lay_out(spec: BlockSpec) -> Block:
-    """Assign offsets: dtype after dtype, within a dtype in plan order, each parameter at the next multiple of 128."""
+    """Assigns offsets: dtype after dtype, within a dtype in plan order, each parameter at the next multiple of 128."""
     slots: dict[str, Slot] = {}
     segments: list[Segment] = []
     offset = 0

@@ -1,7 +1,8 @@
 """Which parameters form which block: the rules by which a plan groups names.
 
 Works on names and sizes; nothing here lays out memory, builds a plan or touches a tensor's values. `trainable` below
-are the names that may be planned, in definition order; every rule returns (block name, parameter names) in block order.
+lists the names that may be planned, in definition order. Every rule returns (block name, parameter names) in block
+order.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _HOW_TO_NAME = (
 _HOW_TO_PASS = "Give the plan to parablock_rt.serve as plan=; clients need nothing, for they take the server's"
 
 
-_SMALLEST_TOWER = 0.1  # of the decoder layers' parameters: a list of layers that trains in blocks of its own
+_SMALLEST_TOWER = 0.1  # a list of layers with this share of the decoder's parameters trains in blocks of its own
 
 
 def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers that own parameters and stand in no other such list, by path."""
+    """The outermost `nn.ModuleList`s that own parameters and contain no embeddings, by path."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if (
@@ -48,13 +49,13 @@ def _numel(module: nn.Module) -> int:
 def by_layers(
     model: nn.Module, trainable: list[str], outer: str, outer_limit: int | None
 ) -> list[tuple[str, list[str]]]:
-    """Blocks (name, parameters): one per decoder layer and, if the outer part trains, one per layer of the other
-    towers, and what stands before and behind the layers in blocks of at most `outer_limit` elements."""
+    """One block per decoder layer; with `outer="train"` also one per layer of the other towers, and the parameters
+    before and after the layers in blocks of at most `outer_limit` elements. Raises PlanError."""
     lists = _layer_lists(model)
     if not lists:
         kind = type(model).__name__
         raise PlanError(
-            f"expected an nn.ModuleList of decoder layers; found none in {kind}; {_HOW_TO_NAME}. {_HOW_TO_PASS}"
+            f"expected an nn.ModuleList of decoder layers, found none in {kind}; {_HOW_TO_NAME}. {_HOW_TO_PASS}"
         )
     sizes = {path: _numel(layers) for path, layers in lists.items()}
     path = max(sizes, key=sizes.__getitem__)
@@ -91,7 +92,7 @@ def by_layers(
     groups = [(name, names) for name, names in groups if names]
     if not groups:
         raise PlanError(
-            f"expected trainable parameters in the decoder layers {path!r}; found only {trainable[0]!r} outside; "
+            f"expected trainable parameters in the decoder layers {path!r}, found only {trainable[0]!r} outside; "
             f"set requires_grad=True on the layers, pass outer='train', or {_HOW_TO_NAME}"
         )
     return groups
@@ -105,7 +106,7 @@ def _is_embedding(model: nn.Module, name: str) -> bool:
 
 
 def _pack(title: str, names: list[str], sizes: dict[str, int], limit: int | None) -> list[tuple[str, list[str]]]:
-    """Consecutive parameters in blocks of at most `limit` elements, each as full as it gets."""
+    """Consecutive parameters in blocks of at most `limit` elements, each as full as possible. Raises PlanError."""
     if limit is None:
         return [(title, names)]
     packed: list[list[str]] = [[]]
@@ -125,11 +126,14 @@ def _pack(title: str, names: list[str], sizes: dict[str, int], limit: int | None
 
 
 def by_count(trainable: list[str], sizes: list[int], count: int) -> list[tuple[str, list[str]]]:
-    """`count` runs of consecutive parameters, each cut where the running size is nearest to an equal share."""
+    """`count` blocks of consecutive parameters, cut where the running size is nearest to an equal share.
+
+    Raises PlanError for an impossible `count`.
+    """
     if isinstance(count, bool) or not 1 <= count <= len(trainable):
         raise PlanError(
-            f"blocks must be between 1 and the number of trainable parameters, {len(trainable)}, since a parameter is "
-            f"never split; found {count}; ask for fewer blocks"
+            f"expected blocks to be between 1 and the number of trainable parameters, {len(trainable)}, found {count}; "
+            "ask for fewer blocks, as a parameter is never split"
         )
     ends = list(itertools.accumulate(sizes))
     cuts = [0]
@@ -144,7 +148,7 @@ def by_count(trainable: list[str], sizes: list[int], count: int) -> list[tuple[s
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """A whole name or a leading part of it that ends at a dot; `*`, `?` and `[...]` as in file names."""
+    """Whether `pattern` matches the whole name or a prefix that ends at a dot; `*`, `?`, `[...]` as in file names."""
     pattern = pattern.removesuffix(".")
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
@@ -152,10 +156,15 @@ def _matches(pattern: str, name: str) -> bool:
 def by_patterns(
     names: dict[str, list[str]], reasons: dict[str, str], items: Sequence[str | Sequence[str]]
 ) -> list[tuple[str, list[str]]]:
-    """One block per item. A parameter that two items reach by one name is an error; by names that are tied, the first
-    item has it. The patterns within an item may overlap."""
+    """One block per item; the patterns within an item may overlap.
+
+    Two items must not match the same name. If they match different names of a tied parameter, the first item gets it.
+    `names`: as from `plan._all_names`. `reasons`: why parameters cannot be planned, by name. Raises PlanError.
+    """
     if not isinstance(items, (list, tuple)) or not items:
-        raise PlanError(f"blocks must be None, a number or a list, an item per block; found {items!r}; {_HOW_TO_NAME}")
+        raise PlanError(
+            f"expected blocks to be None, a number, or a list with an item per block, found {items!r}; {_HOW_TO_NAME}"
+        )
     owner: dict[str, str] = {}  # every name an item matched -> that item
     taken: set[str] = set()
     groups: list[tuple[str, list[str]]] = []
@@ -163,7 +172,7 @@ def by_patterns(
         patterns = [item] if isinstance(item, str) else list(item)
         if not patterns or not all(isinstance(p, str) and p for p in patterns):
             raise PlanError(
-                f"item {i} of blocks must be a name, a glob or a list of those; found {item!r}; {_HOW_TO_NAME}"
+                f"expected item {i} of blocks to be a name, a glob or a list of those, found {item!r}; {_HOW_TO_NAME}"
             )
         for pattern in patterns:
             if not any(_matches(pattern, name) for every in names.values() for name in every):

@@ -31,11 +31,11 @@ class BlockPlan:
 
     `blocks`: the blocks in order. `frozen`: (name, reason) of every parameter left out. `aliases`: for each tied
     parameter, planned or frozen, its other names. `digest`: sha256 (hex) over names, shapes, dtypes, offsets and
-    their order; equal on every machine for equal plans, whatever is frozen beside them.
+    their order; equal plans have equal digests on every machine. Frozen parameters do not enter the digest.
     """
 
     def __init__(self, model: nn.Module, spec: PlanSpec, reasons: dict[str, str]) -> None:
-        """For the class methods: `spec` must fit `model`, and `reasons` has one for every parameter outside of it."""
+        """For the class methods: `spec` must fit `model`; `reasons`: for each parameter outside of `spec`."""
         self.blocks: list[Block] = [lay_out(block) for block in spec.blocks]
         self.frozen: list[tuple[str, str]] = list(reasons.items())
         self._numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -57,40 +57,43 @@ class BlockPlan:
         outer: Literal["freeze", "train"] = "freeze",
         outer_limit: int | None = None,
     ) -> BlockPlan:
-        """Partition `model`.
+        """Partitions `model` into blocks.
 
-        `blocks=None`: one block for each decoder layer. The layers are the `nn.ModuleList` that owns the most
-        parameters (so neither the experts inside a layer nor a smaller tower beside them count), lists of embeddings
-        aside; a member that owns no parameters forms no block. What stands outside the layers is left frozen
-        (`outer="freeze"`), or (`outer="train"`) trains, too: the layers of other lists that own at least a tenth as
-        much (the encoder of an encoder-decoder model) as blocks of their own, the rest as a first block "embeddings"
-        and a last block "head":
-        `nn.Embedding` weights go to the first, what is defined behind the layers to the last, and what is defined
-        before them to the first unless its name speaks of a final norm, a head or an output projection. `outer_limit`
-        (elements) has each of the two cut into blocks of at most that size; `split_rows` cuts a larger parameter.
+        `blocks=None`: one block per decoder layer. The decoder layers are the outermost `nn.ModuleList` with the most
+        parameters; lists that contain embeddings do not count. A layer without parameters forms no block. The
+        parameters outside the layers stay frozen with `outer="freeze"`. With `outer="train"` they train, too:
+
+        - Another list of layers with at least a tenth as many parameters, such as the encoder of an encoder-decoder
+          model, gets one block per layer.
+        - All others form a first block "embeddings" and a last block "head". `nn.Embedding` weights go to the first,
+          parameters defined after the layers to the last. Parameters defined before the layers go to the first, unless
+          the name suggests a final norm, a head or an output projection.
+        - `outer_limit` (elements) cuts these two into blocks of at most that size. A single parameter that is larger
+          must be cut with `split_rows` first.
 
         `blocks=n`: n blocks of consecutive whole parameters in definition order, of about equal size.
 
         `blocks=[...]`: one block per item. An item is a name prefix ("model.layers.1" does not match
-        "model.layers.10"), a glob pattern, or a list of those; what no item matches is left frozen. `outer` and
-        `outer_limit` matter for `blocks=None` only.
+        "model.layers.10"), a glob pattern, or a list of those; parameters that no item matches stay frozen. `outer` and
+        `outer_limit` only apply to `blocks=None`.
 
         A tied parameter goes by its first name in `named_parameters()` order and belongs to the first block that owns
         it. Left out and listed in `frozen`: parameters that do not require gradients now, are not fp32, bf16 or fp16,
         are quantised, sparse or another tensor subclass, or have no elements.
 
-        Raises PlanError when no block can be found or the request does not fit the model.
+        Raises PlanError when no block can be found or `blocks` does not fit the model, ConfigError for an invalid
+        `outer` or `outer_limit`.
         """
         if outer not in ("freeze", "train"):
-            raise ConfigError(f"outer must be 'freeze' or 'train'; found {outer!r}")
+            raise ConfigError(f"expected outer to be 'freeze' or 'train', found {outer!r}")
         if outer_limit is not None and outer_limit < 1:
-            raise ConfigError(f"outer_limit must be at least 1 element; found {outer_limit}")
+            raise ConfigError(f"expected outer_limit to be at least 1 element, found {outer_limit}")
         parameters = dict(model.named_parameters())
         reasons = {name: reason for name, p in parameters.items() if (reason := _why_left_out(p)) is not None}
         trainable = [name for name in parameters if name not in reasons]
         if not trainable:
-            found = next((f"only such as {name!r}: {reason}" for name, reason in reasons.items()), "no parameters")
-            raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters; found {found}; set requires_grad=True")
+            found = next((f"only others, such as {name!r}: {reason}" for name, reason in reasons.items()), "none")
+            raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters, found {found}; set requires_grad=True")
         if blocks is None:
             groups, rest = (
                 by_layers(model, trainable, outer, outer_limit),
@@ -108,18 +111,18 @@ class BlockPlan:
 
     @classmethod
     def from_spec(cls, model: nn.Module, spec: PlanSpec) -> BlockPlan:
-        """The plan that another side described, for this side's model; `requires_grad` here does not matter.
+        """The plan that the other side described by `spec`, for this side's model; ignores `requires_grad` here.
 
         `spec` may come from an untrusted peer. Raises PlanMismatchError naming the first parameter that is missing,
-        differs in shape or dtype, cannot be trained here, or appears twice.
+        differs in shape or dtype, cannot be trained here, or appears twice, or the first invalid block.
         """
         taken = set(map(id, (p for block in _find_parameters(model, spec) for p in block)))
         names: set[str] = set()
         for block in spec.blocks:
             if not 0 < len(block.name) <= 256 or not block.name.isprintable() or block.name in names:
                 raise PlanMismatchError(
-                    f"block names must be unique and have 1 to 256 printable characters; found {_clip(block.name)} in "
-                    f"the server's plan; check that this is the intended server"
+                    f"expected unique block names of 1 to 256 printable characters, found {_clip(block.name)} in the "
+                    f"server's plan; check that this is the intended server"
                 )
             names.add(block.name)
         reasons = {
@@ -130,11 +133,11 @@ class BlockPlan:
         return cls(model, spec, reasons)
 
     def spec(self) -> PlanSpec:
-        """The plan as plain data that goes over the wire."""
+        """The plan as plain data, to send over the wire."""
         return self._spec
 
     def check_same(self, spec: PlanSpec) -> None:
-        """Raise PlanMismatchError naming the first difference between this plan and another side's; None if equal."""
+        """Raises PlanMismatchError naming the first difference between this plan and the server's."""
         fix = "give both sides the same model, dtype and blocks"
         for i, (mine, theirs) in enumerate(zip(self._spec.blocks, spec.blocks, strict=False)):
             if mine.name != theirs.name:
@@ -152,13 +155,15 @@ class BlockPlan:
             raise PlanMismatchError(f"the server has {len(spec.blocks)} blocks, this plan {len(self.blocks)}; {fix}")
 
     def materialise(self, model: nn.Module) -> list[FlatBlock]:
-        """Re-home each block's parameters as contiguous views of one zero-gapped flat buffer per segment.
+        """Makes each block's parameters contiguous views of one flat buffer per segment, with gaps of zeros.
 
-        Values are kept bit by bit, Parameter objects stay the same (so ties hold), and each old storage is released as
-        soon as its segment is copied: the extra memory at any time is one block. A block that is homed already (a
-        second call) is not copied. Call it before a DDP wrap, and before optimisers that hold views or flattened
-        copies of the weights; moving or casting the model later (`model.to(...)`) undoes it, and a new call repairs it.
-        Saving: `save_pretrained`, `safetensors.torch.save_file` and `torch.save` of a state dict work as before;
+        Values stay the same bit by bit, and Parameter objects stay the same, so ties hold. The old memory is released
+        segment by segment, so the extra memory at any time is at most one block. A second call does not copy again.
+
+        Call it before wrapping the model in DDP, and before making optimisers that hold views or flattened copies of
+        the weights. Moving or casting the model later (`model.to(...)`) undoes it; a new call repairs it.
+
+        `save_pretrained`, `safetensors.torch.save_file` and `torch.save` of a state dict work as before, but
         `safetensors.torch.save_model` refuses tensors that are views, and `torch.save` of a single parameter writes its
         whole block.
 
@@ -171,14 +176,14 @@ class BlockPlan:
         return [home(block, params) for block, params in zip(self.blocks, found, strict=True)]
 
     def frozen_fingerprint(self, model: nn.Module) -> str:
-        """`combined` of `frozen_digests`: equal fingerprints prove equal frozen parts. Raises what that does."""
+        """`combined` of `frozen_digests`, whose errors it raises; equal fingerprints prove equal frozen parts."""
         return combined(self.frozen_digests(model))
 
     def frozen_digests(self, model: nn.Module) -> dict[str, str]:
-        """The sha256 (hex) of shape, dtype and bytes of each tensor that the plan does not train: the other parameters
-        and the floating-point persistent buffers, as "parameter NAME" and "buffer NAME".
+        """sha256 (hex) over shape, dtype and bytes of each tensor that the plan does not train, that is, the other
+        parameters and the floating-point persistent buffers. Keys are "parameter NAME" and "buffer NAME".
 
-        Raises PlanError if one of them is on the meta device.
+        Raises PlanError if a tensor is on the meta device, or of a subclass whose bytes cannot be read.
         """
         planned = {name for block in self.blocks for name in block.parameters}
         tensors: dict[str, Tensor] = {}
@@ -194,15 +199,15 @@ class BlockPlan:
             digest = hashlib.sha256()
             for label, plain in _plain_tensors(name, tensor):
                 if plain.is_meta:
-                    raise PlanError(f"{label} is on the meta device, without bytes to compare; load the weights first")
+                    raise PlanError(f"{label} is on the meta device, with no bytes to compare; load the weights first")
                 digest.update(json.dumps([label, list(plain.shape), str(plain.dtype)]).encode())
                 digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             digests[name] = digest.hexdigest()
         return digests
 
     def describe(self, formats: Sequence[str] = ("bf16", "int8", "int4")) -> str:
-        """A plain-text table: per block the parameters, elements and wire bytes in each format; then ties and what is
-        frozen. Raises ConfigError for an unknown format."""
+        """A plain-text table of parameters, elements and wire bytes in each format per block, then the tied and the
+        frozen parameters. Raises ConfigError for an unknown format."""
         rows = [["block", "parameters", "elements", *formats]]
         for b in self.blocks:
             rows.append([b.name, str(len(b.slots)), f"{b.numel:,}", *(format_bytes(b.wire_bytes(f)) for f in formats)])
@@ -231,7 +236,7 @@ def _describe(name: str, parameter: Tensor) -> ParameterSpec:
 
 
 def _show(spec: ParameterSpec | None) -> str:
-    """A parameter in a message; clipped, for it may come from an untrusted peer."""
+    """A parameter as text for a message; clipped, as the spec may come from an untrusted peer."""
     return "absent" if spec is None else f"{_clip(spec.name)} {reprlib.repr(spec.shape)} {_clip(spec.dtype)}"
 
 
@@ -253,7 +258,7 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _unfit(parameter: nn.Parameter) -> str | None:
-    """Why a parameter can never be in a block; None if it can."""
+    """Why a parameter can never be in a block; None if it can be."""
     if getattr(parameter, "quant_state", None) is not None:
         return f"quantised ({type(parameter).__name__})"
     if type(parameter.data) is not Tensor:
@@ -273,7 +278,7 @@ def _why_left_out(parameter: nn.Parameter) -> str | None:
 
 
 def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter]]:
-    """The model's parameters that a plan names, block by block; PlanMismatchError at the first that does not fit."""
+    """The parameters that a plan names, block by block. Raises PlanMismatchError at the first that does not fit."""
     own = dict(model.named_parameters(remove_duplicate=False))
     taken: dict[int, str] = {}
     found: list[list[nn.Parameter]] = []
@@ -288,8 +293,8 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
             if parameter is None:
                 raise PlanMismatchError(
                     f"the plan has parameter {_show(wanted)}; this model ({type(model).__name__}) has none of that "
-                    f"name; load the model that the plan was made for (not torch.compile's wrapper of it: use "
-                    "model.compile())"
+                    "name; load the model that the plan was made for (if torch.compile wraps it: use model.compile() "
+                    "instead)"
                 )
             here = _describe(wanted.name, parameter)
             if here != wanted or (reason := _unfit(parameter)) is not None:
@@ -300,8 +305,8 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
                 )
             if id(parameter) in taken:
                 raise PlanMismatchError(
-                    f"the plan has parameter {_show(wanted)} beside {taken[id(parameter)]!r}; in this model both are "
-                    f"one parameter; tie or untie the weights as in the model that the plan was made for"
+                    f"the plan has parameter {_show(wanted)} in addition to {taken[id(parameter)]!r}; in this model "
+                    f"both are one parameter; tie or untie the weights as in the model that the plan was made for"
                 )
             taken[id(parameter)] = wanted.name
             found[-1].append(parameter)
@@ -309,7 +314,10 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
 
 
 def _plain_tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that make up a tensor: itself, the parts of a subclass, and a quantised one's scales."""
+    """The plain tensors that make up a tensor: the tensor itself, or the parts of a subclass; and quantisation scales.
+
+    Raises PlanError for a subclass whose parts are unknown.
+    """
     data = value.data
     if type(data) is Tensor:
         yield label, data
@@ -322,7 +330,7 @@ def _plain_tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _state_tensors(label: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantisation state, which may hold another one (doubly quantised scales)."""
+    """The tensors of a quantisation state, which may hold another state (doubly quantised scales)."""
     for key, part in sorted(vars(state).items()) if hasattr(state, "__dict__") else ():
         if isinstance(part, Tensor):
             yield f"{label}/{key}", part.data

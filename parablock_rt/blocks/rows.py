@@ -1,8 +1,8 @@
-"""Large embeddings and projections as several parameters of bounded size, each a range of rows.
+"""Cuts large embeddings and projections into several parameters of bounded size, each a range of rows.
 
-A block needs memory in proportion to its parameters, and a parameter is never split between blocks. The vocabulary's
-two matrices are the parameters that can be larger than all of a decoder layer; cut into ranges of rows, each range can
-be a block. What the modules compute and the names in a state dict stay the same.
+A block needs memory in proportion to its parameters, and a parameter is never split between blocks. The two matrices of
+the vocabulary can be larger than a whole decoder layer; cut into ranges of rows, each range can be a block. What the
+modules compute and the names in a state dict stay the same.
 
 Nothing here plans, trains or moves a parameter to another device.
 """
@@ -19,16 +19,16 @@ from parablock_rt.errors import ConfigError, PlanError
 
 
 def split_rows(model: nn.Module, limit: int) -> list[str]:
-    """Cuts the weights of `nn.Embedding` and `nn.Linear` modules that have more than `limit` elements, in place.
+    """Replaces, in place, the `nn.Embedding` and `nn.Linear` modules whose weights have more than `limit` elements.
 
-    What is inside of an `nn.ModuleList` is left whole: a decoder layer is one block in any case.
-    Each such module is replaced by one that holds its weight as a list of parameters, ranges of rows of about equal
-    size with at most `limit` elements each. Modules tied by one weight stay tied. Call it before the model is planned,
-    on the server and on every client alike; one part's memory is held twice for a moment. A token that a cut embedding
-    has no row for raises IndexError, as in `nn.Embedding`; on a GPU it is an assertion on the device.
+    The replacement holds the weight as a list of parameters: ranges of rows of about equal size with at most `limit`
+    elements each. Modules that share a weight stay tied. Modules in an `nn.ModuleList` are left whole, as a decoder
+    layer is one block in any case. Call this before planning, on the server and on every client with the same `limit`.
+    While it copies, the memory of one weight is held twice. A token without a row raises IndexError, as in
+    `nn.Embedding`; on a GPU it fails an assertion on the device.
 
-    Returns the paths of the modules that were replaced. A state dict of the model keeps its names: the parts are joined
-    in it, and cut when it is loaded.
+    Returns the paths of the replaced modules. A state dict of the model keeps its names: saving joins the parts, and
+    loading cuts the weight.
 
     Raises ConfigError when a single row is larger than `limit`, and PlanError for an embedding with `max_norm`,
     `scale_grad_by_freq` or sparse gradients, or for a weight that is tied to a module of another type.
@@ -67,7 +67,9 @@ def _check_ties(path: str, weight: nn.Parameter, modules: list[tuple[str, nn.Mod
 def _cut(path: str, weight: nn.Parameter, limit: int) -> nn.ParameterList:
     rows, columns = weight.shape
     if columns > limit:
-        raise ConfigError(f"a row of {path}.weight has {columns:,} elements; found a limit of {limit:,}; raise it")
+        raise ConfigError(
+            f"expected a limit of at least {columns:,} elements, a row of {path}.weight, found {limit:,}; raise it"
+        )
     most = limit // columns
     count = -(-rows // most)
     parts = [part.detach().clone() for part in weight.tensor_split(count)]
@@ -75,7 +77,7 @@ def _cut(path: str, weight: nn.Parameter, limit: int) -> nn.ParameterList:
 
 
 class _Rows(nn.Module):
-    """A weight [rows, columns] held as `parts`, ranges of its rows in order; a state dict has it as `weight`."""
+    """A weight [rows, columns] held as `parts`, ranges of its rows in order; joined as `weight` in a state dict."""
 
     def __init__(self, parts: nn.ParameterList) -> None:
         super().__init__()
@@ -110,9 +112,9 @@ class RowEmbedding(_Rows):
         self.padding_idx = module.padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Rows of the weight: `tokens` (integers, any shape) → that shape with the columns behind it.
+        """Rows of the weight: `tokens` (integers, any shape [...]) → [..., columns].
 
-        Raises IndexError for a token that has no row.
+        Raises IndexError for a token without a row; on a GPU, an assertion fails on the device.
         """
         self._check_range(tokens)
         result: Tensor | None = None
@@ -146,7 +148,7 @@ class RowEmbedding(_Rows):
 
 
 class RowLinear(_Rows):
-    """`nn.Linear` over parts: each gives its range of the outputs."""
+    """`nn.Linear` over parts; each part computes its range of the outputs."""
 
     def __init__(self, bias: nn.Parameter | None, parts: nn.ParameterList) -> None:
         super().__init__(parts)

@@ -1,4 +1,4 @@
-"""The client: the train-step runtime that a training loop embeds. Imports nothing of the server."""
+"""The client: the train-step runtime that a training loop embeds. Imports nothing from the server."""
 
 from parablock_rt.client.joining import join
 from parablock_rt.client.run import RoundReport, Run, StepReport

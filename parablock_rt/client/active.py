@@ -1,7 +1,7 @@
-"""The block that trains now: fp32 masters where the model is 16-bit, gradients and optimiser state for it alone.
+"""The active block: the one that trains in the current round, with its fp32 masters, gradients and optimiser state.
 
-Everything else of the model is frozen meanwhile, so full-parameter training needs the optimiser memory of one block.
-The training thread alone uses it.
+The rest of the model is frozen meanwhile, so full-parameter training needs the optimiser memory of one block only.
+Only the training thread may use this.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
 
-# Called with the parameters to train and, as keywords, with what it has arguments for: see `with_context`.
+# Called with the parameters to train and, if it has arguments for them, `round` and `names`: see `with_context`.
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 def with_context(factory: OptimizerFactory, *, round: int, names: Sequence[str]) -> OptimizerFactory:
-    """What makes a round's optimiser: the factory, given the `round` and the parameters' `names`, in their order, if it
-    has arguments called so that are not bound already."""
+    """The factory with `round` and `names` (the parameters' names, in their order) bound to its arguments of these
+    names; arguments that it lacks, or that are bound already, are left alone."""
     try:
         wanted = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a callable in C that does not say
+    except (TypeError, ValueError):  # a callable in C without a signature
         return factory
     bound = factory.keywords if isinstance(factory, partial) else {}
     facts = {"round": round, "names": list(names)}
@@ -34,12 +34,12 @@ def with_context(factory: OptimizerFactory, *, round: int, names: Sequence[str])
 
 
 class ActiveBlock:
-    """One block made trainable from construction to `close`."""
+    """One block that is trainable from construction to `close`."""
 
     def __init__(self, flat: FlatBlock, optimizer: OptimizerFactory, master: Tensor | None) -> None:
-        """`master`: fp32 [flat_numel] to hold the masters of a block that is not all fp32; None: train in place.
+        """`master`: fp32 [flat_numel], holds the masters of a block that is not all fp32; None: train in place.
 
-        Raises ConfigError when the optimiser is none, or trains other parameters than those it was to be made for.
+        Raises ConfigError when `optimizer` does not return an optimiser, or one of other parameters.
         """
         self.flat = flat
         self._model_params = flat.params
@@ -47,7 +47,7 @@ class ActiveBlock:
         if master is None:
             trained = flat.params
         else:
-            # With the gaps between parameters, which are zero in the flats and have to be here.
+            # Whole segments: the gaps between parameters must be zero in the master, too, as they are in the flats.
             for segment, weights in zip(flat.block.segments, flat.flats, strict=True):
                 master[segment.start : segment.start + segment.length].copy_(weights)
             self._master_params = trained = [nn.Parameter(view) for view in flat.views(master)]
@@ -68,7 +68,7 @@ class ActiveBlock:
         )
 
     def check_homed(self, model: nn.Module) -> None:
-        """Raises PlanError when what was trained is not where it is read from when the block is handed over."""
+        """Raises PlanError when a trained parameter has left the memory that the hand-over reads."""
         self.flat.check_homed(model)
         if self._master_params is None or self._master is None:
             return
@@ -82,7 +82,7 @@ class ActiveBlock:
                 )
 
     def without_gradient(self) -> list[str]:
-        """The names of the block's parameters that have no gradient now."""
+        """The names of the block's parameters without a gradient."""
         return [
             slot.name
             for slot, parameter in zip(self.flat.block.slots, self._model_params, strict=True)
@@ -90,8 +90,10 @@ class ActiveBlock:
         ]
 
     def require_change(self, ref: list[Tensor]) -> None:
-        """Raises ParaBlockError when the weights are what they were, `ref`. For a round without any gradient, which
-        an optimiser may have trained all the same, in the backward pass."""
+        """Raises ParaBlockError when the weights still equal `ref`, a tensor per segment.
+
+        Checks a round in which no step saw a gradient: an optimiser that steps during the backward pass trains then.
+        """
         if all(torch.equal(now, start) for now, start in zip(self.flat.flats, ref, strict=True)):
             raise ParaBlockError(
                 f"no parameter of block {self.flat.block.name!r} had a gradient in the whole round: call "
@@ -100,8 +102,10 @@ class ActiveBlock:
             )
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One optimiser step from the gradients that the backward pass left; then the gradients are gone, also if it
-        raises. `scaler`: of the loss; it leaves the step out if a gradient is not finite."""
+        """One optimiser step with the gradients of the backward pass; clears them, also when it raises.
+
+        `scaler`: the one that scaled the loss; it skips the step if a gradient is not finite.
+        """
         self._stepping = True
         try:
             if self._master_params is not None:
@@ -123,13 +127,13 @@ class ActiveBlock:
     def _refuse_foreign_step(self, *_: Any) -> None:
         if not self._stepping:
             raise ParaBlockError(
-                "run.step() takes the optimiser's step: do not call run.optimizer.step() besides, and give a "
+                "run.step() takes the optimiser's step: do not call run.optimizer.step() yourself, and pass a "
                 "GradScaler to run.step(scaler=...)"
             )
 
     def _follow_model(self, masters: list[nn.Parameter]) -> None:
-        """What a program has changed in the 16-bit weights since the last step (a mask, a projection) is put into the
-        masters, which keep their precision where nothing was changed."""
+        """Copies to the masters what a program has changed in the 16-bit weights since the last step (a mask, a
+        projection). Where nothing changed, the masters keep their precision."""
         for master, parameter, version in zip(masters, self._model_params, self._versions, strict=True):
             if _version(parameter) != version:
                 with torch.no_grad():
@@ -137,9 +141,9 @@ class ActiveBlock:
                     master.copy_(torch.where(same, master, parameter.float()))
 
     def _widen_gradients(self, masters: list[nn.Parameter]) -> None:
-        """Hands the gradients on to the masters in fp32, one at a time: each is there twice for a moment.
+        """Moves the gradients to the masters in fp32, one at a time: only one exists twice at any moment.
 
-        The largest goes first, before the fp32 ones have added up; `memory.predict` counts on that.
+        The largest goes first, while few fp32 gradients exist; `memory.predict` relies on this order.
         """
         pairs = zip(masters, self._model_params, strict=True)
         for master, parameter in sorted(pairs, key=lambda pair: pair[0].numel(), reverse=True):
@@ -147,18 +151,18 @@ class ActiveBlock:
             parameter.grad = None
 
     def clear_gradients(self) -> None:
-        """Forgets the gradients of the block and of its masters."""
+        """Drops the gradients of the block and of its masters."""
         for parameter in (*self._model_params, *(self._master_params or ())):
             parameter.grad = None
 
     def now(self) -> list[Tensor]:
-        """The trained weights, one 1-D tensor per segment: fp32 masters if there are any, else the flat buffers."""
+        """The trained weights, one 1-D tensor per segment: the fp32 masters if the block has them, else the flats."""
         if self._master is None:
             return self.flat.flats
         return [self._master[s.start : s.start + s.length] for s in self.flat.block.segments]
 
     def holdings(self) -> dict[str, list[Tensor]]:
-        """The tensors that are held now beside the model's parameters, by the items of `memory.predict`."""
+        """The tensors held now in addition to the model's parameters, by the item names of `memory.predict`."""
         parameters = (*self._model_params, *(self._master_params or ()))
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         return {
@@ -168,7 +172,7 @@ class ActiveBlock:
         }
 
     def close(self) -> None:
-        """Freezes the block again and lets the optimiser go."""
+        """Freezes the block again and drops the optimiser."""
         self.clear_gradients()
         freeze(self._model_params)
         if self._step_hook is not None:
@@ -177,7 +181,8 @@ class ActiveBlock:
 
 
 def retire(optimizer: torch.optim.Optimizer) -> None:
-    """Whoever has kept a former round's optimiser, such as a learning-rate scheduler, is not to go on unnoticed."""
+    """Makes any further use of a former round's optimiser raise, for example by a learning-rate scheduler that kept it;
+    frees its state."""
     optimizer.state.clear()
     optimizer.param_groups = _EndedGroups()
 
@@ -187,15 +192,15 @@ class _EndedGroups(list[dict[str, Any]]):
 
     def _refuse(self, *_: Any) -> Any:
         raise ParaBlockError(
-            "this optimiser was of a round that is over, and each round has a new one: make a learning-rate scheduler "
-            "in the optimizer function, or set the rate there, which is told the `round` if it has an argument so named"
+            "this optimiser belongs to a round that is over, and each round has a new one: make the learning-rate "
+            "scheduler in the optimizer function, or set the rate there, from its argument `round`"
         )
 
     __iter__ = __getitem__ = __len__ = _refuse
 
 
 def _version(parameter: nn.Parameter) -> int:
-    """Changes with every change in place, except through `.data`. What was made in inference mode has none."""
+    """A number that changes with every in-place change, except through `.data`; 0 for an inference tensor."""
     return 0 if parameter.is_inference() else parameter._version
 
 
@@ -204,33 +209,36 @@ def _versions(parameters: Iterable[nn.Parameter]) -> list[int]:
 
 
 def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -> None:
-    """`in_place`: the model's own parameters are trained, so that others, which are frozen, do no harm."""
+    """Raises ConfigError unless `made` is an optimiser of the parameters `wanted`.
+
+    `in_place`: the model's own parameters are trained; then others in the optimiser do no harm, as they are frozen.
+    """
     if not all(hasattr(made, name) for name in ("step", "param_groups", "state")):
         raise ConfigError(
-            f"expected the optimizer function to return an optimiser like torch's, with step, param_groups and state; "
-            f"found a {type(made).__name__}"
+            f"expected the optimizer function to return an optimiser like torch's, with step, param_groups and state, "
+            f"found a {type(made).__name__}; return one, such as torch.optim.AdamW(params)"
         )
     try:
         inspect.signature(made.step).bind()
     except TypeError:
         raise ConfigError(
-            f"expected an optimiser whose step() needs no closure; found {type(made).__name__}, which evaluates the "
+            f"expected an optimiser whose step() needs no closure, found {type(made).__name__}, which evaluates the "
             "loss several times per step; choose another"
         ) from None
-    except ValueError:  # in C, and does not say
+    except ValueError:  # a callable in C without a signature
         pass
     found = {id(parameter) for group in made.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in wanted}
     if not found & ours or not (in_place or found <= ours):
         raise ConfigError(
             "the optimizer function made an optimiser of other parameters than those it was given: use these, not "
-            "model.parameters() or an optimiser of an earlier round. Of a 16-bit model they are fp32 copies; a "
-            "function with an argument `names` is told what each is called in the model"
+            "model.parameters() or an optimiser of an earlier round. For a 16-bit model they are fp32 copies; add an "
+            "argument `names` to the function to get their names in the model"
         )
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """No gradients for these parameters from now on, and none left over."""
+    """Clears `requires_grad` and the gradients of these parameters."""
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None

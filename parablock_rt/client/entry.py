@@ -1,8 +1,8 @@
-"""Getting into a run: from the first connection to the first round, anew where the connection breaks in between.
+"""From the first connection to the first round; if the connection breaks before that, the client joins again.
 
-A client that has not begun has nothing that would be lost with its connection. So it joins once more, with what it
-holds of the reference by then, and gives up the seat that the server may still keep for it. Knows nothing of what the
-client does between its welcome and its first round.
+A client that has not started its first round loses nothing with its connection. It joins again, keeps the parts of the
+reference that it has received, and gives up the seat that the server may still hold for it. Nothing here knows what the
+client does between the welcome and the first round.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ R = TypeVar("R")
 
 
 class Entry:
-    """One client's way into a run. One thread uses it."""
+    """One client's way into a run. For use by one thread."""
 
     def __init__(self, address: str, token: str | None, reconnect: float) -> None:
-        """`reconnect`: seconds after a break within which another connection must have come as far as the welcome."""
+        """`reconnect`: seconds after a break within which another connection must have reached the welcome."""
         self._address = address
         self._token = token
         self._reconnect_s = reconnect
         self._former: Seat | None = None
-        self._answered = False  # there is a server of ours, as an earlier try has shown if not this one
+        self._answered = False  # whether a ParaBlock server has answered, in this try or an earlier one
         self._broke_at: float | None = None
         self._tries = 0
 
     def until_begun(
         self, make_transport: Callable[[], Transport], begin: Callable[[Connection, protocol.Welcome], R]
     ) -> R:
-        """What `begin` returns, which takes part until the first round can be trained, or raises. The transport of the
-        last try is the caller's; the others are closed.
+        """Connects, then returns the result of `begin`, which takes part until the first round can be trained.
 
-        Raises ConnectError, HandshakeError, PeerLostError and what `begin` raises, other than that its link broke.
+        Tries again if the connection breaks on the way, within the time that `reconnect` allows. The caller owns the
+        transport of the successful try; the transports of failed tries are closed here.
+
+        Raises ConnectError, HandshakeError, PeerLostError and what `begin` raises.
         """
         while True:
             transport = make_transport()
@@ -54,14 +56,15 @@ class Entry:
                 return begin(connection, welcome)
             except BaseException as error:
                 transport.close(flush=1.0)
+                # Retry only network errors, and only after a ParaBlock server has answered once.
                 if not (self._answered and isinstance(error, ParaBlockError) and self._may_try_again(error)):
                     raise
-                log.warning("%s; the run had not begun here, joining once more", error)
+                log.warning("%s; the first round had not started here, joining again", error)
             time.sleep(pause_before(self._tries))
             self._tries += 1
 
     def _may_try_again(self, error: ParaBlockError) -> bool:
-        """Only what the network did can be mended by trying, and only a server that is one was lost."""
+        """Whether the network caused the error (neither a refusal nor a timeout) and there is time left to retry."""
         if not isinstance(error, TransportError) or isinstance(error, HandshakeError | WaitTimeoutError):
             return False
         if self._broke_at is None:

@@ -1,8 +1,8 @@
-"""What a client exchanges with the server, round by round: hand-overs that go up, aggregates that come down.
+"""What a client exchanges with the server, round by round: hand-overs go up, aggregates come down.
 
-Packs a trained block and hands it to the link, applies each round's aggregate in its turn, keeps room for those to
-come, and counts what the training thread was blocked for. Knows nothing of steps, losses or optimisers. The training
-thread alone calls it.
+Packs a trained block and hands it to the link, applies the aggregates in the order of their rounds, keeps room for
+those to come, and counts how long the training thread was blocked. Knows nothing of steps, losses or optimisers. Only
+the training thread may call it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Exchange:
         stager: Stager | DeviceStager,
         timeline: Timeline,
     ) -> None:
-        """`plan`: of the replica's blocks, which are materialised. Closes nothing of what it is given."""
+        """`plan`: the plan of the replica's blocks. The caller keeps ownership of all arguments and closes them."""
         self.schedule = Schedule(config, [block.flat_numel for block in plan.blocks])
-        self.exposed_s = 0.0  # seconds that the training thread was blocked on communication
+        self.exposed_s = 0.0  # seconds for which communication blocked the training thread
         self.bad_groups = 0
         self._link = link
         self._replica = replica
@@ -52,13 +52,13 @@ class Exchange:
         self._timeline = timeline
         self._versions = [0] * len(plan.blocks)
         self._in_flight: list[Handover] = []
-        self._handed_over = -1  # the last round
-        self._early_verdicts: list[protocol.Verdict] = []
-        self._applied = -1
-        self._posted = -1
+        self._handed_over = -1  # the last round that was handed over
+        self._early_verdicts: list[protocol.Verdict] = []  # on rounds that are not handed over yet
+        self._applied = -1  # the last round whose aggregate is applied, or whose block came whole
+        self._posted = -1  # the last round whose aggregate has a landing
 
-    def begin(self, updates_from: int) -> None:
-        """Makes room for the first aggregates; the one of round `updates_from` is the first that will come."""
+    def start(self, updates_from: int) -> None:
+        """Makes room for the first aggregates, from round `updates_from` on."""
         self._stager.fit(max(block.wire_bytes(self._config.format) for block in self._plan.blocks))
         self._applied = updates_from - 1
         self._posted = self._applied
@@ -67,12 +67,17 @@ class Exchange:
     # ---- Up
 
     def wait_for_verdict(self, block: int, round: int) -> float:
-        """Blocks until the server has decided on every hand-over of the block; returns the seconds that took. `round`:
-        the one that waits."""
+        """Blocks until the server has accepted or rejected every hand-over of the block; returns the seconds waited.
+
+        `round`: the round whose end waits, for the timeline.
+        """
         return self._wait(lambda: self._replica.undecided(block) is None, f"the verdict on block {block}", round)
 
     def pack(self, round: int, block: int, now: list[Tensor], ref: list[Tensor]) -> Handover:
-        """Begins to encode what the round has changed: `now` − `ref`, a tensor per segment. Earlier verdicts are in."""
+        """Starts to encode the change of a round, `now − ref`, each a tensor per segment.
+
+        The verdicts on the block's earlier hand-overs must be in.
+        """
         pieces, residual = self._replica.pieces(block, now, ref)
         encoding = self._stager.encode(
             pieces,
@@ -86,7 +91,7 @@ class Exchange:
         return Handover(round, block, encoding, residual)
 
     def hand_over(self, handover: Handover, upload: protocol.Upload, ref: list[Tensor], *, finite: bool) -> None:
-        """Queues what `pack` has begun, with its message. `finite`: whether the block's weights all are."""
+        """Queues the hand-over that `pack` started, with its message. `finite`: whether all weights are finite."""
         self._report_applied()
         self._link.send_upload(upload, handover.encoding)
         others_pending = any(self.schedule.block(q) == handover.block for q in range(self._applied + 1, handover.round))
@@ -96,15 +101,15 @@ class Exchange:
         self._retire()
 
     def wait_encoded(self, block: int) -> None:
-        """Blocks until no encoding reads the block; part of what communication costs the training thread."""
+        """Blocks until no encoding reads the block; the time counts as exposed."""
         start = time.monotonic_ns()
         if self._replica.wait_encoded(block):
             self.exposed_s += (time.monotonic_ns() - start) / 1e9
 
     def release_handed_over(self) -> None:
-        """Lets the masters of earlier rounds go, so that they never stand beside this round's optimiser state.
+        """Frees the masters of earlier rounds before this round's optimiser state is allocated; this bounds the memory.
 
-        Encoding has had the whole first forward and backward pass of the round; waiting for it here bounds the memory.
+        Waits for their encoding, which has had the first forward and backward pass of the round to finish.
         """
         start = time.monotonic_ns()
         waited = [self._stager.release_inputs(handover.encoding) for handover in self._in_flight]
@@ -112,17 +117,17 @@ class Exchange:
             self.exposed_s += (time.monotonic_ns() - start) / 1e9
 
     def _take_verdicts(self) -> None:
-        # A round that was closed at its deadline is refused before its upload is handed over.
+        # The verdict on a round that was closed at its deadline comes before the round's upload is handed over.
         verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
         self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
         for verdict in verdicts:
             self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
 
     def _retire(self) -> None:
-        """Takes back the buffers and masters of hand-overs that have been encoded and decided on."""
+        """Releases the buffers and masters of hand-overs that are encoded and decided on."""
         for first_ns, done_ns in self._link.take_sent():
             self._timeline.stages.add("send", first_ns, done_ns)
-        still = []
+        remaining = []
         for handover in self._in_flight:
             if handover.encoding.done and not self._link.is_undecided(handover.round):
                 self._note_bad_groups(handover)
@@ -130,15 +135,15 @@ class Exchange:
                 self._timeline.stages.add("copy", *handover.encoding.copy_span_ns)
                 self._stager.release(handover.encoding)
             else:
-                still.append(handover)
-        self._in_flight = still
+                remaining.append(handover)
+        self._in_flight = remaining
 
     def _note_bad_groups(self, handover: Handover) -> None:
         bad = handover.encoding.bad_groups
         self.bad_groups += bad
         if bad > 0:
             log.warning(
-                "round %d: %d parts of block %d were NaN or infinite after training and went up as zeros; look at the "
+                "round %d: %d parts of block %d were NaN or infinite after training and went up as zeros; check the "
                 "loss, lower the learning rate, clip gradients or skip such batches",
                 *(handover.round, bad, handover.block),
             )
@@ -146,19 +151,20 @@ class Exchange:
     # ---- Down
 
     def apply_through(self, last: int) -> None:
-        """Applies every aggregate up to round `last`, in order, waiting for those that are not there yet."""
+        """Applies every aggregate up to round `last`, in order; waits for those that have not arrived."""
         while self._applied < last:
             round = self._applied + 1
             self._wait_for_aggregate(round)
-            self._take_verdicts()  # the one on this round came before its aggregate, which is the end of the hand-over
+            self._take_verdicts()  # `apply` ends this round's hand-over; its verdict came before the aggregate
             arrival = self._link.take_arrival(round)
             block = self.schedule.block(round)
-            if round >= self._versions[block]:  # else the block came whole, with this round in it
-                assert isinstance(arrival.message, protocol.Update)  # it has arrived
+            if round >= self._versions[block]:  # else the block came whole and contains this round
+                assert isinstance(arrival.message, protocol.Update)  # the aggregate has arrived
                 self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
                 self._timeline.stages.add_seconds("fold", arrival.message.fold_s)
-                # The uploads of two rounds may wait at the same time: put behind each other, that would count twice.
-                # On this clock the round was closed when the first byte of its aggregate came, or a little before.
+                # The uploads of two rounds may wait at the same time, which must not count twice: so the wait is noted
+                # as a stretch of this client's clock. It ends when the aggregate's first byte came, which is when the
+                # server closed the round, or a little later.
                 waited_ns = int(arrival.message.wait_s * 1e9)
                 self._timeline.stages.add("wait", arrival.first_byte_ns - waited_ns, arrival.first_byte_ns)
                 with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
@@ -172,7 +178,7 @@ class Exchange:
             self._post_updates()
 
     def take_snapshots(self) -> None:
-        """Takes the blocks of the reference that have come whole."""
+        """Overwrites the blocks that have come whole from the server's reference."""
         while (arrival := self._link.take_snapshot()) is not None:
             message = arrival.message
             assert isinstance(message, protocol.Snapshot)
@@ -180,14 +186,14 @@ class Exchange:
             self._versions[message.block] = message.version
 
     def finish(self) -> str:
-        """Applies what is left and returns the digest of the model, which is the run's result then."""
+        """Applies the remaining aggregates and returns the digest of the model, which then is the run's result."""
         self.apply_through(self._config.rounds - 1)
         self._report_applied()
-        self._take_verdicts()  # every round is closed, so every verdict came before the update that was just applied
+        self._take_verdicts()  # all verdicts are in: each came before its round's aggregate
         return digest(self._plan, self._replica.fingerprints())
 
     def _wait_for_aggregate(self, round: int) -> None:
-        """Returns when the round's aggregate is here, or its block has come whole instead."""
+        """Returns when the round's aggregate has arrived, or its block has come whole instead."""
         block = self.schedule.block(round)
 
         def settled() -> bool:
@@ -204,22 +210,22 @@ class Exchange:
             self.take_snapshots()
 
     def _renew_landings(self) -> None:
-        """Gives the aggregates of which a former server has sent worthless bytes to the GPU other room."""
+        """Opens new landings for aggregates whose old landing has passed bytes of a restarted server to the GPU."""
         for round, block in self._link.spoiled():
             numel = self._plan.blocks[block].flat_numel
             landing = self._stager.landing(numel, self._config.format, self._config.chunk)
             self._stager.release_landing(self._link.renew(round, landing))
 
     def _report_applied(self) -> None:
-        """Compares what was applied with the server's fingerprints and says so to it.
+        """Compares the applied blocks with the server's fingerprints and reports the result to the server.
 
-        On a GPU that is one round later: the result is there then, and nothing waits for the device.
+        On a GPU this happens one round later, when the result is there without waiting for the device.
         """
         for round, fingerprint in self._replica.check():
             self._link.report_applied(round, fingerprint)
 
     def _post_updates(self) -> None:
-        """Keeps room for every aggregate that the server may have before this client applies its next one."""
+        """Opens a landing for every aggregate that the server may send before this client applies its next one."""
         last = min(self._applied + self._config.staleness + 2, self._config.rounds - 1)
         while self._posted < last:
             self._posted += 1
@@ -230,7 +236,7 @@ class Exchange:
     # ---- Waiting
 
     def _wait(self, holds: Callable[[], bool], what: str, round: int) -> float:
-        """Blocks the training thread on communication until `holds()`, and counts the time, in seconds, as exposed."""
+        """Blocks the training thread until `holds()`; returns the seconds and counts them as exposed."""
 
         def now_holds() -> bool:
             self._take_verdicts()

@@ -1,7 +1,4 @@
-"""How a training loop gets into a run: `join`, which returns when the first round can be trained.
-
-What happens in a round is the run's business; here is what stands before it.
-"""
+"""`join`: takes a training loop into a run, up to the start of its first round. run.py has the rounds."""
 
 from __future__ import annotations
 
@@ -50,42 +47,51 @@ def join(
 ) -> Run:
     """Joins the run of the server at `address` ("host:port") and returns when its first round can be trained.
 
-    The parameters that the server's plan names become views of flat buffers; all others are frozen until the run is
-    closed. If the model's weights differ from the server's reference, they are replaced by it.
+    The parameters that the server's plan names become views of flat buffers; all other parameters are frozen until the
+    run is closed. Where the model's weights differ from the server's reference, the reference replaces them.
 
     Args:
-        model: the model that the server was started with; same architecture and dtype.
-        optimizer: called with the active block's parameters at the start of every round; returns a torch optimiser of
-            these parameters, which for a 16-bit model are fp32 copies of the model's. If it has an argument `round`, it
-            is given the round's index by that name, for a learning rate that changes; for an argument `names`, what
-            the parameters are called in the model, in their order, to group them. On CUDA it is called with parameters
-            on the meta device, too, to learn how much memory its state takes.
-        plan: a plan of your own, to be checked against the server's; None takes the server's.
+        model: a model with the architecture and dtype of the server's.
+        optimizer: a function that makes the optimiser of a round. It is called with the parameters of the round's block
+            (fp32 copies, if the model is 16-bit) and returns a torch optimiser of these parameters. If it has an
+            argument `round`, it also gets the index of the round, for a learning-rate schedule; if it has an argument
+            `names`, it gets the names of the parameters in the model, in the same order, for parameter groups. For a
+            model on CUDA it is also called with parameters on the meta device, to measure the optimiser's state.
+        plan: your own plan, to check against the server's. None uses the server's plan unchecked.
         token: the pre-shared token, if the server asks for one.
-        tls: speak TLS, with a server that is told from others as this says; None: in the clear.
-        rate, delay: slow the upload down artificially: bytes per second (0: unlimited) and seconds, one way.
-        lanes: connections to spread the link over, 1 to 4, as far as the server allows. More than one helps where a
-            single TCP connection does not fill a long or lossy path.
-        on_round: called on the training thread after each hand-over. It may end the run with `run.close()`. Weights may
-            be read there; to change them and put them back, call `run.wait_encoded()` before.
-        patience: seconds after which a single wait for the server is an error, if no transfer gets on meanwhile.
-        reconnect: seconds for which a connection that broke is tried to be replaced, while training goes on as far as
-            it can; 0: that is an error at once. One that breaks before the first round is joined anew as long.
+        tls: TLS settings, including how to verify the server. None disables TLS.
+        rate, delay: slow the upload down artificially, to `rate` bytes per second (0: unlimited) and by `delay` seconds
+            one way.
+        lanes: how many TCP connections the link may use, 1 to 4; the server may allow fewer. More than one helps if a
+            single connection does not fill a long or lossy path.
+        on_round: called on the training thread after each hand-over. It may read the weights, and may leave the run
+            with `run.close()`. Before it changes weights (and restores them), it must call `run.wait_encoded()`.
+        patience: the longest single wait for the server, in seconds. Progress in any transfer extends the wait.
+        reconnect: for how many seconds to try to replace a broken connection; training goes on meanwhile as far as it
+            can. Before the first round, for how many seconds to try to join again. 0 raises at once.
         idle_timeout: seconds of silence after which a connection counts as broken.
-        pinned_memory: for a model on a GPU, the bytes of host memory that may be pinned; None: what the run uses, at
-            most half of the memory that this process may use.
-        trace: record what happens to every chunk, for `RunFolder.write_trace`.
+        pinned_memory: for a model on a GPU, the most bytes of host memory to pin. None: what the run needs, but at most
+            half of the memory that this process may use.
+        trace: whether to record what happens to every chunk, for `RunFolder.write_trace`.
 
     Raises:
-        ConfigError: an optimiser instead of a function that makes one, or one of other parameters; a model that
-            another run or a server still uses; TLS settings that cannot be used.
-        ConnectError, HandshakeError, PlanMismatchError, PeerLostError: see the message.
+        ConfigError: `optimizer` is not a function, or makes an optimiser of other parameters; another run or a server
+            uses the model; the model's blocks are not all in host memory or on one CUDA device; `address`, `tls` or
+            `lanes` is invalid.
+        ConnectError: no connection to `address`, after several tries.
+        HandshakeError: the peer is not a compatible ParaBlock server, or refuses this client: protocol version, TLS,
+            token, or no free seat.
+        PlanMismatchError: the server's plan does not fit the model, or differs from `plan`.
+        PlanError: the model's parameters cannot be moved into flat buffers; see `BlockPlan.materialise`.
+        PeerLostError: the connection broke and could not be replaced within `reconnect` seconds.
+        WaitTimeoutError: the server did not start the run, or did not answer, within `patience` seconds.
         DeviceMemoryError: the model's device has less free memory than the run will take.
+        CodecError, _C.DeviceError: the model is on a GPU, and triton or a usable CUDA driver is missing.
     """
     if not callable(optimizer):
         raise ConfigError(
-            "expected optimizer to be a function, such as lambda params: torch.optim.AdamW(params, lr=1e-5), since "
-            f"each round trains other parameters; found a {type(optimizer).__name__}"
+            f"expected optimizer to be a function, found a {type(optimizer).__name__}; each round trains other "
+            "parameters, so pass a function such as lambda params: torch.optim.AdamW(params, lr=1e-5)"
         )
 
     def begin(connection: Connection, welcome: protocol.Welcome) -> Run:
@@ -94,7 +100,7 @@ def join(
             plan.check_same(welcome.plan)
         timeline = Timeline(f"client {welcome.client}", "training", on=trace)
         timeline.run, timeline.seat = connection.run, welcome.client
-        return _begin(link, welcome, model, optimizer, on_round, pinned_memory, timeline)
+        return _make_run(link, welcome, model, optimizer, on_round, pinned_memory, timeline)
 
     return Entry(address, token, reconnect).until_begun(
         lambda: Transport(
@@ -107,7 +113,7 @@ def join(
     )
 
 
-def _begin(
+def _make_run(
     link: ServerLink,
     welcome: protocol.Welcome,
     model: nn.Module,
@@ -116,7 +122,7 @@ def _begin(
     pinned_memory: int | None,
     timeline: Timeline,
 ) -> Run:
-    """Cuts the model as the server says, takes what memory the run needs, and waits for the first round."""
+    """Cuts the model by the server's plan, allocates the memory of the run, and waits for its first round."""
     config = welcome.config
     plan = BlockPlan.from_spec(model, welcome.plan)
     device = model.get_parameter(plan.blocks[0].parameters[0]).device
@@ -139,20 +145,20 @@ def _begin(
         )
         link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])
         log.info("joined as client %d of %d; waiting for the first round", welcome.client, config.clients)
-        run._begin()
+        run.start()
     except BaseException as error:
-        run.close(f"could not begin: {type(error).__name__}")
+        run.close(f"could not start: {type(error).__name__}")
         raise
     return run
 
 
 def _warn_of_statistics(model: nn.Module) -> None:
-    """Batch statistics are buffers that every forward pass changes, on each client in another way."""
+    """Warns of running batch statistics: buffers that every forward pass changes, on each client differently."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training:
             log.warning(
                 "module %s keeps running statistics, which are not averaged: the models of clients and server will "
-                "differ in them. Freeze them with .eval(), or use a normalisation without, such as GroupNorm",
+                "differ in them. Freeze them with .eval(), or use a normalisation without them, such as GroupNorm",
                 name,
             )
             return

@@ -1,7 +1,7 @@
-"""What a client holds while it trains, predicted before anything is allocated: bytes by item, place and moment.
+"""The memory of a client, predicted before anything is allocated: bytes by item, place and moment.
 
-Each formula stands here once; docs/memory.md explains them, `Run.holdings` reports the same items as they are held, and
-tests hold the two together. Activations are not predicted: they are the model's and the batch's, not the runtime's.
+docs/memory.md explains the formulas. `Run.holdings` reports the same items as they are held, and tests compare the two.
+Activations are not predicted: they depend on the model and the batch, not on the runtime.
 
 Nothing here allocates, and the model may be on the meta device.
 """
@@ -30,20 +30,22 @@ DeviceKind = Literal["cuda", "cpu"]
 Place = Literal["device", "pinned", "host"]
 
 MOMENTS = ("first backward", "backward", "optimiser step", "hand-over")
-"""Of a round: its first backward pass, beside which the last block is encoded; its later ones; its steps; its end."""
+"""Of a round: its first backward pass, while the previous block is encoded; later backward passes; its optimiser steps;
+its end."""
 
 Moments = tuple[int, int, int, int]
 
 _FP32 = 4
-_SWEEPS = 16  # of the schedule, searched for the round that holds most
+_SWEEPS = 16  # how many sweeps of the schedule are searched for the round that holds most
 
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """The bytes of one block's tensors. `weights`: in the model's dtype, gaps included, as all but the gradients are.
+    """The bytes of one block's tensors, with the gaps between parameters except for the gradients.
 
-    A block of 16-bit parameters trains through fp32 masters; its gradients come in 16 bits (`gradients`), and are
-    widened for the optimiser's step (`step_gradients`). `step_scratch`: what a step needs besides for a moment.
+    `weights`: in the model's dtype. A block of 16-bit parameters trains through fp32 masters (`master`); its gradients
+    are 16-bit at first (`gradients`) and widened for the optimiser's step (`step_gradients`). `step_scratch`: temporary
+    memory in a step.
     """
 
     weights: int
@@ -57,18 +59,18 @@ class BlockMemory:
 
     @property
     def optimizer_state(self) -> int:
-        """From the first step on; 0 where it is unknown."""
+        """Bytes of the optimiser's state from the first step on; 0 if unknown."""
         return 0 if self.optimizer is None else self.optimizer.state
 
     @property
     def training(self) -> int:
-        """What training the block takes at an optimiser step, beside the model: the reference counts, too."""
+        """Bytes that training the block takes at an optimiser step beyond the model; includes the reference."""
         return self.weights + self.master + self.step_gradients + self.optimizer_state + self.step_scratch
 
 
 @dataclass(frozen=True)
 class Item:
-    """One kind of memory: where it is, and its bytes at each of `MOMENTS`."""
+    """One kind of memory: its place, and its bytes at each of `MOMENTS`."""
 
     name: str
     place: Place
@@ -77,7 +79,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is held in the round that holds most. `settings`: what the prediction is for, for a reader."""
+    """The memory in the round that holds most. `settings`: what the prediction assumes, as text."""
 
     device: DeviceKind
     round: int
@@ -112,7 +114,7 @@ class Prediction:
         }
 
     def render(self) -> str:
-        """A table for a reader."""
+        """The prediction as a table."""
         rows: list[tuple[str, ...]] = [("memory of a client", "place", *MOMENTS)]
         rows += [(item.name, item.place, *map(format_bytes, item.nbytes)) for item in self.items]
         rows += [
@@ -171,7 +173,7 @@ class Predictor:
         )
 
     def peak(self) -> Prediction:
-        """The round that holds most where the model is, out of the schedule's first sweeps."""
+        """The round that holds most in the model's place, out of the first sweeps of the schedule."""
         config, count = self._config, len(self.blocks)
         rounds = range(min(config.rounds, _SWEEPS * count + config.staleness))
         schedule = [block_of(config.schedule, config.seed, round, count) for round in rounds]
@@ -187,20 +189,20 @@ class Predictor:
         own = config.local_view == "own"
 
         def off_reference(q: int) -> bool:
-            """Whether round q starts from weights that are not x̂: then its start and its progress are kept, too."""
+            """Whether round q starts from weights other than x̂; if so, its start and its progress are kept, too."""
             return own and schedule[q] in schedule[max(0, q - config.staleness) : q]
 
         def start(q: int) -> int:
             return self.blocks[schedule[q]].weights if off_reference(q) else 0
 
-        # θ differs from x̂ in the block that trains and in those that keep what the client itself has trained.
+        # θ differs from x̂ in the active block and, with local_view "own", in the blocks handed over but not applied.
         apart = {schedule[round], *(schedule[q] for q in under_way if own)}
         references = sum(self.blocks[b].weights for b in apart) + start(round)
         progress = sum(self._progress(schedule[q]) for q in under_way if off_reference(q))
         made = self._progress(schedule[round]) if off_reference(round) else 0
         handed_over = self.blocks[schedule[round - 1]].master + start(round - 1) if under_way else 0
         residuals = sum(block.residual for block in self.blocks)
-        # A new residual is kept beside the old one until the server has spoken, and a block has at most one.
+        # A new residual is kept in addition to the old one until the verdict; a block has at most one undecided.
         undecided = sum(self.blocks[b].residual for b in {schedule[q] for q in under_way})
         handed = sum(self.blocks[b].residual for b in {schedule[q] for q in (*under_way, round)})
         body = max(block.body for block in self.blocks)
@@ -243,32 +245,33 @@ class Predictor:
         return _FP32 * self._plan.blocks[block].flat_numel
 
     def _uploads(self) -> int:
-        """Bodies on their way to the server: those of the rounds under way and the one that is being encoded."""
+        """Bodies on their way to the server: one per round under way, and the one that is encoded."""
         return self._config.staleness + 1
 
     def _updates(self) -> int:
-        """Bodies that there is room for before they come: as many as the server may be ahead."""
+        """Landings that are open for bodies to come: as many as the rounds that the server may be ahead."""
         return min(self._config.staleness + 2, self._config.rounds)
 
     def _pack_slots(self) -> int:
-        """Two slices of a block on the device, packed and in fp32: one is encoded while the other is copied."""
+        """Bytes of two slices of a block on the device, packed and in fp32: one is encoded, the other is copied."""
         largest = max(block.flat_numel for block in self._plan.blocks)
         return SLOTS * sum(slot_bytes(slot_elements(largest, self._config.chunk), self._config.format))
 
 
 def _step_scratch(block: Block, optimizer: Footprint | None, local_steps: int) -> int:
-    """Bytes of the optimiser's own scratch in a step, or of widening the gradients before it if that is more.
+    """Bytes of temporary memory in a step: the larger of the optimiser's own scratch and of widening the gradients.
 
-    In a round's first step the optimiser makes its state in between; an unknown optimiser has neither.
+    Widening comes before the optimiser makes its state in the first step of a round; with one step per round, the
+    memory of the state is free for it. Scratch and state of an unknown optimiser count as 0.
     """
     own, state = (0, 0) if optimizer is None else (optimizer.scratch, optimizer.state)
     return max(own, _widening(block) - (state if local_steps == 1 else 0))
 
 
 def _widening(block: Block) -> int:
-    """Bytes by which a block's gradients are at most more than all of them in fp32 while they are widened.
+    """The most bytes that widening a block's gradients holds beyond the gradients in fp32.
 
-    One at a time, the largest first, as `ActiveBlock` does it.
+    They are widened one at a time, the largest first, as in `ActiveBlock`.
     """
     held = sum(slot.numel * slot.dtype.itemsize for slot in block.slots)
     most = 0
@@ -282,14 +285,14 @@ def _widening(block: Block) -> int:
 def predict(
     model: nn.Module, plan: BlockPlan, config: RunConfig, optimizer: OptimizerFactory, device: DeviceKind
 ) -> Prediction:
-    """What a client of this run holds in the round that holds most. See `Predictor`."""
+    """The memory of a client of this run in the round that holds most. See `Predictor`."""
     return Predictor(model, plan, config, optimizer, device).peak()
 
 
 def device_kind(name: str) -> DeviceKind:
-    """Checks the name of a kind of device. Raises ConfigError."""
+    """Returns `name` if it is a kind of device, else raises ConfigError."""
     if name not in get_args(DeviceKind):
-        raise ConfigError(f"device must be one of {', '.join(get_args(DeviceKind))}; found {name!r}")
+        raise ConfigError(f"expected device to be one of {', '.join(get_args(DeviceKind))}, found {name!r}")
     return cast(DeviceKind, name)
 
 
@@ -302,10 +305,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def require_room(device: torch.device, prediction: Callable[[], Prediction]) -> None:
-    """Raises DeviceMemoryError, with the prediction, when the device has no room for it. Nothing is allocated.
+    """Raises DeviceMemoryError, with the prediction, when the device has too little free memory. Allocates nothing.
 
-    The model is on the device already: its weights are not asked for again. `prediction` is called for a device whose
-    free memory is known.
+    The model must be on the device already: its weights are not counted again. `prediction` is called only if the free
+    memory of the device is known.
     """
     free = free_bytes(device)
     if free is None:
@@ -314,7 +317,7 @@ def require_room(device: torch.device, prediction: Callable[[], Prediction]) -> 
     needed = predicted.peak("device") - predicted.item("weights")
     if needed > free:
         raise DeviceMemoryError(
-            f"expected {format_bytes(needed)} of free memory on {device} beside the model's weights, "
+            f"expected {format_bytes(needed)} of free memory on {device} in addition to the model's weights, "
             f"found {format_bytes(free)}; use smaller blocks, an optimiser with less state, a lower staleness or a "
             f"smaller model:\n"
             f"{predicted.render()}"
@@ -322,7 +325,7 @@ def require_room(device: torch.device, prediction: Callable[[], Prediction]) -> 
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind the tensors; what several of them share counts once."""
+    """Bytes of the memory behind the tensors; a storage that several tensors share counts once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
     return sum(storages.values())
 

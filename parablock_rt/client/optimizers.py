@@ -1,6 +1,6 @@
-"""What a torch optimiser holds beside the parameters: found by one step on the meta device, which has no memory.
+"""The memory of a torch optimiser, measured by one step on the meta device, which allocates nothing.
 
-So the bytes of an optimiser's state are torch's own word and not a table that ages. Nothing here trains anything.
+Measuring beats a table of state sizes, which would age with torch. Nothing here trains anything.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ NAMES = tuple(_KINDS)
 
 
 def by_name(name: str) -> OptimizerFactory:
-    """The optimiser that a prediction is made for. Raises ConfigError for an unknown name."""
+    """The factory of an optimiser to predict memory for. Raises ConfigError for an unknown name."""
     if name not in _KINDS:
-        raise ConfigError(f"optimizer must be one of {', '.join(_KINDS)}; found {name!r}")
+        raise ConfigError(f"expected optimizer to be one of {', '.join(_KINDS)}, found {name!r}")
     return _KINDS[name]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of an optimiser: `state` from its first step on, `scratch` inside each step only."""
+    """Bytes of an optimiser: `state` from its first step on, `scratch` only during each step."""
 
     state: int
     scratch: int
 
 
 def footprint(optimizer: OptimizerFactory, shapes: Sequence[tuple[int, ...]], device: str) -> Footprint | None:
-    """What `optimizer` holds for fp32 parameters of these shapes on a kind of device, "cuda" or "cpu".
+    """The memory of `optimizer` for fp32 parameters of these shapes on a `device` of the kind "cuda" or "cpu".
 
-    The optimiser is made for parameters on the meta device and takes one step there. One that chooses between a loop
-    and multi-tensor operations chooses as on `device`. None if it cannot step on the meta device: then nobody knows.
+    The optimiser is made for parameters on the meta device and takes one step there; it chooses between a loop and
+    multi-tensor operations as it would on `device`. None (unknown) if it cannot step on the meta device.
     """
     parameters = [nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")) for shape in shapes]
     for parameter in parameters:
@@ -60,18 +60,18 @@ def footprint(optimizer: OptimizerFactory, shapes: Sequence[tuple[int, ...]], de
             made = optimizer(parameters)
             fused = any(group.get("fused") for group in made.param_groups)
             for group in made.param_groups:
-                if "fused" in group:  # needs real memory; it keeps the same state as the others
+                if "fused" in group:  # fused steps need real memory; the state is the same without
                     group["fused"] = False
                 if "foreach" in group and group["foreach"] is None:
                     group["foreach"] = device == "cuda" and not fused
             made.step()
-    except Exception:  # whatever a foreign optimiser makes of tensors without values
+    except Exception:  # a foreign optimiser may raise anything on tensors without values
         return None
     return Footprint(state=live.nbytes, scratch=0 if fused else live.peak - live.nbytes)
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the meta tensors that are made inside of it: `nbytes` now, `peak` at most."""
+    """Counts the bytes of the meta tensors made in its `with` block: `nbytes` alive now, `peak` at most."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

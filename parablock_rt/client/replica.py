@@ -1,9 +1,10 @@
 """A client's copy of the model: the reference, the client's own progress on top of it, and how the two are merged.
 
-For each block: `θ`, the weights the model computes with (`blocks[b].flats`); `x̂`, the reference, kept apart only while
-θ differs from it; the hand-overs whose aggregate is still under way; and the error-feedback residual.
+For each block: `θ`, the weights the model computes with (`blocks[b].flats`); `x̂`, the reference, a separate copy only
+while θ differs from it; the hand-overs whose aggregate is not applied yet; and the error-feedback residual.
 
-Nothing here waits, trains or touches a socket. The training thread alone uses it.
+Nothing here trains or touches a socket; it waits for encodings, never for the network. Only the training thread may use
+it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class Handover:
     round: int
     block: int
     encoding: Encoding
-    residual: list[Tensor] | None  # what the error feedback will be if the server accepts; None once that is decided
-    progress: list[Tensor] | None = None  # fp32 a segment: θ at the end of the round − θ at its start, where needed
+    residual: list[Tensor] | None  # the block's residual if the server accepts; None for fp32 and after the verdict
+    progress: list[Tensor] | None = None  # fp32 per segment: θ at the round's end − θ at its start, if needed
 
 
 @dataclass(frozen=True)
 class _Check:
-    """A comparison with the server's bits that is still to be made."""
+    """A comparison with the server's fingerprint that is still to be made."""
 
     round: int
     block: int
@@ -44,7 +45,7 @@ class _Check:
 
 @dataclass
 class _BlockState:
-    reference: list[Tensor] | None = None  # x̂ a segment; None: θ is x̂
+    reference: list[Tensor] | None = None  # x̂ per segment; None: θ is x̂
     pending: list[Handover] = field(default_factory=list)
     residual: list[Tensor] | None = None  # None: zero
 
@@ -55,7 +56,7 @@ class Replica:
     def __init__(
         self, blocks: list[FlatBlock], format: str, local_view: str, host_floats: Callable[[int], Tensor]
     ) -> None:
-        """`host_floats`: makes an fp32 tensor of so many elements in host memory, for error feedback."""
+        """`host_floats`: makes an fp32 tensor with the given number of elements in host memory, for the residuals."""
         self.blocks = blocks
         self.format = format
         self.on_gpu = any(flat.device.type != "cpu" for block in blocks for flat in block.flats)
@@ -64,8 +65,8 @@ class Replica:
         self._keep_own = local_view == "own"
         self._states = [_BlockState() for _ in blocks]
 
-    def begin(self, block: int) -> list[Tensor]:
-        """The block's weights as a round starts (`ref`), a copy per segment. Keeps them as x̂ if θ is x̂."""
+    def snapshot_start(self, block: int) -> list[Tensor]:
+        """A copy of the block's weights at the start of a round (`ref`), per segment; kept as x̂, too, if θ is x̂."""
         state = self._states[block]
         ref = [flat.clone() for flat in self.blocks[block].flats]
         if state.reference is None:
@@ -73,7 +74,10 @@ class Replica:
         return ref
 
     def pieces(self, block: int, now: list[Tensor], ref: list[Tensor]) -> tuple[list[Piece], list[Tensor] | None]:
-        """What to encode at a hand-over, and where the new residual will be. Earlier verdicts must be in."""
+        """What to encode at a hand-over, and the tensors that will receive the new residual (None for fp32).
+
+        The verdicts on the block's earlier hand-overs must be in.
+        """
         residual = self._states[block].residual
         lossless = self.format == "fp32"
         kept = None if lossless else [self._host_floats(part.numel()) for part in now]
@@ -89,17 +93,18 @@ class Replica:
         return pieces, kept
 
     def extremes(self, block: int) -> list[Tensor]:
-        """The smallest and largest weight of each segment: NaN wins both ends, so they tell whether all are finite.
+        """The smallest and largest weight of each segment. Both are NaN if any weight is, so they tell whether all
+        weights are finite.
 
-        One pass without temporaries (a sum in fp32 would widen a 16-bit block first).
+        Takes one pass and no temporaries; a sum in fp32 would widen a 16-bit block first.
         """
         return [end for flat in self.blocks[block].flats for end in torch.aminmax(flat)]
 
     def hand_over(self, handover: Handover, ref: list[Tensor], *, finite: bool, others_pending: bool) -> None:
         """Notes a hand-over. `others_pending`: an earlier aggregate for this block has not been applied yet.
 
-        With local_view "reference" the block returns to x̂ here, once the encoding has read it. So it does in any view
-        when training has left something that is not `finite`: it would spoil every round until the aggregate comes.
+        With local_view "reference" the block returns to x̂ here, once the encoding has read it. The same happens in any
+        view if the weights are not `finite`, which would spoil every round until the aggregate comes.
         """
         state = self._states[handover.block]
         flats = self.blocks[handover.block].flats
@@ -110,18 +115,18 @@ class Replica:
                 ]
         else:
             handover.encoding.before_writing()
-            assert state.reference is not None  # `begin` kept it
+            assert state.reference is not None  # `snapshot_start` kept it
             for flat, reference in zip(flats, state.reference, strict=True):
                 flat.copy_(reference)
             state.reference = None
         state.pending.append(handover)
 
     def undecided(self, block: int) -> Handover | None:
-        """The earliest hand-over of the block on which the server has not spoken yet."""
+        """The earliest hand-over of the block without a verdict, or None."""
         return next((h for h in self._states[block].pending if h.residual is not None), None)
 
     def verdict(self, round: int, block: int, *, accepted: bool) -> Handover | None:
-        """Commits the residual of an accepted hand-over, drops that of a rejected one. Returns the hand-over."""
+        """Commits the residual of an accepted hand-over or drops that of a rejected one; returns the hand-over."""
         for handover in self._states[block].pending:
             if handover.round == round:
                 if accepted and handover.residual is not None:
@@ -132,18 +137,18 @@ class Replica:
         return None
 
     def wait_encoded(self, block: int) -> bool:
-        """To be called before the block's tensors are written: no encoding reads them any more, on the host or, for
-        what is queued from now on, on the GPU. Returns whether that took waiting.
+        """Call this before writing the block's tensors: waits until no encoding reads them on the host; on a GPU,
+        orders the work queued from now on behind the reads. Returns whether it had to wait.
         """
         running = [h.encoding for h in self._states[block].pending if not h.encoding.done]
-        waited = [encoding.before_writing() for encoding in running]  # all of them, whatever the first says
+        waited = [encoding.before_writing() for encoding in running]  # a list: `any` alone would skip some
         return any(waited)
 
     def apply(self, round: int, block: int, body: Tensor, expected: int) -> None:
         """Moves x̂ by a round's aggregate and puts the client's later progress, if any, back on top.
 
-        `θ ← x̂ + Σ progress of the hand-overs still under way`: with the block untouched since its hand-over this is a
-        plain overwrite. `expected` is the server's fingerprint of the new x̂: see `check`.
+        `θ ← x̂ + Σ progress of the hand-overs still under way`; without such hand-overs, θ becomes x̂. `expected` is the
+        server's fingerprint of the new x̂: see `check`.
         """
         self.wait_encoded(block)
         state = self._states[block]
@@ -156,9 +161,9 @@ class Replica:
             self._rebuild(flats, state)
 
     def check(self) -> list[tuple[int, int]]:
-        """Compares every new x̂ since the last call with the server's; returns the rounds and fingerprints.
+        """Compares every x̂ applied since the last call with the server's fingerprint; returns (round, fingerprint).
 
-        On a GPU this waits for what was queued so far. Raises DigestError at the first that differs.
+        On a GPU this waits for the work queued so far. Raises DigestError at the first difference.
         """
         checks, self._unchecked = self._unchecked, []
         for check in checks:
@@ -166,8 +171,8 @@ class Replica:
             if found != check.expected:
                 raise DigestError(
                     f"after round {check.round} block {check.block} ({self.blocks[check.block].block.name!r}) has "
-                    f"fingerprint {found:016x} here and {check.expected:016x} on the server: the copies have diverged. "
-                    "Join again to get a snapshot"
+                    f"fingerprint {found:016x} here and {check.expected:016x} on the server: the copies have diverged; "
+                    "join again to get a snapshot"
                 )
         return [(check.round, check.expected) for check in checks]
 
@@ -186,9 +191,9 @@ class Replica:
             state.reference = None
 
     def overwrite(self, block: int, raw: Tensor, version: int, expected: int) -> None:
-        """Takes a block's x̂ whole: `raw` (uint8) has the bytes of all segments in order, after `version` closed rounds.
+        """Replaces a block's x̂: `raw` (uint8) has the bytes of all segments in order, after `version` closed rounds.
 
-        The client's progress in later rounds stays on top. Raises DigestError when the block is not `expected`.
+        The client's progress in later rounds stays on top. Raises DigestError when the fingerprint is not `expected`.
         """
         self.wait_encoded(block)
         state = self._states[block]
@@ -201,15 +206,15 @@ class Replica:
             start += nbytes
         if (found := fingerprint(reference)) != expected:
             raise DigestError(
-                f"block {block} ({self.blocks[block].block.name!r}) came from the server with fingerprint {found:016x} "
-                f"instead of {expected:016x}; join again"
+                f"expected block {block} ({self.blocks[block].block.name!r}) from the server with fingerprint "
+                f"{expected:016x}, found {found:016x}; join again"
             )
         state.pending = [h for h in state.pending if h.round >= version]
         if state.reference is not None:
             self._rebuild(flats, state)
 
     def holdings(self) -> dict[str, list[Tensor]]:
-        """The tensors that are held now, by the items of `memory.predict`."""
+        """The tensors held now, by the item names of `memory.predict`."""
         states = self._states
         handovers = [handover for state in states for handover in state.pending]
         return {
@@ -223,5 +228,5 @@ class Replica:
         }
 
     def fingerprints(self) -> list[int]:
-        """The fingerprint of every block's θ; of x̂ when nothing is under way."""
+        """The fingerprint of every block's θ, which equals x̂ when no hand-over is under way."""
         return [fingerprint(block) for block in self.blocks]

@@ -1,8 +1,12 @@
-"""The train-step runtime: what a training loop calls, and what happens at a round's end.
+"""The train-step runtime: what a training loop calls, and what happens at the end of a round.
 
-At the end of round `t` the trained block is handed over and its encoding and sending begin in native threads; then the
-aggregates of the rounds up to `t − S` are applied, exactly those, waiting for one that is not there yet; then round
-`t + 1` starts. The training thread alone calls everything here.
+With staleness `S`, the end of round `t` (the round boundary) has three steps:
+
+1. Hand over the trained block. Native threads encode it and send it while training goes on.
+2. Apply the aggregates of the rounds up to `t − S`, exactly these, and wait for any that has not arrived.
+3. Start round `t + 1`.
+
+Only the training thread may call this module, except where a docstring says "any thread".
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from parablock_rt.wire.protocol import Kind
 
 log = logging.getLogger("parablock")
 
-_MOST_SKIPPED = 10  # times the batches of a step, in a row, before a step is missed
+_MOST_SKIPPED = 10  # `stream` raises after this many times `accumulate` batches in a row without a step
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -47,8 +51,11 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """One local step. `exposed_s`: seconds this call was blocked on communication, at a round's boundary as a rule.
-    `round_ended`: it was the round's last; `finished`: and the run's."""
+    """One local step.
+
+    `exposed_s`: seconds for which communication blocked this call, usually 0 except at a round boundary.
+    `round_ended`: this step was the last of its round. `finished`: this step was the last of the run.
+    """
 
     loss_on_device: Tensor | float
     round: int
@@ -59,16 +66,17 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """The loss. Of a model on a GPU, asking for it waits until the step has been computed."""
+        """The loss. If it is on a GPU, reading it waits until the GPU has computed the step."""
         return float(self.loss_on_device)
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round on this client. `exposed_s`: what its start waited for. Bytes are payload since the run began, and so
-    are the connections that broke and were replaced.
+    """One round on this client; times in seconds.
 
-    `stages`: seconds of what ended since the report before: this round's compute, and the transfers beside it.
+    `exposed_s`: how long communication blocked the start of the round. `bytes_up`, `bytes_down` (payload) and
+    `reconnects` (broken connections that were replaced) count from the start of the run. `stages`: the time in each
+    stage that has ended since the previous report, that is, this round's compute and the transfers during it.
     """
 
     round: int
@@ -84,7 +92,7 @@ class RoundReport:
 
 @dataclass
 class _Round:
-    """The round that trains now."""
+    """The current round."""
 
     index: int
     block: int
@@ -93,13 +101,24 @@ class _Round:
     began_ns: int
     exposed_s: float
     steps: int = 0
-    weight: float | Tensor = 0.0  # of the steps so far; on the GPU if what was added was
+    weight: float | Tensor = 0.0  # sum over the steps so far; on the GPU if a step's weight was
     loss_sum: float | Tensor = 0.0
     had_gradients: bool = False
 
 
 class Run:
-    """A client's part in a run; made by `join`, used as a context manager."""
+    """A client's part in a run. `join` returns it; use it as a context manager:
+
+        with join(address, model, make_optimizer) as run:
+            for batch in run.stream(loader):
+                run.train_step(batch)
+
+    Each round trains one block, and `train_step` handles the round boundaries. Once `finished` is True, the model holds
+    the result of the run. At the end of the `with` statement you get the model back as it was: the same Parameter
+    objects with their original `requires_grad`.
+
+    Call everything from one thread, the training thread; `close` and `link_stats` may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -114,17 +133,17 @@ class Run:
         timeline: Timeline,
         claim: Claim,
     ) -> None:
-        """For `join`, which has shaken hands and materialised the plan. The run closes the stager, and releases the
-        claim on the model."""
+        """Called during `join`, after the handshake and with the plan materialised. The run owns `stager` and `claim`:
+        it closes the stager and releases the claim."""
         self.model = model
         self.plan = plan
         self.config = welcome.config
         self.client = welcome.client
         self.timeline = timeline
         self.compute_s = 0.0
-        self.rounds = 0  # that this client has trained
+        self.rounds = 0  # trained by this client
         self.digest: str | None = None
-        self.frozen = plan.frozen_digests(model)  # as the run found it
+        self.frozen = plan.frozen_digests(model)  # at the start of the run
         self._link = link
         self._claim = claim
         self._blocks = blocks
@@ -136,44 +155,45 @@ class Run:
         self._on_round = on_round
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
-        self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # as long as somebody has it
-        self._interrupted = ""  # what has kept the next round from beginning
+        self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
+        self._interrupted = ""  # why the next round did not start
         self._told_of_missing_gradients = False
         self._closed = False
 
-    # ---- What a training loop calls
+    # ---- For training loops
 
     @property
     def finished(self) -> bool:
-        """Whether the last round's aggregate is applied: the model is the run's result."""
+        """Whether the last round's aggregate has been applied, so that the model is the run's result."""
         return self.digest is not None
 
     @property
     def round(self) -> int | None:
-        """The round that trains now; None between two rounds, as in `on_round`, and when the run is over."""
+        """The current round; None between two rounds, as in `on_round`, and when the run is over."""
         return None if self._round is None else self._round.index
 
     @property
     def block(self) -> int | None:
-        """The block that trains now, an index of `plan.blocks`; None where `round` is None."""
+        """The block that the current round trains, an index of `plan.blocks`; None when `round` is None."""
         return None if self._round is None else self._round.block
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the round that trains now, and of no other. Its step is taken by `step`.
+        """The optimiser of the current round; each round has a new one.
 
-        Raises ParaBlockError where `round` is None.
+        `Run.step` calls the optimiser's `step`; calling it directly raises ParaBlockError. Raises ParaBlockError when
+        `round` is None.
         """
         return self._require_round().active.optimizer
 
     @property
     def exposed_s(self) -> float:
-        """Seconds for which the training thread was blocked on communication so far."""
+        """Seconds for which communication has blocked the training thread so far."""
         return self._exchange.exposed_s
 
     @property
     def bad_groups(self) -> int:
-        """Groups with values that are not finite, which were handed over as zeros, so far."""
+        """How many groups with NaN or infinite values were handed over as zeros so far."""
         return self._exchange.bad_groups
 
     @property
@@ -188,40 +208,41 @@ class Run:
 
     @property
     def stages(self) -> StageSeconds:
-        """Seconds a stage so far."""
+        """Seconds per stage so far."""
         return self.timeline.stages.total()
 
     def link_stats(self) -> dict[str, _C.LinkStats]:
-        """What the link to the server is like now; nothing while there is none. Any thread."""
+        """The current state of the link, under the key "server"; empty while there is no connection. Any thread."""
         stats = self._link.stats()
         return {} if stats is None else {"server": stats}
 
     @property
     def reconnects(self) -> int:
-        """How often a connection broke and was replaced."""
+        """How many broken connections have been replaced so far."""
         return self._link.reconnects
 
     @property
     def resumed_bytes(self) -> int:
-        """Of the transfers that were under way then: the bytes that did not have to travel again."""
+        """Bytes of the transfers interrupted by a broken connection that were kept and not transferred again."""
         return self._link.resumed_bytes
 
     @property
     def resent_bytes(self) -> int:
-        """Of the same transfers: the bytes that travelled after the break."""
+        """Bytes of the same transfers that remained to be transferred after the reconnect."""
         return self._link.resent_bytes
 
     def stream(self, loader: Iterable[Batch], *, accumulate: int = 1) -> Iterator[Batch]:
-        """The loader's batches, epoch after epoch, until the run has finished or is closed.
+        """Yields the loader's batches, epoch after epoch, until the run has finished or is closed.
 
-        Take one step with each; or, to accumulate gradients, with every `accumulate`-th one: `loss.backward()` for all,
-        `run.step()` after the last.
+        Take one step per batch. To accumulate gradients instead, call `loss.backward()` for every batch and
+        `run.step()` after every `accumulate`-th one. Skipping a batch now and then is fine.
 
-        A batch may be skipped. Raises ConfigError when the loader has none, ParaBlockError when ten times as many
-        batches in a row came back without a step, and what `step` raises when the run cannot go on.
+        Raises:
+            ConfigError: `accumulate` is below 1; the loader is empty, or can be iterated only once and is exhausted.
+            ParaBlockError: `10 * accumulate` batches in a row without a step; an earlier round boundary failed.
         """
         if accumulate < 1:
-            raise ConfigError(f"expected accumulate to be at least 1 batch a step; found {accumulate}")
+            raise ConfigError(f"expected accumulate to be at least 1 batch per step, found {accumulate}")
         seen, without_step = 0, 0
         while not self._is_over():
             before = seen
@@ -235,12 +256,12 @@ class Run:
                 if without_step == _MOST_SKIPPED * accumulate:
                     raise ParaBlockError(
                         f"{without_step} of run.stream's batches in a row were used without run.train_step or "
-                        "run.step; take one step for each, or say run.stream(loader, accumulate=...)"
+                        "run.step; take one step per batch, or pass accumulate to run.stream"
                     )
             if seen == before:
                 raise ConfigError(
-                    f"the loader gave no batch after {seen}: it is empty, or it can be iterated only once; pass "
-                    "something that starts again, such as a DataLoader, or an endless iterator"
+                    f"the loader gave no batch after {seen}: it is empty, or it can be iterated only once; pass a "
+                    "loader that can be iterated again, such as a DataLoader, or an endless iterator"
                 )
 
     def train_step(
@@ -251,18 +272,22 @@ class Run:
         weight: float | Tensor | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> StepReport:
-        """Forward, backward, optimiser step and, after the last local step, the round boundary.
+        """Takes one local step: forward, backward and optimiser step. The last step of a round also ends the round.
 
-        `batch`: a mapping is passed to the model as keywords, anything else as one argument. `loss_fn(model, batch)`
-        returns the loss; without one the model's output has `.loss`. `weight`: how much this step counts in the
-        server's mean; by default the number of labels that are trained on, or 1 where there are none. `scaler`: scales
-        the loss; see `step`.
+        Args:
+            batch: passed to the model, a mapping as keyword arguments, anything else as one argument.
+            loss_fn: called as `loss_fn(model, batch)`, returns the loss. None: the model's output must have a `.loss`.
+            weight: how much this step counts in the server's mean. None: the number of labels in the batch that are
+                trained on, or 1 if it has no labels.
+            scaler: scales the loss before the backward pass; see `step`.
+
+        Raises ConfigError when the model's output has no loss, and what `step` raises.
         """
         round = self._require_round()
         loss = loss_fn(self.model, batch) if loss_fn is not None else model_loss(self.model, batch)
         try:
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        except BaseException:  # who goes on with another batch does so without half of this one's gradients
+        except BaseException:  # a caller that goes on with the next batch must not see half of this one's gradients
             round.active.clear_gradients()
             raise
         return self.step(weight=weight_of(batch, self.model) if weight is None else weight, loss=loss, scaler=scaler)
@@ -274,18 +299,27 @@ class Run:
         loss: Tensor | float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> StepReport:
-        """One optimiser step on gradients that are there already, and the boundary if it was the round's last step.
+        """Takes one optimiser step with the gradients of your backward pass. The last step of a round also ends it.
 
-        `weight`: as in `train_step`, a number or a tensor of one. `loss` is only reported. Neither is waited for before
-        the boundary when it is on a GPU. `scaler`: what scaled the loss of the backward pass; its `step` and `update`
-        are called here. The gradients are used up, also when this raises.
+        The gradients are cleared, also when this raises.
+
+        Args:
+            weight: how much this step counts in the server's mean: a number or a tensor with one element.
+            loss: the loss to report; not used otherwise.
+            scaler: the GradScaler that scaled the loss before the backward pass. Its `step` and `update` are called
+                here; do not call them yourself.
+
+        `weight` and `loss` may be on a GPU: they are read at the round boundary, so that a step does not wait for the
+        GPU.
 
         Raises:
-            ConfigError: a weight that no contribution can have; of one on a GPU at the boundary, and of all steps
-                together.
-            ParaBlockError: a whole round has changed nothing, for want of gradients; the run has ended, was closed, or
-                an earlier boundary failed; the optimiser's own step was called besides.
-            PlanError: the block's parameters are not where they were when the round began.
+            ConfigError: the weight of the step, or the sum over the round, is not from 2^-64 to 2^64. The weight of a
+                step on a GPU is not checked, only the sum.
+            ParaBlockError: no parameter had a gradient in the whole round, and nothing changed; the run has ended or
+                was closed; an earlier round boundary failed; the server failed (of the class that the server reports).
+            PlanError: the block's parameters have left the buffers in which the run placed them.
+            PeerLostError, WaitTimeoutError: at the round boundary, the server is gone or did not deliver in time.
+            DigestError: at the round boundary, the weights here differ from the server's.
         """
         round = self._require_round()
         before = self.exposed_s
@@ -308,22 +342,25 @@ class Run:
         return StepReport(value, round.index, round.block, exposed_s, ended, self.finished)
 
     def block_parameters(self) -> list[nn.Parameter]:
-        """The model's parameters that train now, with their gradients after a backward pass (to clip them, say)."""
+        """The parameters of the current block, for example to clip their gradients after a backward pass.
+
+        Raises ParaBlockError when `round` is None.
+        """
         return self._require_round().active.flat.params
 
     def wait_encoded(self) -> None:
-        """Returns when no block that was handed over is being read any more.
+        """Waits until no encoding reads the model's weights any more; on a GPU, orders later work behind those reads.
 
-        Between this and the next step the model's weights may be changed, for an evaluation with averaged ones say, if
-        the same bits are put back before that.
+        From then until the next step you may change the weights, for example to evaluate averaged ones, if you restore
+        the same bits before that step.
         """
         for block in range(len(self._blocks)):
             self._exchange.wait_encoded(block)
 
     def holdings(self) -> dict[str, int]:
-        """Bytes that this client holds now, by the items of `memory.predict`; an item that is not there holds none.
+        """Bytes that this client holds now, by the item names of `memory.predict`; a missing item holds none.
 
-        Activations are not among them, nor the handed-over master while its encoding runs.
+        Activations are not counted, nor is the handed-over master while it is encoded.
         """
         tensors = self._replica.holdings()
         planned = {parameter for block in self._blocks for parameter in block.params}
@@ -337,17 +374,17 @@ class Run:
         return held | {"packed bodies": self._stager.buffers.allocated_bytes}
 
     def close(self, reason: str = "") -> None:
-        """Leaves the run and gives the model back as it was found: same parameters, same `requires_grad`. Idempotent.
+        """Leaves the run and gives the model back: the same Parameters with their original `requires_grad`. Idempotent.
 
-        Before the end of the run this tells the server that the client is leaving, and `reason`. Any thread may call
-        it: a training thread that waits for the network then gets a ParaBlockError.
+        Before the end of the run, this tells the server that the client leaves, and the `reason`. Any thread may call
+        it; a training thread that is waiting for the network then gets a ParaBlockError.
         """
         if self._closed:
             return
         self._closed = True
         try:
             self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
-            self._stager.close()  # it reads memory that may go with this object
+            self._stager.close()  # an encoding reads memory that may be freed with this object
         finally:
             round, self._round = self._round, None
             if round is not None:
@@ -364,15 +401,15 @@ class Run:
 
     # ---- Rounds
 
-    def _begin(self) -> None:
-        """Takes what the server's reference has in other bits than this model, and starts the first round.
+    def start(self) -> None:
+        """Takes the blocks that differ from the server's reference and starts the first round. `join` calls it once.
 
         Waits for the other clients.
         """
         while (begin := self._link.opening()) is None:
             self._exchange.take_snapshots()
         freeze(self.model.parameters())
-        self._exchange.begin(begin.updates_from)
+        self._exchange.start(begin.updates_from)
         self._begin_round(begin.first_round)
 
     def _is_over(self) -> bool:
@@ -400,21 +437,22 @@ class Run:
             self._told_of_missing_gradients = True
             log.warning(
                 "block %d trains without %d of its parameters, such as %s, which got no gradient: the loss does not "
-                "depend on them, or they are behind a reentrant checkpoint (this is said once)",
+                "depend on them, or they are behind a reentrant checkpoint (logged once)",
                 *(round.block, len(missing), missing[0]),
             )
 
     def _cross_boundary(self, round: _Round) -> None:
         try:
             self._end_round(round)
-            if not self._closed:  # by `on_round`
+            if not self._closed:  # `on_round` may have closed the run
                 self._begin_round(round.index + 1)
         except BaseException as error:
             self._interrupted = f"the boundary after round {round.index} was interrupted by {type(error).__name__}"
             raise
 
     def _begin_round(self, index: int) -> None:
-        """Applies what is due before round `index` and starts it, or the next one that is still open to us."""
+        """Applies the aggregates due before round `index`, then starts it, or the next round that is still open and in
+        whose cohort this client is. Finishes the run if there is none."""
         self.timeline.drain()
         profiling.mark_clock()
         before = self.exposed_s
@@ -431,7 +469,7 @@ class Run:
         flat = self._blocks[block]
         flat.check_homed(self.model)
         self._exchange.wait_encoded(block)
-        ref = self._replica.begin(block)
+        ref = self._replica.snapshot_start(block)
         factory = with_context(self._optimizer, round=index, names=flat.block.parameters)
         active = ActiveBlock(flat, factory, self._take_master(flat))
         former = self._former_optimizer()
@@ -440,9 +478,9 @@ class Run:
         self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
     def _end_round(self, round: _Round) -> None:
-        """Hands the block over. Nothing here waits for the network unless the block's last verdict is still out.
+        """Hands the block over. Waits for the network only if the verdict on the block's last hand-over is still out.
 
-        On a GPU it waits for the round's computation, once, after everything that can run without it has been queued.
+        On a GPU, waits once for the round's computation, after queueing everything that does not need its results.
         """
         self._round = None
         round.active.check_homed(self.model)
@@ -454,7 +492,7 @@ class Run:
         now = round.active.now()
         if isinstance(round.active.optimizer, torch.optim.Optimizer):
             self._former_optimizer = weakref.ref(round.active.optimizer)
-        round.active.close()  # gradients and optimiser state go before anything is kept for the hand-over
+        round.active.close()  # frees gradients and optimiser state before the hand-over takes memory
         handover = self._exchange.pack(round.index, round.block, now, round.ref)
         weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
         check_weight(weight)
@@ -477,7 +515,7 @@ class Run:
             self._on_round(report)
 
     def _note_compute(self, round: _Round, steps_ended_ns: int, waited_s: float) -> float:
-        """Seconds of the round's computation, which has ended now: its steps, and what came after a wait."""
+        """Notes the computation of the round, which ends now; returns its seconds, without the wait for a verdict."""
         key = {"round": round.index, "block": round.block}
         ended_ns = time.monotonic_ns()
         if waited_s > 0:
@@ -499,7 +537,8 @@ class Run:
         self._warn_of_drift()
 
     def _warn_of_drift(self) -> None:
-        """What the plan does not train is not exchanged, so what changed in it here is on no other client."""
+        """Warns of changed tensors that the plan does not train: they are not exchanged, so no other client has the
+        change."""
         now = self.plan.frozen_digests(self.model)
         moved = [name for name, found in now.items() if self.frozen.get(name) != found]
         if moved:

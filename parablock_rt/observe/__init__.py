@@ -1,1 +1,1 @@
-"""What a run does and what it does to the machine: recorded, sampled, exported. Changes nothing of it."""
+"""Records what a run does, samples the machine under it, and exports both. Never changes the run."""

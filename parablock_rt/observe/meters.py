@@ -1,8 +1,8 @@
-"""What can be measured beside a run: GPUs, links, network interfaces, this process and its threads.
+"""Measures the machine during a run: GPUs, links, network interfaces, this process and its threads.
 
-A meter is asked for its metrics by one thread, again and again. What it cannot know is absent from its answer, never
-zero; rates are over the time since it was asked before, so the first answer has none. docs/telemetry.md says what each
-metric means; nothing here knows where the numbers go.
+One thread asks each meter for its metrics, again and again. A metric that is not available is absent, never zero. Rates
+cover the time since the previous call, so the first answer has none. docs/telemetry.md explains each metric. Nothing
+here knows where the numbers go.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Meter(Protocol):
     """One source of metrics."""
 
     def measure(self, now_ns: int) -> Metrics:
-        """The metrics now; `now_ns`: monotonic clock. May raise anything: then the meter is not asked again."""
+        """The current metrics. `now_ns`: monotonic clock. May raise anything, and then is not asked again."""
         ...
 
 
 class Rates:
-    """Counters that only grow, as rates per second."""
+    """Turns counters that only grow into rates per second."""
 
     def __init__(self) -> None:
         self._before: dict[str, float] = {}
@@ -44,20 +44,20 @@ class Rates:
         self._seconds = 0.0
 
     def begin(self, now_ns: int) -> None:
-        """A new round of questions."""
+        """Starts a new measurement. Call it before `of`."""
         self._seconds = max(1, now_ns - self._before_ns) / 1e9
         self._before_ns = now_ns
         self._before, self._now = self._now, {}
 
     def of(self, name: str, count: float) -> Metrics:
-        """The rate of a counter under its name; nothing where it is new, or has begun anew."""
+        """The rate of a counter under its name; nothing if the counter is new or was reset."""
         self._now[name] = count
         before = self._before.get(name)
         return {name: (count - before) / self._seconds} if before is not None and count - before >= 0 else {}
 
 
 class ProcessMeter:
-    """This process: memory and CPU, in all and by the names of its threads."""
+    """This process: memory, and CPU use in total and by thread name."""
 
     def __init__(self) -> None:
         self._rates = Rates()
@@ -75,14 +75,14 @@ class ProcessMeter:
         return metrics
 
     def _threads(self) -> list[tuple[str, float]]:
-        """Name and CPU seconds of every thread. Python's own names win: the system does not know them."""
+        """Name and CPU seconds of every thread. Uses Python's thread names where they exist; the system lacks them."""
         known = {thread.native_id: thread.name for thread in threading.enumerate()}
         found = []
         for task in os.listdir(_PROC / "self" / "task"):
             try:
                 text = (_PROC / "self" / "task" / task / "stat").read_text()
             except OSError:
-                continue  # it has just ended
+                continue  # the thread has just ended
             _, _, rest = text.partition("(")
             command, _, fields = rest.rpartition(")")
             ticks = sum(int(field) for field in fields.split()[11:13])  # utime, stime
@@ -91,7 +91,7 @@ class ProcessMeter:
 
 
 class InterfaceMeter:
-    """The network interfaces of the machine (of its network namespace), whoever uses them."""
+    """The network interfaces of this network namespace, with the traffic of all processes."""
 
     def __init__(self) -> None:
         self._rates = Rates()
@@ -103,7 +103,7 @@ class InterfaceMeter:
             name, _, counts = line.partition(":")
             values = [int(value) for value in counts.split()]
             if values[0] == values[8] == 0:
-                continue  # it has never carried anything
+                continue  # the interface has never carried traffic
             prefix = f"interface.{plain(name.strip())}"
             metrics |= self._rates.of(f"{prefix}.bytes_in_rate", values[0])
             metrics |= self._rates.of(f"{prefix}.bytes_out_rate", values[8])
@@ -112,7 +112,7 @@ class InterfaceMeter:
 
 
 class LinkMeter:
-    """Every link of the transport, and what the kernel knows of its connections (TCP_INFO)."""
+    """Every link of the transport, and the kernel's figures on its connections (TCP_INFO)."""
 
     def __init__(self, links: LinkStats) -> None:
         self._links = links
@@ -147,17 +147,17 @@ class LinkMeter:
 
 
 class GpuMeter:
-    """Every GPU that NVML shows, whoever uses it. NVML is asked without the GIL."""
+    """Every GPU that NVML shows, with the load of all processes. Calls to NVML do not hold the GIL."""
 
     def __init__(self, nvml: Any) -> None:
-        """`nvml`: the module pynvml. Raises its NVMLError where there is no driver or no GPU to speak to."""
+        """`nvml`: the module pynvml. Raises its NVMLError if there is no driver or no accessible GPU."""
         self._nvml = nvml
         nvml.nvmlInit()
         self._gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
 
     @staticmethod
     def find() -> GpuMeter | None:
-        """The meter of this machine; None without a driver or a GPU."""
+        """The meter for this machine; None without a driver or a GPU."""
         import pynvml
 
         try:
@@ -173,7 +173,7 @@ class GpuMeter:
                 try:
                     values = read(gpu)
                 except (self._nvml.NVMLError_NotSupported, self._nvml.NVMLError_NoPermission):
-                    continue  # this model, or this partition of it, does not say, or not to us
+                    continue  # this model or partition lacks the value, or hides it from this user
                 metrics |= {f"gpu.{number}.{name}": value for name, value in values.items()}
         return metrics
 
@@ -195,7 +195,7 @@ class GpuMeter:
         }
 
     def _pcie(self, gpu: Any) -> Metrics:
-        moved = self._nvml.nvmlDeviceGetPcieThroughput  # KiB a second, over 20 ms for which the call waits
+        moved = self._nvml.nvmlDeviceGetPcieThroughput  # KiB per second; the call measures for 20 ms
         return {
             "pcie_in_rate": moved(gpu, self._nvml.NVML_PCIE_UTIL_RX_BYTES) * 1024.0,
             "pcie_out_rate": moved(gpu, self._nvml.NVML_PCIE_UTIL_TX_BYTES) * 1024.0,
@@ -203,11 +203,11 @@ class GpuMeter:
 
 
 def of_this_machine(links: LinkStats) -> list[Meter]:
-    """Every meter that has something to measure here."""
+    """Every meter that works on this machine."""
     gpu = GpuMeter.find()
     return [ProcessMeter(), LinkMeter(links), InterfaceMeter(), *([gpu] if gpu is not None else [])]
 
 
 def plain(name: str) -> str:
-    """A name as one part of a metric's name, whose parts are separated by dots."""
+    """`name` made fit as one part of a metric's name; dots separate the parts."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)

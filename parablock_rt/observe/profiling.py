@@ -1,7 +1,7 @@
-"""Ranges for a profiler that somebody attached, and nothing at all when nobody did.
+"""Ranges for an attached profiler; no cost without one.
 
-`torch.profiler` sees them as annotations; NVIDIA's tools see NVTX ranges where torch was built with CUDA, a GPU or not.
-Python's threads only: the native threads link no CUDA.
+`torch.profiler` shows them as annotations; NVIDIA's tools show NVTX ranges if torch was built with CUDA, even without a
+GPU. Only Python's threads have ranges: the native threads do not link CUDA.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 CLOCK_MARK = "parablock.clock "
-"""Followed by the nanoseconds of the monotonic clock at that moment; by it trace_merge.py finds a profile's clock."""
+"""Prefix of a range's name, followed by the monotonic clock in nanoseconds; trace_merge.py aligns profiles by it."""
 
-# How a tool that wants NVTX ranges announces itself to the process that it starts.
+# A tool that wants NVTX ranges sets one of these in the process that it starts.
 _NVTX_VARIABLES = ("NVTX_INJECTION64_PATH", "NVTX_INJECTION32_PATH")
 
 _nothing = nullcontext()
 
 
 def annotation(name: str) -> AbstractContextManager[Any]:
-    """A range of that name, around the body of a `with` statement, in whatever profiler is attached."""
+    """A context manager that shows its body as a range of this name in the attached profiler, if any."""
     if _torch_attached():
         return torch.profiler.record_function(name)
     if _nvtx_attached():
@@ -32,14 +32,14 @@ def annotation(name: str) -> AbstractContextManager[Any]:
 
 
 def mark_clock() -> None:
-    """Lets a profile of `torch.profiler` be put on the timeline's clock afterwards."""
+    """Writes a clock mark into the profile of an attached `torch.profiler`, to align it with the timeline later."""
     if _torch_attached():
         with torch.profiler.record_function(f"{CLOCK_MARK}{time.monotonic_ns()}"):
             pass
 
 
 def _torch_attached() -> bool:
-    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # of this thread; costs nanoseconds
+    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # on this thread; takes nanoseconds
 
 
 def _nvtx_attached() -> bool:

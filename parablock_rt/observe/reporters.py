@@ -1,6 +1,6 @@
 """Where telemetry goes: a file of the run folder, Prometheus, TensorBoard, Weights & Biases.
 
-The last three are other people's programs: what they need is imported when they are asked for.
+The last three need optional packages, which are imported only when a user asks for them.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ LOOPBACK = "127.0.0.1"
 
 
 class JsonLines:
-    """`telemetry.jsonl`: a line per sample."""
+    """`telemetry.jsonl`: one line per sample."""
 
     FILE = "telemetry.jsonl"
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        (folder.path / self.FILE).touch()  # a run that is resumed goes on behind its lines; else the folder has none
+        (folder.path / self.FILE).touch()  # a resumed run appends; for a new run, `RunFolder` has removed the file
 
     def sample(self, process: str, sample: Sample) -> None:
         head = {"t_s": sample.t_s, "at_ns": sample.at_ns, "wall": sample.wall, "process": process}
         self._folder.append(self.FILE, head | sample.metrics)
 
     def round(self, process: str, metrics: Mapping[str, float]) -> None:
-        """Rounds have metrics.jsonl."""
+        """Does nothing: rounds go to metrics.jsonl."""
 
     def close(self) -> None:
-        """Every line is in the file already."""
+        """Does nothing: every line is in the file already."""
 
 
 class Prometheus:
-    """A page with the newest values, for Prometheus to fetch."""
+    """Serves a page with the newest values for Prometheus to scrape."""
 
     def __init__(self, address: str) -> None:
-        """`address`: a port of this machine's loopback, or "host:port". Raises ConfigError when it cannot be taken."""
+        """`address`: a port on loopback, or "host:port". Raises ConfigError when it cannot listen there."""
         prometheus = _import("prometheus_client", "prometheus-client")
         host, port = parse_address(address if ":" in address else f"{LOOPBACK}:{address}")
         self._families = prometheus.metrics_core.GaugeMetricFamily
-        self._lock = threading.Lock()  # the page is made on threads of the library
+        self._lock = threading.Lock()  # the library calls `collect` on its own threads
         self._process = ""
         self._sampled: Metrics = {}
         self._round: Metrics = {}
@@ -77,7 +77,7 @@ class Prometheus:
         self._thread.join()
 
     def collect(self) -> Iterator[Any]:
-        """What the library asks for: the newest values, metrics of one kind together."""
+        """Called by the library: the newest values, grouped into families."""
         with self._lock:
             process, values = self._process, self._sampled | self._round
         families: dict[str, Any] = {}
@@ -93,7 +93,7 @@ _LABELLED = re.compile(r"(gpu|link|interface|thread)\.([^.]+)\.(?:(lane)\.([^.]+
 
 
 def labelled(name: str) -> tuple[str, dict[str, str]]:
-    """A metric's name as Prometheus has it, and what becomes labels: link.a.lane.0.rtt_s → parablock_link_lane_rtt_s
+    """The Prometheus name and labels of a metric: link.a.lane.0.rtt_s → parablock_link_lane_rtt_s
     {link="a", lane="0"}."""
     labels: dict[str, str] = {}
     if found := _LABELLED.fullmatch(name):
@@ -104,7 +104,7 @@ def labelled(name: str) -> tuple[str, dict[str, str]]:
 
 
 class TensorBoard:
-    """Event files below the run folder; samples against milliseconds, rounds against their number."""
+    """Event files in the run folder. The x axis is milliseconds for samples and the round index for rounds."""
 
     def __init__(self, folder: Path) -> None:
         _import("tensorboard", "tensorboard")
@@ -125,7 +125,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, set up by its own environment variables (WANDB_MODE, WANDB_PROJECT, ...)."""
+    """A wandb run, configured by wandb's environment variables (WANDB_MODE, WANDB_PROJECT, ...)."""
 
     def __init__(self, folder: Path) -> None:
         wandb = _import("wandb", "wandb")
@@ -147,15 +147,16 @@ _BY_NAME: dict[str, Callable[[Path], Reporter]] = {"tensorboard": TensorBoard, "
 
 
 def open_all(folder: Path, prometheus: str | None, report_to: str | None) -> list[Reporter]:
-    """The reporters that were asked for; what they put into the run folder is beside what it holds.
+    """The requested reporters. What they write in the run folder stands beside the folder's own files.
 
-    `prometheus`: a port or "host:port"; `report_to`: names with commas.
+    `prometheus`: a port or "host:port". `report_to`: comma-separated names.
 
-    Raises ConfigError for an unknown name, one that is not installed, and a port that cannot be taken.
+
+    Raises ConfigError for an unknown name, a package that is not installed, or a port that is not free.
     """
     names = [name.strip() for name in (report_to or "").split(",") if name.strip()]
     if unknown := [name for name in names if name not in _BY_NAME]:
-        raise ConfigError(f"--report-to knows {', '.join(_BY_NAME)}; found {unknown[0]!r}")
+        raise ConfigError(f"expected --report-to to name {' or '.join(_BY_NAME)}, found {unknown[0]!r}")
     reporters: list[Reporter] = []
     if prometheus is not None:
         reporters.append(Prometheus(prometheus))

@@ -1,4 +1,4 @@
-"""`runs/NAME/`: what a run leaves behind, in files that are strict JSON."""
+"""The run folder, `runs/NAME/`: the files that a run leaves, all in strict JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from parablock_rt.observe.timeline import Timeline
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Strict JSON, which knows neither NaN nor infinity: a number that is not finite becomes null.
+    """`content` as strict JSON, which has neither NaN nor infinity: a number that is not finite becomes null.
 
-    `content`: what JSON knows, and msgspec's structs.
+    `content` may consist of JSON's types, tuples and msgspec structs.
     """
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
@@ -37,14 +37,13 @@ _LEFT_BY_A_RUN = ("summary.json", "telemetry.jsonl", "trace.json", "report.html"
 
 
 class RunFolder:
-    """`runs/NAME/`: what a run leaves behind. Every file is replaced whole or appended a line at a time."""
+    """The folder of one run. Every file is either replaced as a whole or appended to line by line."""
 
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
-        """Creates the folder, without what an earlier run has left in it: a reader would take its summary for that of
-        this run. With `resumed` this is that run, and only metrics.jsonl begins anew: the server's state has its
-        rounds.
+        """Creates the folder and removes the files of an earlier run, whose summary a reader could take for this run's.
 
-        Raises ConfigError when it cannot be written.
+        With `resumed`, the earlier files belong to this run and stay; only metrics.jsonl is emptied, as the server
+        writes its rounds again from its saved state. Raises ConfigError when the folder cannot be written.
         """
         self.path = path
         try:
@@ -64,11 +63,11 @@ class RunFolder:
         temporary.replace(self.path / name)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl."""
         self.append("metrics.jsonl", record)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Adds a line to `name`."""
+        """Appends a line to the file `name`."""
         with (self.path / name).open("a") as file:
             file.write(to_json(record) + "\n")
 

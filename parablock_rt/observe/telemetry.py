@@ -1,8 +1,8 @@
-"""Samples of what a run does to the machine, taken by one thread beside it.
+"""Samples the machine during a run, on a thread of its own.
 
-The thread asks the meters, and hands what they say, and each round's record, to the reporters. A meter or a reporter
-that fails is left out from then on, with one warning; a run never fails for its telemetry. Rates and times are of the
-monotonic clock; the wall clock is a label.
+The thread asks the meters and hands their metrics, and the record of each round, to the reporters. A meter or reporter
+that fails is dropped with one warning; a run never fails because of its telemetry. Rates and times use the monotonic
+clock; the wall clock is only a label.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOSE_S = 10.0
 
 @dataclass(frozen=True)
 class Sample:
-    """What the meters said at one moment. `t_s`: seconds since the telemetry began; `wall`: the system's idea of the
+    """The metrics at one moment. `t_s`: seconds since `Telemetry.start`. `at_ns`: monotonic clock. `wall`: the system
     time, for people."""
 
     t_s: float
@@ -40,28 +40,31 @@ class Sample:
 
 
 class Reporter(Protocol):
-    """Where samples and rounds go. Called by the telemetry's thread alone."""
+    """Receives samples and rounds. Only the telemetry thread calls it."""
 
     def sample(self, process: str, sample: Sample) -> None:
         """Takes a sample."""
         ...
 
     def round(self, process: str, metrics: Mapping[str, float]) -> None:
-        """Takes the numbers of a round that has ended; `round.round` is its number."""
+        """Takes the numbers of a round that has ended; `round.round` is its index."""
         ...
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Called once, after the last sample and round."""
         ...
 
 
 class Telemetry:
-    """Owns the reporters, and from `start` to `close` the thread; a context manager closes it."""
+    """Owns the reporters, and the telemetry thread from `start` to `close`. Use it as a context manager."""
 
     def __init__(self, reporters: Sequence[Reporter], period: float) -> None:
-        """`period`: seconds between samples; 0 takes none, rounds are reported anyhow. Raises ConfigError."""
+        """`period`: seconds between samples; 0 takes no samples and reports only rounds.
+
+        Raises ConfigError for a negative or infinite period.
+        """
         if not (period >= 0 and math.isfinite(period)):
-            raise ConfigError(f"the seconds between two samples must be 0 (none) or more; found {period}")
+            raise ConfigError(f"expected the seconds between two samples to be 0 (no samples) or more, found {period}")
         self._process = ""
         self._meters: list[Meter] = []
         self._reporters = list(reporters)
@@ -76,14 +79,14 @@ class Telemetry:
         self._reporters.append(reporter)
 
     def start(self, process: str, meters: Sequence[Meter]) -> None:
-        """Begins to sample, once. `process`: its name in the trace."""
+        """Starts the thread; call it once. `process`: the name of this process in the trace."""
         self._process = process
         self._meters = list(meters) if self._period > 0 else []
         self._began_ns = time.monotonic_ns()
         self._thread.start()
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Hands a round's record to the reporters. Any thread; never waits for them."""
+        """Queues a round's record for the reporters. Any thread; never waits."""
         self._rounds.put(_numbers("round", record))
 
     def close(self) -> None:
@@ -94,7 +97,7 @@ class Telemetry:
         self._rounds.put(None)
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
-            log.warning("the telemetry did not end within %g s; what it has not written is lost", _CLOSE_S)
+            log.warning("the telemetry did not end within %g s; data that is not written yet is lost", _CLOSE_S)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -103,7 +106,7 @@ class Telemetry:
         self.close()
 
     def counters(self) -> list[trace.CounterSample]:
-        """The samples as `trace.write` takes them: what can be understood beside the timeline."""
+        """The samples as counters for `trace.write`: only metrics that make sense next to the timeline."""
         kept = ("gpu.", "process.", "link.")
         return [
             trace.CounterSample(
@@ -135,7 +138,7 @@ class Telemetry:
         self._reporters.clear()
 
     def _take_rounds(self, timeout: float | None) -> bool:
-        """Reports the next round, if one comes in time. False at the end of the run."""
+        """Reports the next round if one comes within `timeout` seconds. Returns False once `close` was called."""
         try:
             metrics = self._rounds.get(timeout=None if timeout is None else max(0.0, timeout))
         except queue.Empty:
@@ -154,9 +157,7 @@ class Telemetry:
                 metrics |= meter.measure(now_ns)
             except Exception as error:
                 self._meters.remove(meter)
-                log.warning(
-                    "%s failed and is not asked again, its metrics end here: %s", type(meter).__name__, _text(error)
-                )
+                log.warning("%s failed and is dropped; its metrics end here: %s", type(meter).__name__, _text(error))
         metrics["telemetry.sample_s"] = (time.monotonic_ns() - now_ns) / 1e9
         sample = Sample((now_ns - self._began_ns) / 1e9, now_ns, time.time(), metrics)
         self._samples.append(sample)
@@ -168,11 +169,11 @@ class Telemetry:
             action()
         except Exception as error:
             self._reporters.remove(reporter)
-            log.warning("%s failed and gets nothing more: %s", type(reporter).__name__, _text(error))
+            log.warning("%s failed and is dropped: %s", type(reporter).__name__, _text(error))
 
 
 def _numbers(prefix: str, record: Mapping[str, Any]) -> Metrics:
-    """The numbers of a record, by dotted names."""
+    """The numbers of a record, by dotted names that start with `prefix`."""
     numbers: Metrics = {}
     for name, value in record.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,7 @@
-"""What happened when in one process: the rings that its threads write, drained into one list of records per thread.
+"""The timeline of one process: its threads write rings, which are drained into one list of records per thread.
 
-Records come from native code, chunk by chunk, and from Python's own threads through `add` and `span`. Times are
-nanoseconds of the monotonic clock, which all processes of one machine share. What a record means for a reader (tracks,
-flows, counters) is trace.py's business.
+Native code writes records chunk by chunk; Python writes them by `add` and `span`. Times are nanoseconds of the
+monotonic clock, which all processes of one machine share. trace.py turns records into tracks, flows and counters.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from parablock_rt.observe import profiling
 from parablock_rt.stages import StageClock
 
 KEPT_RECORDS = 2**20
-"""A timeline keeps the newest ones of each thread, 48 bytes each, so that a long run does not fill the memory."""
+"""How many of the newest records a timeline keeps per thread, about, so that a long run does not fill the memory. A
+record has 48 bytes."""
 
 RECORD = np.dtype(
     [
@@ -48,7 +48,7 @@ Records = NDArray[Any]
 
 
 class Stage(IntEnum):
-    """What a thread was doing: `Stage` of csrc/ring.h, which says what each one spans."""
+    """What a thread was doing. The same as `Stage` of csrc/ring.h, which says what each stage spans."""
 
     COMPUTE = 0
     HAND_OVER = 1
@@ -68,32 +68,32 @@ class Stage(IntEnum):
 
 _LEAST_RING, _LARGEST_RING = 2**12, 2**20
 _RECORDS_A_CHUNK = 3  # checksum, send, acknowledged; or receive, verify
-_CLOCKED = {Stage.COMPUTE: "compute", Stage.FOLD: "fold", Stage.APPLY: "apply"}
+_CLOCKED = {Stage.COMPUTE: "compute", Stage.FOLD: "fold", Stage.APPLY: "apply"}  # `add` feeds these to `stages`, too
 
 
 class Timeline:
     """The records of one process.
 
-    `run` and `seats` (which client is behind a link) tie its chunks to the same chunks in other processes; whoever
-    shakes hands sets them. `stages` adds up seconds; it works without records, too. One thread, the one named here,
-    calls `add` and `span`; one at a time calls the rest.
+    `run`, `seat` and `seats` (which client is behind a link) tie chunks to the same chunks in other processes; the code
+    that does the handshake sets them. `stages` adds up seconds per stage, even without records. Only the thread named
+    at construction may call `add` and `span`; one thread at a time may call the rest.
     """
 
     def __init__(self, process: str, thread: str, *, on: bool = True) -> None:
-        """`process`, `thread`: names for a reader. With `on=False` nothing is recorded and no ring is made."""
+        """`process`, `thread`: names to show. With `on=False` nothing is recorded and no ring is made."""
         self.process = process
         self.on = on
         self.stages = StageClock()
         self.run = 0
-        self.seat: int | None = None  # of a client; the server has one per link
-        self.seats: dict[int, int] = {}
+        self.seat: int | None = None  # on a client: its seat
+        self.seats: dict[int, int] = {}  # on the server: the seat behind each link
         self._threads: list[_Thread] = []
         self._ring = self.ring(thread, _LEAST_RING)
 
     def ring(self, thread: str, records: int) -> _C.Ring | None:
-        """A ring for a thread of that name, which alone may write it; None when nothing is recorded.
+        """A new ring; only the thread of this name may write it. None when nothing is recorded.
 
-        `records`: how many it should be able to hold between two calls of `drain`; there is a least and a largest size.
+        `records`: how many records it should hold between two calls of `drain`, limited to 2^12 to 2^20.
         """
         if not self.on:
             return None
@@ -102,7 +102,7 @@ class Timeline:
         return ring
 
     def transfer_ring(self, thread: str, plan: BlockPlan, config: RunConfig, links: int) -> _C.Ring | None:
-        """As `ring`, with room for what can be under way at once: an upload and an update a round and link."""
+        """Like `ring`, with room for all transfers under way: an upload and an update per round and link."""
         chunks = max(-(-block.flat_numel // config.chunk) for block in plan.blocks)
         return self.ring(thread, 2 * chunks * _RECORDS_A_CHUNK * links * (config.staleness + 2))
 
@@ -118,7 +118,7 @@ class Timeline:
         peer: int = 0,
         bytes: int = 0,
     ) -> None:
-        """Notes a whole transfer's, or a whole round's, part in a stage. `peer`: the link."""
+        """Records a stage of a whole transfer or of a whole round. `peer`: the link."""
         if stage in _CLOCKED:
             self.stages.add(_CLOCKED[stage], start_ns, end_ns)
         if self._ring is not None:
@@ -126,8 +126,8 @@ class Timeline:
 
     @contextmanager
     def span(self, stage: Stage, **key: int) -> Iterator[None]:
-        """Notes how long the body of the `with` statement takes, also when it raises, and shows it to a profiler that
-        is attached. `key`: as for `add`."""
+        """Records the body of the `with` statement as a stage, also when it raises, and shows it to an attached
+        profiler. `key`: as for `add`."""
         start = time.monotonic_ns()
         try:
             with profiling.annotation(f"parablock.{stage.name.lower()}"):
@@ -136,23 +136,23 @@ class Timeline:
             self.add(stage, start, time.monotonic_ns(), **key)
 
     def drain(self) -> None:
-        """Takes what the rings hold. Call it often enough that none overflows: once per round."""
+        """Takes the records out of the rings. Call it once per round, so that no ring overflows."""
         for thread in self._threads:
             thread.drain()
 
     def threads(self) -> list[tuple[str, Records]]:
-        """The kept records of every thread, by its name, in the order in which they were written."""
+        """(name, records) of every thread: the kept records in the order in which they were written."""
         self.drain()
         return [(thread.name, np.concatenate([np.empty(0, RECORD), *thread.kept])) for thread in self._threads]
 
     @property
     def lost(self) -> int:
-        """Records that no reader will see: overwritten in a ring that was drained too late, or too old to be kept."""
+        """How many records are lost: overwritten in a ring before `drain`, or dropped as too old."""
         return sum(thread.ring.lost + thread.dropped for thread in self._threads)
 
 
 class _Thread:
-    """The ring of one thread and what was drained from it."""
+    """The ring of one thread and the records drained from it."""
 
     def __init__(self, name: str, ring: _C.Ring) -> None:
         self.name = name

@@ -1,11 +1,11 @@
-"""A timeline as a Chrome trace, the JSON that https://ui.perfetto.dev and chrome://tracing open.
+"""Writes a timeline as a Chrome trace, the JSON that https://ui.perfetto.dev and chrome://tracing open.
 
-One track per thread or stream: Python's and the encode thread have one each, a GPU's copies have one; the transport's
-has one for the checksums that it makes and two for each lane of each link, out and in. Flows tie a chunk's slices
-together, by a number that is the same in every process: encode (or copy from a GPU) → send → receive → fold or apply.
-Counters are bytes in flight, chunks that are encoded and wait, link rates, and what the telemetry measured.
+Tracks: one each for the Python thread, the encode thread and the copies from a GPU. The transport thread has one for
+its checksums, and per lane of each link one for sending and one for receiving. Flows tie the slices of a chunk
+together, by an id that is the same in every process: encode (or copy from a GPU) → send → receive → fold or apply.
+Counters show bytes in flight, encoded chunks that wait to be sent, link rates, and the metrics of the telemetry.
 
-Everything is computed for whole arrays of records; the text of each event is one formatting of one template.
+All figures are computed for whole arrays of records; each event is one formatting of a template.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from parablock_rt.wire.protocol import Kind
 FLOW = "parablock.flow"
 """The category of the events that tie slices together."""
 
-_PID = 1  # one process a file; trace_merge.py gives new numbers
+_PID = 1  # one process per file; trace_merge.py assigns new numbers
 _LINES_AT_ONCE = 10_000
 _OUT, _IN, _THREAD = 0, 1, 2
 _TEXTS = {Kind.UPLOAD: "upload", Kind.UPDATE: "update", Kind.SNAPSHOT: "snapshot", 0: "round"}
 _NAMES = np.array([_TEXTS.get(kind, "transfer") for kind in range(256)])  # by kind
-_READY = (Stage.ENCODE, Stage.COPY)  # what a chunk is sent after: on a GPU packing and copying are one
+_READY = (Stage.ENCODE, Stage.COPY)  # after which a chunk can be sent; on a GPU, one record covers packing and copying
 _LINK_STAGES = {Stage.SEND: _OUT, Stage.ACKNOWLEDGED: _OUT, Stage.RECEIVE: _IN, Stage.VERIFY: _IN}
 
 
 @dataclass(frozen=True)
 class CounterSample:
-    """What the telemetry measured at one moment: values by metric."""
+    """The telemetry at one moment: values by metric."""
 
     at_ns: int
     values: Mapping[str, float]
 
 
 def write(path: Path, timeline: Timeline, samples: Iterable[CounterSample] = ()) -> int:
-    """Writes the trace of one process and returns how many events it has. `samples` become counters.
+    """Writes the trace of one process and returns the number of its events. `samples` become counters.
 
     Raises OSError when the file cannot be written.
     """
@@ -65,7 +65,7 @@ def write(path: Path, timeline: Timeline, samples: Iterable[CounterSample] = ())
 
 
 def _about(timeline: Timeline) -> dict[str, Any]:
-    """What a reader of the file, and `trace_merge`, must know beyond the events."""
+    """Facts about the trace for readers and for `trace_merge`."""
     return {
         "process": timeline.process,
         "release": __version__,
@@ -77,7 +77,7 @@ def _about(timeline: Timeline) -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """The kernel's name for the time since it started: monotonic clocks compare where it is the same. "" if unknown."""
+    """The kernel's id of this boot, "" if unknown. Monotonic clocks with the same id are comparable."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -85,7 +85,7 @@ def boot_id() -> str:
 
 
 class _View:
-    """The records of all threads of a timeline as one array, and on which track each of them stands."""
+    """The records of all threads of a timeline as one array, and the track of each record."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
@@ -104,7 +104,7 @@ class _View:
         self._seat = self._seats()
 
     def _seats(self) -> NDArray[np.int64]:
-        """The client whose transfer each record belongs to; -1 where it is none's or everybody's."""
+        """The client whose transfer each record belongs to; -1 if it belongs to no client or to all."""
         peers, inverse = np.unique(self._records["peer"], return_inverse=True)
         if self._timeline.seat is not None:
             return np.full(len(self._records), self._timeline.seat, np.int64)
@@ -120,7 +120,7 @@ class _View:
         return np.flatnonzero(np.isin(self._records["stage"], stages))
 
     def _peers(self, *stages: Stage) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """The records of these stages peer by peer, whatever the links that it had, as (name, places)."""
+        """The records of these stages as (name, places) per peer; a peer may have had several links."""
         places = self._where(*stages)
         links, inverse = np.unique(self._records["peer"][places], return_inverse=True)
         names = np.array([self._peer_name(int(link)) for link in links])
@@ -179,7 +179,7 @@ class _View:
     # ---- Flows
 
     def flows(self) -> Iterator[str]:
-        """Ties the slices of each chunk, wherever at least two of them are in this process."""
+        """Ties the slices of each chunk together if at least two of them are in this process."""
         stops: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
         for stage, other, of_chunk in (
             (Stage.SEND, _READY, True),
@@ -191,7 +191,8 @@ class _View:
         ids = np.concatenate([ids for ids, _ in stops])
         places = np.concatenate([places for _, places in stops])
         at = self._records[places]
-        # A chunk may begin to arrive before the sender's call returns, but never ends before the sender's slice begins.
+        # A chunk may start to arrive before the sender's call returns, but its arrival never ends before the sender's
+        # slice starts; so the end of a receive keeps the flow in order.
         at_ns = np.where(at["stage"] == Stage.RECEIVE, at["end_ns"] - 1, at["start_ns"])
         order = np.lexsort((at_ns, ids))
         ids, places, at_ns = ids[order], places[order], at_ns[order]
@@ -206,10 +207,10 @@ class _View:
     def _pairs(
         self, stage: Stage, other: tuple[Stage, ...], of_chunk: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The records of `stage` that have a partner of one of the stages `other`, and the partners.
+        """The records of `stage` that have a partner in one of the stages `other`, and the partners.
 
-        A chunk is encoded once for all clients, so a partner by chunk has no client; folding and applying have one, but
-        take all chunks together.
+        Encoding happens per chunk, once for all clients, so with `of_chunk` partners match by chunk and not by client.
+        Folding and applying happen per client, for all chunks at once, so otherwise partners match by client.
         """
         places, others = self._where(stage), self._where(*other)
         keys, other_keys = (
@@ -235,7 +236,7 @@ class _View:
         return _mix(run, at["kind"], self._seat[places], at["round"], at["block"], at["chunk"])
 
     def _once(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Without the chunks that were sent again on a link because they came damaged."""
+        """The records without repeated sends: a chunk is sent again on a link if it arrives damaged."""
         sent = places[self._records["stage"][places] == Stage.SEND]
         _, first = np.unique(_mix(self._flow_ids(sent), self._records["peer"][sent]), return_index=True)
         return np.concatenate([sent[first], places[self._records["stage"][places] != Stage.SEND]])
@@ -243,7 +244,7 @@ class _View:
     # ---- Counters
 
     def counters(self) -> Iterator[str]:
-        """What follows from the records: bytes in flight, chunks that wait, and the rate of every link."""
+        """Counters computed from the records: bytes in flight, chunks that wait, and the rate of every link."""
         for name, places in self._peers(Stage.SEND, Stage.ACKNOWLEDGED):
             at = self._records[self._once(places)]
             moved = np.where(at["stage"] == Stage.SEND, 1, -1) * at["bytes"].astype(np.int64)
@@ -267,13 +268,13 @@ def _measured(samples: Iterable[CounterSample]) -> Iterator[str]:
 
 
 def _steps(name: str, at_ns: NDArray[Any], changes: NDArray[Any], digits: int = 0) -> Iterator[str]:
-    """A counter that changes by `changes` at `at_ns`, one event for each moment."""
+    """A counter that changes by `changes` at `at_ns`; one event per moment."""
     order = np.argsort(at_ns, kind="stable")
     at_ns, level = at_ns[order], np.cumsum(changes[order])
     last = np.append(at_ns[1:] != at_ns[:-1], True)
     label = json.dumps(name)
     template = f'{{"ph":"C","name":{label},"pid":{_PID},"tid":0,"ts":%d.%03d,"args":{{"value":%.{digits}f}}}}'
-    # Adding and taking away the same rates leaves rounding errors where there is nothing.
+    # Adding and subtracting the same rates leaves rounding errors where the counter should be 0.
     values = np.round(np.maximum(level[last], 0), digits)
     columns = [*_micros(at_ns[last]), values]
     return (template % row for row in zip(*(column.tolist() for column in columns), strict=True))
@@ -289,12 +290,12 @@ def _metadata(kind: str, tid: int, **args: Any) -> str:
 
 
 def _micros(ns: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Whole microseconds and the nanoseconds that are left, so that no digit is lost to a float."""
+    """Whole microseconds and the remaining nanoseconds; a float would lose digits."""
     return ns // 1000, ns % 1000
 
 
 def _mix(*columns: NDArray[Any]) -> NDArray[np.uint64]:
-    """One number for each row, as good as random (splitmix64), and the same in every process."""
+    """A hash of each row (splitmix64), the same in every process."""
     mixed = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
         mixed = (mixed ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)

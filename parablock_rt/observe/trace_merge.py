@@ -1,7 +1,7 @@
-"""One trace out of several: of all processes of a run, of several runs, and of `torch.profiler` beside them.
+"""Merges traces into one: those of all processes of a run, of several runs, and profiles of `torch.profiler`.
 
-All files of one boot of one machine share the monotonic clock, so their events stay where they are. A profile has a
-clock of its own; marks that the runtime left in it (profiling.py) say what that clock read at known moments.
+All traces of one boot of one machine share the monotonic clock, so their times stay as they are. A profile has another
+clock; marks from the runtime (profiling.py) give its reading at known times of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -19,25 +19,33 @@ Trace = dict[str, Any]
 
 
 def read(path: Path) -> Trace:
-    """A trace file, with its times on the monotonic clock. Raises TraceError when it is none or keeps another clock."""
+    """Reads a trace or a profile, with its times on the monotonic clock.
+
+    Raises TraceError when the file is not a Chrome trace, or a profile without clock marks.
+    """
     try:
         found = json.loads(path.read_text())
     except OSError as error:
         raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
     except ValueError as error:
-        raise TraceError(f"{path} is no JSON ({error}); was its run or profile cut short?") from error
+        raise TraceError(
+            f"expected JSON in {path}, found none ({error}); check whether its run or profile was cut short"
+        ) from error
     events = found.get("traceEvents") if isinstance(found, dict) else None
     if not isinstance(events, list) or not all(isinstance(event, dict) and "ph" in event for event in events):
-        raise TraceError(f"{path} is no Chrome trace: expected an object with a list `traceEvents`")
+        raise TraceError(
+            f"expected a Chrome trace in {path}, found no object with a list `traceEvents`; give a trace.json of a run "
+            "or a profile of torch.profiler"
+        )
     if found.get("otherData", {}).get("clock") == "CLOCK_MONOTONIC":
         return dict(found)
     return _on_our_clock(path, found)
 
 
 def merge(traces: Iterable[tuple[str, Trace]]) -> Trace:
-    """One trace; each name, if there is one, is put in front of the names of its processes.
+    """Merges named traces; a name that is not empty is put in front of the names of its processes.
 
-    Raises TraceError when they were recorded on different machines.
+    Raises TraceError when the traces come from different machines or boots.
     """
     merged: list[dict[str, Any]] = []
     boots: dict[str, str] = {}
@@ -52,19 +60,19 @@ def merge(traces: Iterable[tuple[str, Trace]]) -> Trace:
             if name and event["ph"] == "M" and event["name"] == "process_name":
                 moved["args"] = {"name": f"{name}: {event['args']['name']}"}
             if "id" in event and event.get("cat") != FLOW:
-                moved["id"] = f"{number}:{event['id']}"  # numbers of one file mean nothing in another
+                moved["id"] = f"{number}:{event['id']}"  # ids are unique only within a file
             merged.append(moved)
     if len(boots) > 1:
         raise TraceError(
-            f"these traces come from different machines or boots ({', '.join(boots.values())}): their clocks do not "
-            "compare; merge those of one machine"
+            f"expected traces of one machine, found different machines or boots ({', '.join(boots.values())}), whose "
+            "clocks do not compare; merge only the traces of one machine"
         )
     _join_flows(merged)
     return {"displayTimeUnit": "ms", "otherData": {"clock": "CLOCK_MONOTONIC"}, "traceEvents": merged}
 
 
 def _join_flows(events: list[dict[str, Any]]) -> None:
-    """A flow that passes through several files began and ended in each: now it begins and ends once."""
+    """Joins the parts of a flow that passes through several files, each with its own start and end, into one flow."""
     flows: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         if event.get("cat") == FLOW:
@@ -84,10 +92,11 @@ def _on_our_clock(path: Path, profile: Trace) -> Trace:
     ]
     if not marks:
         raise TraceError(
-            f"{path} has none of the runtime's clock marks: record it with torch.profiler around run.step or "
-            "run.train_step on the training thread, with ProfilerActivity.CPU, over at least one round's end"
+            f"expected clock marks of the runtime in {path}, found none; record the profile with torch.profiler around "
+            "run.step or run.train_step on the training thread, with ProfilerActivity.CPU, over at least one round's "
+            "end"
         )
-    # A mark is read a moment before its event begins: the pair that is closest together is the truest.
+    # The clock is read a moment before the event of the mark starts: the closest pair has the smallest error.
     offset = min(theirs - ours for theirs, ours in marks)
     events = [
         event | {"ts": float(event["ts"]) - offset} if "ts" in event else event for event in profile["traceEvents"]

@@ -1,4 +1,4 @@
-"""What a report shows, computed from what a run recorded: stages, utilisation, stragglers, the forecast.
+"""The figures of a report, computed from the records of a run: stages, utilisation, stragglers, the forecast.
 
 Pure functions of a `Recorded`. A figure that cannot be computed is None or absent, never zero.
 """
@@ -19,18 +19,18 @@ TRAINING = ("compute", "apply", "exposed")
 EXCHANGE = ("encode", "copy", "send", "fold", "wait", "receive")
 STAGES = (*TRAINING, *EXCHANGE, "upload", "update", "close")
 BINS = 300
-_FAR_LONGER = 1.5  # a sender's time over the receiver's, from where on the receiver did not see the link being busy
-_LATE_TO_END = ("send", "receive")  # of the exchange of an earlier round: the first lines have none, and say 0
-_LINK_RATE = re.compile(r"link\.[^.]+\.bytes_(in|out)_rate")  # those of its lanes are parts of it
+_FAR_LONGER = 1.5  # above this ratio of a sender's time to the receiver's, the receiver's view of the link is not used
+_LATE_TO_END = ("send", "receive")  # a round's line has those of an earlier round; 0 in the first lines means unknown
+_LINK_RATE = re.compile(r"link\.[^.]+\.bytes_(in|out)_rate")  # not the rates of lanes, which are contained in it
 
 Interval = tuple[float, float]
 
 
 def stage_of(span: Span) -> str:
-    """The stage that a span belongs to: the first word of its track or name that is one; "" when none is.
+    """The stage that a span belongs to, from the first word of its track, else of its name; "" if neither is a stage.
 
-    On the server a transfer is an "upload" or an "update": a client's sending or receiving, seen from the far end. What
-    else the server does for a round is part of its "close".
+    On the server a transfer is an "upload" or an "update": a client's sending or receiving, seen from the far end.
+    Other work of the server for a round is part of its "close".
     """
     words = (span.track.split(" ")[0].lower(), span.name.split(" ")[0].lower())
     known = (*STAGES, "acknowledged")
@@ -42,7 +42,7 @@ def stage_of(span: Span) -> str:
 
 
 def origin_us(run: Recorded) -> float:
-    """Where the report's time begins, on the clock of the run's processes: with the first span, or else sample."""
+    """The start of the report's time axis in microseconds of the run's clock: the first span, else the first sample."""
     if run.spans:
         return min(span.start_us for span in run.spans)
     at_ns = [
@@ -63,12 +63,13 @@ def covered(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """How much the union of intervals covers."""
+    """The length of the union of intervals."""
     return sum(end - start for start, end in covered(intervals))
 
 
 def rounds(run: Recorded) -> list[dict[str, Any]]:
-    """One entry per round, in order: the figures of metrics.jsonl and `stages`, seconds by stage, client means."""
+    """One entry per round, in order: the figures of metrics.jsonl and `stages`, the seconds per stage, as means over
+    clients."""
     entries: dict[int, dict[str, Any]] = {}
     for line in run.rounds:
         index = number(line.get("round"))
@@ -91,20 +92,20 @@ def rounds(run: Recorded) -> list[dict[str, Any]]:
             entry["stages"]["receive"] = max(entry["stages"]["receive"], delivered_s)
     for entry in entries.values():
         for stage, name in (("compute", "compute_s"), ("exposed", "exposed_s")):
-            if entry.get(name) is not None:  # a span of waiting may bear the number of the round that it waited for
+            if entry.get(name) is not None:  # better than the spans: a wait may carry the round that it waited for
                 entry["stages"][stage] = entry[name]
     return [entries[index] for index in sorted(entries)]
 
 
 def _stages_of_spans(spans: list[Span]) -> dict[int, dict[str, float]]:
-    """Seconds by round and stage: what a stage covers in each process, and of that the mean over processes."""
+    """Seconds by round and stage: the length of a stage in each process, averaged over processes."""
     found: dict[tuple[int, str], dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
-    arrived: dict[int, dict[str, float]] = defaultdict(dict)  # when a client's last byte was there
+    arrived: dict[int, dict[str, float]] = defaultdict(dict)  # when the last byte of a client's upload arrived
     delivery: dict[int, dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
     closing: dict[int, float] = {}
     for span in spans:
         stage = stage_of(span)
-        if not stage or span.round is None or span.kind == "snapshot":  # which belongs to no round's exchange
+        if not stage or span.round is None or span.kind == "snapshot":  # a snapshot is not part of a round's exchange
             continue
         if stage == "upload":
             arrived[span.round][span.track] = max(arrived[span.round].get(span.track, 0.0), span.end_us)
@@ -118,18 +119,19 @@ def _stages_of_spans(spans: list[Span]) -> dict[int, dict[str, float]]:
     for (index, stage), processes in found.items():
         stages[index][stage] = mean(length(intervals) for intervals in processes.values()) / 1e6
     for index, clients in delivery.items():
-        # A client sees a body's first byte only once it has come through a slow link: the sender knows better.
+        # A client sees the first byte of a body only after a slow link has delivered it: the sender's time is better.
         seconds = mean(length(intervals) for intervals in clients.values()) / 1e6
         stages[index]["receive"] = max(stages[index].get("receive", 0.0), seconds)
     for index, ends in arrived.items():
-        if index in closing:  # a client's upload is there, and its round stays open for the others
+        if index in closing:  # a client waits from the arrival of its upload until the round closes
             stages[index].setdefault("wait", mean(max(0.0, closing[index] - end) for end in ends.values()) / 1e6)
     return stages
 
 
 @dataclass(frozen=True)
 class Activity:
-    """How busy a run was. `series`: by name, the share of each bin (0 to 1); `busy`: the same over all bins."""
+    """How busy a run was. `series`: by name, the busy share of each bin (0 to 1). `busy`: the mean over all bins.
+    `idle_link`: the share of the time in which neither direction of the link was busy, if known."""
 
     start_us: float
     bin_us: float
@@ -139,11 +141,12 @@ class Activity:
 
 
 def activity(run: Recorded) -> Activity | None:
-    """Shares of the time in which clients computed and their links were busy, means over clients; None without spans.
+    """The shares of the time in which clients computed and their links were busy, as means over clients; None without
+    spans.
 
-    A link is busy from the first byte of a body until the last has been acknowledged, in either direction. The sender
-    knows that best: clients of what goes up, the server of what goes down; the receiver's view stands in, unless the
-    clients reported that they sent for much longer, as they do where a program slows the link down.
+    A link is busy from the first byte of a body until its last byte is acknowledged, in either direction. The sender
+    measures this best: the client for uploads, the server for updates. Without the sender's spans, the receiver's are
+    used, unless the clients reported a much longer time of sending, as with an artificially slow link.
     """
     views = {"compute": ("compute",), "link up": ("send", "upload"), "link down": ("update", "receive")}
     by_stage: dict[str, dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
@@ -172,7 +175,7 @@ def activity(run: Recorded) -> Activity | None:
 
 
 def _sent_s(run: Recorded) -> float:
-    """Seconds that a client sent, as the clients told the server; 0 when they did not. Mean over clients."""
+    """Seconds of sending as the clients reported them to the server, mean over clients; 0 without reports."""
     stages = (line["stages"] for line in run.rounds if isinstance(line.get("stages"), dict))
     return sum(number(each.get("send")) or 0.0 for each in stages)
 
@@ -191,7 +194,7 @@ def _shares(processes: list[list[Interval]], start: float, width: float) -> list
 def clients(run: Recorded) -> list[dict[str, Any]]:
     """One entry per client, slowest first: mean compute, wait and lateness (seconds per round), and rounds delivered.
 
-    Lateness: how long after the round's first upload this client's was there.
+    Lateness: the time from the round's first upload to the client's own.
     """
     parts: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for line in run.rounds:
@@ -211,9 +214,10 @@ def clients(run: Recorded) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What would hide a run's exchanges. Seconds per round; `measured`: from a run without overlap, not estimated.
+    """The times that decide how many steps hide a run's exchanges, in seconds per round or step.
 
-    `send_s`, `receive_s`: for how long an exchange takes either direction of the link.
+    `measured`: `exchange_s` comes from a run without overlap; otherwise it is estimated. `send_s`, `receive_s`: how
+    long an exchange occupies each direction of the link.
     """
 
     exchange_s: float
@@ -224,12 +228,12 @@ class Forecast:
     measured: bool
 
     def steps_to_hide(self, staleness: int) -> int:
-        """The fewest local steps behind which an exchange fits, with this staleness (at least 1)."""
+        """The fewest local steps that hide an exchange at this staleness (0 counts as 1)."""
         return steps_to_hide(self.exchange_s, self.send_s, self.receive_s, self.step_s, max(1, staleness))
 
 
 def forecast(run: Recorded) -> Forecast | None:
-    """From the run's step time and the time of one exchange; None when either is not known."""
+    """The forecast from the run's step time and the time of one exchange; None if either is unknown."""
     entries = [entry for entry in rounds(run) if entry["stages"].get("compute")]
     steps, count = number(run.summary.get("local_steps")), number(run.summary.get("rounds"))
     if not entries or not steps or steps < 1:
@@ -240,7 +244,7 @@ def forecast(run: Recorded) -> Forecast | None:
     if serial and count:
         exchange_s, measured = serial / count, True
     elif known:
-        # Encoding goes on behind sending, so it is not added; nor is the wait for other clients, which is no transfer.
+        # Not added: encoding, which overlaps sending, and the wait for other clients, which is not a transfer.
         exchange_s = median(s["send"] + s.get("fold", 0.0) + s["receive"] for s in known)
         measured = False
     else:
@@ -249,24 +253,26 @@ def forecast(run: Recorded) -> Forecast | None:
         return None
     if known:
         send_s, receive_s = (median(s[stage] for s in known) for stage in ("send", "receive"))
-    else:  # at least one direction takes half of it
+    else:  # a lower bound: one direction takes at least half of the exchange
         send_s = receive_s = exchange_s / 2
     return Forecast(exchange_s, send_s, receive_s, step_s, int(steps), measured)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The share of the exchanges that was hidden; negative where training waited longer than all transfers take.
-    `measured`: against a run without overlap, else against the durations of this run's own transfers."""
+    """The hidden share of the exchanges; negative if training waited longer than all transfers take.
+
+    `measured`: compared with a run without overlap; otherwise with the durations of this run's own transfers.
+    """
 
     share: float
     measured: bool
 
 
 def hidden(run: Recorded) -> Hidden | None:
-    """The summary's overlap efficiency or, where there is none, an estimate; None when neither can be had.
+    """The summary's overlap efficiency, else an estimate; None if neither is possible.
 
-    There is none of a run that was resumed: its clients waited without a server, too.
+    A resumed run has neither, as its clients also waited while there was no server.
     """
     efficiency = number(run.summary.get("overlap_efficiency"))
     if efficiency is not None:
@@ -280,9 +286,9 @@ def hidden(run: Recorded) -> Hidden | None:
 
 
 def telemetry(run: Recorded) -> list[dict[str, Any]]:
-    """What telemetry.jsonl says of GPUs and links, as series of (seconds, value): utilisation in %, rates in MB/s.
+    """GPU utilisation (%) and link rates (MB/s) from telemetry.jsonl, as series of (seconds, value).
 
-    Seconds since the beginning of the timeline, by the clock that all processes share: `t_s` of each begins elsewhere.
+    Seconds since the start of the timeline, by the shared clock; `t_s` starts at another moment in each process.
     """
     begin_ns = origin_us(run) * 1e3
     series: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""A run as its folder tells it: whatever can be read, and in `notes` what is missing, damaged or not understood.
+"""Reads a run's folder: everything readable, and `notes` on what is missing, damaged or not understood.
 
-Nothing in a folder is trusted to be there, to be whole or to be of this release, and nothing here raises because of
-it. No arithmetic on the figures: that is `figures.py`.
+Files may be missing, incomplete or from another release; nothing here raises because of that. figures.py does the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from parablock_rt.errors import ConfigError
 from parablock_rt.summary import SUMMARY_VERSION
 
 MAX_SPANS = 300_000
-"""Spans of one run that a report takes in; more make a page that no browser likes."""
+"""The most spans of one run in a report; browsers do not cope with more."""
 
-_LARGEST = 1e18  # no count of bytes and no time in any unit of these files is larger
+_LARGEST = 1e18  # larger than any count of bytes and any time in the units of these files
 _CLIENT_FOLDER = re.compile(r"client-\d+")
 _ROUND = re.compile(r"\bround (\d+)\b")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time on a track of a process. Microseconds of the clock that the run's processes share.
+    """A stretch of time on a track of a process, in microseconds of the clock that the run's processes share.
 
-    `kind`: of what is transferred: upload, update or snapshot; "" where nothing is, or the file does not say.
+    `kind` of the transfer: upload, update or snapshot; "" if the span is not a transfer or the file does not say.
     """
 
     process: str
@@ -41,13 +41,14 @@ class Span:
 
     @property
     def end_us(self) -> float:
-        """When it ended."""
+        """The end of the span, in microseconds."""
         return self.start_us + self.dur_us
 
 
 @dataclass
 class Recorded:
-    """What one run left. `rounds`: the lines of metrics.jsonl; `samples`: those of telemetry.jsonl, by process."""
+    """The contents of one run's folder. `rounds`: the lines of metrics.jsonl; `samples`: the lines of telemetry.jsonl
+    by process."""
 
     name: str
     path: Path
@@ -59,19 +60,22 @@ class Recorded:
 
 
 def number(value: object) -> float | None:
-    """`value` if it is a number that can be one of a run's, else None: damaged files have null, NaN, text or worse."""
+    """`value` if it is a plausible number, else None: damaged files may have null, NaN, text or worse."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return None
     return value
 
 
 def load(path: Path) -> list[Recorded]:
-    """The runs of a folder: one, or those of its subfolders (a demonstration has two).
+    """The runs of a folder: one, or the runs in its subfolders (a demo has two).
 
-    Raises ConfigError when there is no such folder or nothing of a run is in it.
+    Raises ConfigError when there is no such folder or it has no files of a run.
     """
     if not path.is_dir():
-        raise ConfigError(f"expected the folder of a run, found {'a file' if path.exists() else 'nothing'} at {path}")
+        raise ConfigError(
+            f"expected the folder of a run, found {'a file' if path.exists() else 'nothing'} at {path}; give the "
+            "folder that `parablock serve`, `join` or `demo` wrote"
+        )
     inner = sorted(p for p in path.iterdir() if p.is_dir() and not _CLIENT_FOLDER.fullmatch(p.name) and _is_run(p))
     if inner:
         return [_load_run(p, p.name) for p in sorted(inner, key=_began)]
@@ -88,7 +92,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _began(path: Path) -> tuple[float, str]:
-    """Sorts the runs of a folder in the order in which they ended."""
+    """A sort key: when the run ended, then its name."""
     times = [(path / name).stat().st_mtime for name in ("summary.json", "metrics.jsonl") if (path / name).exists()]
     return (times[0] if times else math.inf, path.name)
 
@@ -98,14 +102,14 @@ def _load_run(path: Path, name: str) -> Recorded:
     run.summary = _read_summary(path, run.notes)
     run.rounds = _read_lines(path / "metrics.jsonl", run.notes)
     clients = sorted(p for p in path.iterdir() if p.is_dir() and _CLIENT_FOLDER.fullmatch(p.name))
-    boot = ""  # of the clock that the first of the traces was recorded with
+    boot = ""  # the boot id of the first trace, which names its clock
     for part in (path, *clients):
         label = "" if part is path else f"{part.name}/"
         spans, its_boot = _read_trace(part / "trace.json", label, run.notes)
         boot = boot or its_boot
         if its_boot not in ("", boot):
             run.notes.append(
-                f"{label}trace.json was recorded on another machine or boot, whose clock does not compare: its spans "
+                f"{label}trace.json was recorded on another machine or boot, whose clock does not compare; its spans "
                 f"and {label}telemetry.jsonl are left out."
             )
             continue
@@ -126,21 +130,22 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
     if summary is None:
         return {}
     if not isinstance(summary, dict):
-        notes.append("summary.json holds no object; its figures are left out.")
+        notes.append("summary.json does not hold a JSON object; its figures are left out.")
         return {}
     version = summary.get("version")
     if version is None:
-        notes.append("summary.json names no version: an older release wrote it, and some figures may be missing.")
+        notes.append("summary.json has no version: an older release wrote it, and some figures may be missing.")
     elif version != SUMMARY_VERSION:
         notes.append(
-            f"summary.json has version {version!r}, this release knows {SUMMARY_VERSION}: what it names as this "
-            "release does is shown, the rest is left out."
+            f"summary.json has version {version!r}, this release reads version {SUMMARY_VERSION}: figures with the "
+            "same names are shown, the rest is left out."
         )
     resumed = number(summary.get("resumed_from"))
     if resumed is not None:
         notes.append(
-            f"The server was started again and closed the rounds from {int(resumed) + 1} on. The times of clients "
-            "contain the time in which there was no server, the wall time does not; trace.json has only what followed."
+            f"The run was resumed: the server was started again and closed the rounds from {int(resumed) + 1} on. The "
+            "times of clients include the time without a server, the wall time does not; trace.json starts with the "
+            "new server."
         )
     if summary.get("complete") is False:
         notes.append("The run did not end as planned: summary.json says that it is not complete.")
@@ -160,7 +165,7 @@ def _read_json(path: Path, label: str, notes: list[str]) -> Any:
 
 
 def _read_lines(path: Path, notes: list[str], *, label: str = "", optional: bool = False) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; lines that are none are counted."""
+    """The objects of a .jsonl file; a note counts the lines that are not objects."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -185,7 +190,7 @@ def _read_lines(path: Path, notes: list[str], *, label: str = "", optional: bool
 
 
 def _read_trace(path: Path, label: str, notes: list[str]) -> tuple[list[Span], str]:
-    """The spans of a trace, and the boot of its clock; "" where the file does not say."""
+    """The spans of a trace, and the boot id of its clock; "" if the file does not say."""
     trace = _read_json(path, label, notes)
     if trace is None:
         return [], ""
@@ -194,8 +199,8 @@ def _read_trace(path: Path, label: str, notes: list[str]) -> tuple[list[Span], s
     lost = number(about.get("lost_records"))
     if lost:
         notes.append(
-            f"{label}{path.name} lacks {int(lost):,} records that its process could not keep: what is shown of it has "
-            "gaps, and shares of time are too small."
+            f"{label}{path.name} lacks {int(lost):,} records that its process could not keep: its timeline has gaps, "
+            "and shares of time are too small."
         )
     events = trace.get("traceEvents") if isinstance(trace, dict) else trace
     if not isinstance(events, list):

@@ -1,4 +1,4 @@
-"""The HTML file: the template with style, scripts and data put in. No figure is computed here."""
+"""The HTML file: puts style, scripts and data into the template. Computes no figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCRIPTS = ("format.js", "charts.js", "timeline.js", "page.js")
 def render(paths: Sequence[Path]) -> str:
     """The report on the runs in these folders, as the text of an HTML file.
 
-    What is missing or damaged in a folder is said in the report. Raises ConfigError for a path without any run.
+    The report notes what is missing or damaged in a folder. Raises ConfigError for a path without a run.
     """
     runs = [run for path in paths for run in folder.load(path)]
     names = Counter(run.name for run in runs)
@@ -38,28 +38,28 @@ def render(paths: Sequence[Path]) -> str:
         "script": "\n".join(_read(name) for name in _SCRIPTS),
         "data": embeddable(to_json(content)),
     }
-    for name, part in parts.items():  # the data last: it is the only part that nobody here wrote
+    for name, part in parts.items():  # the data last: it is the only part that is not ours and could hold a placeholder
         page = page.replace(f"<!-- {name} -->", part, 1)
     return page
 
 
 def write(path: Path) -> None:
-    """Writes report.html into a run's folder. A run never fails because of its report: trouble is only logged."""
+    """Writes report.html into a run's folder. A run never fails because of its report: errors are only logged."""
     try:
         temporary = path / ".report.html.part"
         temporary.write_text(render([path]), encoding="utf-8")
         temporary.replace(path / "report.html")
-    except Exception:  # whatever it is, the run itself is over and well
-        log.warning("no report was written for %s", path, exc_info=True)
+    except Exception:  # the run itself has ended well
+        log.warning("could not write the report for %s", path, exc_info=True)
 
 
 def embeddable(json: str) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
+    """JSON escaped for a script element: nothing in it can end the element or start a comment."""
     return json.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def describe(run: Recorded) -> dict[str, Any]:
-    """One run as the page's scripts take it. Times in seconds where named `_s`, else in milliseconds."""
+    """One run as the page's scripts expect it. Times are in seconds if the name ends in `_s`, else in milliseconds."""
     busy, ahead = figures.activity(run), figures.forecast(run)
     return {
         "name": run.name,
@@ -76,7 +76,7 @@ def describe(run: Recorded) -> dict[str, Any]:
 
 
 def _timeline(spans: list[Span], origin: float) -> dict[str, Any]:
-    """The spans by column: `rows` are (process, track), `labels` are (name, stage); both are referred to by index."""
+    """The spans by column. `rows` are (process, track) and `labels` are (name, stage); the spans have their indices."""
     order = {stage: at for at, stage in enumerate(figures.STAGES)}
     first = {(span.process, span.track): figures.stage_of(span) for span in reversed(spans)}
     tracks = sorted(first, key=lambda row: (_natural(row[0]), order.get(first[row], len(order)), _natural(row[1])))
@@ -92,7 +92,7 @@ def _timeline(spans: list[Span], origin: float) -> dict[str, Any]:
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts client 2 before client 10."""
+    """A sort key that puts client 2 before client 10."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 

@@ -1,6 +1,6 @@
-"""The verdict on a run in words: how much was hidden, what link and clients did, what would hide the rest.
+"""The verdict on a run in words: how much was hidden, how busy links and clients were, what would hide the rest.
 
-Every number in it comes from the run; what was estimated says so.
+Every number in it comes from the run; estimates are marked as such.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from parablock_rt.report.figures import Activity, Forecast
 from parablock_rt.report.folder import Recorded, number
 
 HIDDEN = 0.95
-"""From here on communication is called hidden: the last exchange of a run has nothing to hide behind in any case."""
+"""From this share on, communication counts as hidden. Not 1: no training follows that could hide the last exchange."""
 
 STRAGGLER = 0.1
-"""A client is called slow when the round waits for it longer than this share of its length."""
+"""A client counts as slow if its uploads are late by more than this share of a round."""
 
-_WORTH_A_WORD_S = 0.05  # less reads as 0.0
+_WORTH_A_WORD_S = 0.05  # a shorter time reads as 0.0
 
 
 def percent(share: float) -> str:
-    """A share for a reader; only what is all or nothing reads as 100 % or 0 %."""
+    """A share as text; only exactly 1 and 0 read as 100 % and 0 %."""
     text = f"{100 * share:.0f}"
     if (text == "100") != (share >= 1) or (text in ("0", "-0")) != (share == 0):
         text = f"{100 * share:.1f}"
@@ -27,7 +27,7 @@ def percent(share: float) -> str:
 
 
 def verdict(run: Recorded) -> str:
-    """One paragraph. Says what is missing instead of guessing."""
+    """The verdict as one paragraph. It says what is unknown instead of guessing."""
     staleness = number(run.summary.get("staleness"))
     forecast, busy = figures.forecast(run), figures.activity(run)
     parts = [_hidden(run, staleness), _busy(busy), _advice(run, forecast, staleness), _slow(run), _outcome(run)]
@@ -41,11 +41,11 @@ def _hidden(run: Recorded, staleness: float | None) -> str:
     others = number(run.summary.get("waited_for_others_s")) or 0.0
     blocked = exposed + others
     of_it = f", {others:.1f} s of it for other clients," if others >= _WORTH_A_WORD_S else ""
-    waited = f"the training thread waited {blocked:.1f} s{of_it} beside {compute:.1f} s of computing"
+    waited = f"the training thread waited {blocked:.1f} s{of_it} in addition to {compute:.1f} s of computing"
     if number(run.summary.get("resumed_from")) is not None:
-        waited += ", which contains the time in which there was no server"
+        waited += ", including the time without a server"
     if staleness == 0:
-        return f"Nothing was hidden, as staleness 0 wants it: {waited}."
+        return f"Nothing was hidden, as expected at staleness 0: {waited}."
     found = figures.hidden(run)
     if found is None:
         share = percent(blocked / (blocked + compute)) if blocked + compute > 0 else "none"
@@ -71,7 +71,7 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
         return ""
     found = figures.hidden(run)
     if found is not None and found.share < 0:
-        return ""  # something else than the transfers was waited for, and more steps may not help
+        return ""  # training waited for something other than transfers, and more steps may not help
     enough = forecast.steps_to_hide(int(staleness))
     plural = "" if enough == 1 else "s"
     exchange = f"an exchange takes {'' if forecast.measured else 'about '}{forecast.exchange_s:.2f} s"

@@ -1,7 +1,7 @@
-"""One GPU as staging sees it: streams beside the training's, the encode kernel on one of them, memory.
+"""One GPU as staging sees it: memory, streams besides the training stream, and the encode kernel on one of them.
 
-The only module of the runtime that launches kernels on a stream of its own. The training thread alone uses it. Tests
-put a device in its place whose streams are threads.
+The only module of the runtime that launches kernels on its own stream. Only the training thread may use it. Tests
+replace it by a device whose streams are threads.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from parablock_rt import _C, codec
 
-# Of one device-to-host copy: long against the microsecond between two copies, short against the network's buffers.
+# The size of one device-to-host copy: long compared with the microsecond between two copies, short compared with the
+# network's buffers.
 COPY_BYTES = 4 << 20
 
-_compiling = threading.Lock()  # clients in threads of one process, as in tests, would all compile the same
+_compiling = threading.Lock()  # clients in threads of one process, as in tests, would all compile the same kernels
 
 
 class CudaDevice:
@@ -28,18 +29,18 @@ class CudaDevice:
         """Makes the streams. Raises DeviceError when the driver cannot be used."""
         self.driver = _C.Driver()
         with torch.cuda.device(device):
-            # The first use makes the context, which the streams belong to. A tensor's device has a number in any case.
+            # The first use makes the context that owns the streams. A tensor's device always has an index.
             self.device = torch.zeros(1, device=device).device
             self.native = _C.Device(self.driver, COPY_BYTES)
         self._warm = False
         self._pack: torch.cuda.Stream = torch.cuda.ExternalStream(self.native.pack, device=device)  # type: ignore[no-untyped-call]
 
     def training_stream(self) -> int:
-        """The stream that this thread trains on now."""
+        """The handle of the stream that this thread currently trains on."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory, free to be used by what is queued on the training stream from now on."""
+        """Uninitialised memory, for use by work queued on the training stream from now on."""
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def encode(
@@ -52,7 +53,8 @@ class CudaDevice:
         bad: Tensor | None,
         format: str,
     ) -> Tensor:
-        """Queues one launch of the encode kernel on the pack stream; returns where it counts, `bad` if given."""
+        """Queues one launch of the encode kernel on the pack stream; returns its counter of bad groups: `bad` if given,
+        else a new one."""
         kernels = codec.kernels()
         with torch.cuda.stream(self._pack):
             packed = kernels.encode(now, ref, residual, format=format, residual_out=residual_out, out=out, bad=bad)
@@ -60,11 +62,11 @@ class CudaDevice:
         return counted
 
     def warm_up(self, kinds: set[tuple[torch.dtype, torch.dtype]], format: str) -> None:
-        """Compiles what a round needs, for blocks of these dtypes (trained, reference), so that no round waits for it,
-        and makes the counters of the pack stream, so that no hand-over allocates them.
+        """Compiles the kernels of a round for blocks of these dtypes (trained, reference), so that no round waits for
+        it, and makes the counters of the pack stream, so that no hand-over allocates them.
 
-        Bodies of both alignments of the scales: those of a whole slice and those of a block's last one. With and
-        without a residual that earlier packings have left; fp32 leaves none.
+        Covers bodies with both alignments of the scales, as in a whole slice and in the last slice of a block, and
+        encoding with and without a residual from earlier rounds (fp32 has no residual).
         """
         with _compiling, torch.cuda.device(self.device):
             for now_dtype, ref_dtype in sorted(kinds, key=str):
@@ -82,8 +84,8 @@ class CudaDevice:
             self._warm = True
 
     def close(self) -> None:
-        """Returns when the streams are idle, and gives them up."""
+        """Waits until the streams are idle, then destroys them."""
         if self._warm:  # else the kernels may not even be importable
-            self._warm = False  # a stream that somebody makes later may have this one's handle
+            self._warm = False  # once only: a stream made later may reuse this stream's handle
             codec.kernels().common.drop_counters(self.native.pack)
         self.native.close()

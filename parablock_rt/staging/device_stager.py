@@ -1,14 +1,14 @@
 """Staging of blocks on a GPU: from weights to a body in pinned memory, and from an arriving body to the device.
 
-A block is encoded in slices, each into one of two slots on the device, and each slice goes to the host in chunks while
-the next is encoded; the network sends what is there. All of it is queued by the training thread in one go and then runs
-without it, in the order that streams and marks give:
+A block is encoded in slices, each into one of two slots on the device. Each slice goes to the host in chunks while the
+next slice is encoded, and the network sends the chunks that are there. The training thread queues everything in one go;
+it then runs on its own, in the order that streams and marks define:
 
     pack:  [after the training] fetch residual, encode slice i      (waits until the slot's last copies are done)
     down:  [after encode i] copy the body's slice, chunk by chunk, each raising the watermark; copy the new residual
     up:    chunks of an arriving body, queued by a native thread as they come
 
-Nobody waits for a network here. One thread at a time uses a DeviceStager.
+Nothing here waits for a network. One thread at a time may use a DeviceStager.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from parablock_rt.staging.pinned import PinnedMemory, buffer_bytes, bytes_needed
 from parablock_rt.staging.stager import ENCODE_DEADLINE_S, Encoding, Landing, Piece, Stager, check_piece
 from parablock_rt.wire.transport import BufferPool, Transport, body_layout
 
-# Elements of a slot, at most. The training's first optimiser step waits until the last slice is encoded, and each
-# encode may have to wait for a matrix product that has all of the GPU, some milliseconds in a large model. So there are
-# as few slices as let copies and encoding overlap: a quarter of a layer of 218 M parameters fits. It bounds the memory
-# that larger blocks take.
+# The most elements of a slot. The training's first optimiser step waits until the last slice is encoded, and each
+# encode may wait for a matrix product that fills the GPU, some milliseconds in a large model. So there are only as many
+# slices as needed to overlap copies and encoding: a slot holds a quarter of a layer of 218 M parameters. For larger
+# blocks, this limit bounds the memory of the slots.
 SLICE = 1 << 26
 LEAST_SLICE = 1 << 20
 SLOTS = 2
-_ALIGNMENT = 16  # bytes, of the codes on the device
-_CHECK_S = 0.5
+_ALIGNMENT = 16  # bytes; of the codes on the device
+_CHECK_S = 0.5  # how often a wait for the GPU checks it for errors
 
 
 class Device(Protocol):
@@ -63,9 +63,9 @@ class Device(Protocol):
 
 
 class DeviceEncoding(Encoding):
-    """A body in the making, on the device and on its way to the host.
+    """A body that is being encoded on the device and copied to the host.
 
-    The pieces' tensors must stay as they are until `read` is passed: `before_writing` sees to it on the device.
+    Nothing may write the pieces' tensors before the device has passed the mark `read`; call `before_writing` first.
     """
 
     def __init__(
@@ -80,28 +80,31 @@ class DeviceEncoding(Encoding):
         super().__init__(to_host, source, buffer, nbytes)
         self._device = device
         self._to_host = to_host
-        self.weights = [tensor for piece in pieces for tensor in (piece.now, piece.ref)]  # kept until they are read
-        self.residuals = [(piece.residual, piece.residual_out) for piece in pieces]  # until all is on the host
+        self.weights = [tensor for piece in pieces for tensor in (piece.now, piece.ref)]  # kept alive until read
+        self.residuals = [(piece.residual, piece.residual_out) for piece in pieces]  # kept alive until all is copied
         self.bad: Tensor | None = None
-        self.read: _C.Mark | None = None  # behind the last kernel that reads the pieces
+        self.read: _C.Mark | None = None  # after the last kernel that reads the pieces
 
     def wait(self) -> None:
-        """Returns when the whole body and the residuals are on the host. Raises DeviceError if the GPU failed."""
+        """Waits until the whole body and the residuals are on the host. Raises DeviceError if the GPU failed."""
         deadline = time.monotonic() + ENCODE_DEADLINE_S
         while not self._to_host.wait(_CHECK_S):
             self._device.native.check()
             if time.monotonic() > deadline:
-                raise ParaBlockError(f"packing a block on the GPU took longer than {ENCODE_DEADLINE_S:g} s")
+                raise ParaBlockError(
+                    f"expected the GPU to pack a block within {ENCODE_DEADLINE_S:g} s, found it still packing; check "
+                    "whether another process keeps the GPU busy"
+                )
 
     def before_writing(self) -> bool:
-        """What is queued on the training stream from now on comes after the last read. Never waits."""
+        """Orders the work queued on the training stream from now on behind the last read. The host never waits."""
         if self.read is not None:
             self._device.native.wait(self._device.training_stream(), self.read)
         return False
 
     @property
     def count_address(self) -> int:
-        """Where in host memory the count of bad groups goes."""
+        """The address in host memory of the count of bad groups."""
         return self.buffer.address + _round_up(self.nbytes, 8)
 
     @property
@@ -112,20 +115,21 @@ class DeviceEncoding(Encoding):
 
     @property
     def span_ns(self) -> tuple[int, int]:
-        """From packing being queued until the first chunk was on the host; valid after `wait`.
+        """When packing was queued and when the first chunk was on the host (monotonic clock); valid after `wait`.
 
-        What the device does in between is not measured: timing it would put more work on its streams.
+        The steps in between are not measured, as timing them would put more work on the streams.
         """
         return self._to_host.started_ns, self._to_host.first_copied_ns
 
     @property
     def copy_span_ns(self) -> tuple[int, int]:
-        """From the first chunk being on the host until all was, beside the packing of later ones; after `wait`."""
+        """When the first and when the last chunk was on the host; later chunks were packed meanwhile. Valid after
+        `wait`."""
         return self._to_host.first_copied_ns, self._to_host.finished_ns
 
 
 class DeviceLanding(Landing):
-    """Room for a body on the host and on the device, to which it goes on while it arrives."""
+    """Room for a body on the host and on the device; arriving chunks go on to the device at once."""
 
     def __init__(
         self, device: Device, buffer: _C.Buffer, layout: _C.Layout, memory: Tensor, free: _C.Mark, scales: int
@@ -141,33 +145,36 @@ class DeviceLanding(Landing):
         self.watermark = self._to_device.watermark
 
     def body(self) -> Tensor:
-        """The packed body on the device, behind its last copy on the training stream.
+        """The packed body on the device; orders the training stream behind its last copy.
 
-        Waits for the host's part alone, which is done by the time the last chunk has been noted here. Raises
+        Waits only until the host has queued the last copy, which soon follows the arrival of the last chunk. Raises
         DeviceError if a copy failed.
         """
         deadline = time.monotonic() + ENCODE_DEADLINE_S
         assert self._to_device is not None
         while (copied := self._to_device.wait(_CHECK_S)) is None:
             if time.monotonic() > deadline:
-                raise ParaBlockError("an aggregate that has arrived was not copied to the GPU; was the run closed?")
+                raise ParaBlockError(
+                    "expected an aggregate that has arrived to be copied to the GPU, found copies missing; check "
+                    "whether the run was closed"
+                )
         self._device.native.wait(self._device.training_stream(), copied)
         return self._body
 
     def cancel(self) -> None:
-        """Nothing that still arrives is copied."""
+        """Stops copying: chunks that arrive later stay on the host."""
         if self._to_device is not None:
             self._to_device.cancel()
 
     def release(self) -> None:
-        """The buffer is somebody else's once the last copy from it has been made."""
+        """Stops copying and gives up the buffer, which is free for reuse once the last copy from it is done."""
         self.cancel()
         self._to_device = None
 
 
 @dataclass
 class _Slot:
-    """Memory of one slice on the device, and the mark from which on it may be written."""
+    """Memory for one slice on the device; it may be written after the mark `free`."""
 
     body: Tensor
     residual: Tensor | None
@@ -190,8 +197,8 @@ class DeviceStager:
     def __init__(
         self, device: Device, memory: PinnedMemory, *, slice_elements: int = SLICE, ring: _C.Ring | None = None
     ) -> None:
-        """`memory`: where bodies and residuals are kept on the host. `slice_elements`: of a slot, at most. `ring`:
-        where the driver's callbacks, one after the other, note each chunk that is on the host."""
+        """`memory`: for bodies and residuals on the host. `slice_elements`: the most elements of a slot. `ring`: the
+        driver's callbacks, which run one at a time, write a record there for each chunk that is on the host."""
         self.memory = memory
         self.buffers = BufferPool(memory.take)
         self._device = device
@@ -201,7 +208,7 @@ class DeviceStager:
         self._slot_elements = 0
         self._next = 0
         self._running: list[DeviceEncoding] = []
-        self._targets: list[tuple[Tensor, _C.Mark]] = []  # device memory of landings, and from when on it is free
+        self._targets: list[tuple[Tensor, _C.Mark]] = []  # spare device memory for landings, each free after its mark
         self._landings: list[DeviceLanding] = []
         self._closed = False
         exits.register(self)
@@ -217,10 +224,10 @@ class DeviceStager:
         round: int = 0,
         block: int = 0,
     ) -> DeviceEncoding:
-        """Queues all that it takes to pack the pieces, which follow each other in the flat block. Does not wait.
+        """Queues the packing of the pieces, which follow each other in the flat block. Does not wait.
 
-        `kind`, `round` and `block` name the transfer in the timeline. What the training stream has been given so far
-        comes first. Raises CodecError for tensors that the codec cannot read, DeviceError when the GPU refuses.
+        Packing runs after the work queued on the training stream so far. `kind`, `round` and `block` name the transfer
+        in the timeline. Raises CodecError for tensors that the codec cannot read, DeviceError when the driver fails.
         """
         for piece in pieces:
             check_piece(piece, self._device.type)
@@ -234,7 +241,7 @@ class DeviceStager:
         source = transport.native.make_source(buffer, layout, False)
         to_host = native.device_to_host(source, self._ring, kind, round, block)
         encoding = DeviceEncoding(self._device, pieces, to_host, source, buffer, nbytes)
-        self._running.append(encoding)  # before the GPU may read: whatever is raised from here on, the tensors live
+        self._running.append(encoding)  # before the GPU may read: keeps the tensors alive if anything below raises
         native.wait(native.pack, native.mark(self._device.training_stream()))
         for part in _cut(pieces, self._slot_elements, chunk):
             self._pack(encoding, part, format, numel // layout.units)
@@ -276,9 +283,9 @@ class DeviceStager:
         slot.free = native.mark(native.down)
 
     def reserve(self, numel: int, format: str, chunk: int) -> None:
-        """Sees to it that the slots are there and large enough for a block of `numel` elements.
+        """Allocates slots that are large enough for a block of `numel` elements, unless they exist already.
 
-        Waits for the streams when there are smaller ones, so reserve for the largest block first.
+        Waits for the streams if it replaces smaller slots, so reserve for the largest block first.
         """
         wanted = slot_elements(numel, chunk, self._slice)
         if wanted <= self._slot_elements:
@@ -296,19 +303,20 @@ class DeviceStager:
         self._slot_elements = wanted
 
     def fit(self, nbytes: int) -> None:
-        """From now on no body is larger than `nbytes`, and every buffer is for any of them."""
+        """From now on every buffer is large enough for any body; no body may be larger than `nbytes`."""
         self.buffers.fit(buffer_bytes(nbytes))
 
     def release_inputs(self, encoding: Encoding) -> bool:
-        """Gives the memory of the encoding's weights back, for what the training stream does from now on."""
+        """Frees the encoding's weights for the work queued on the training stream from now on. Returns False: it never
+        waits."""
         assert isinstance(encoding, DeviceEncoding)
         encoding.before_writing()
-        # torch gives memory that is freed to what comes later on the stream it was made on: the training's.
+        # torch reuses freed memory for later work on the stream that it was allocated on, the training stream.
         encoding.weights.clear()
         return False
 
     def release(self, encoding: Encoding) -> None:
-        """Takes a finished encoding's buffer back; it is used again once the transport has let go of it, too."""
+        """Takes back the buffer of an encoding, after waiting for it; reuses it once the transport has released it."""
         assert isinstance(encoding, DeviceEncoding)
         encoding.wait()
         encoding.weights.clear()
@@ -317,7 +325,7 @@ class DeviceStager:
         encoding.release_source()
 
     def residual(self, numel: int) -> Tensor:
-        """An uninitialised fp32 [numel] in pinned memory, to keep an error feedback in."""
+        """An uninitialised fp32 tensor [numel] for a residual, in pinned memory if there is room."""
         return torch.frombuffer(self.memory.take(4 * numel), dtype=torch.float32, count=numel)
 
     def landing(self, numel: int, format: str, chunk: int) -> DeviceLanding:
@@ -337,7 +345,7 @@ class DeviceStager:
         return landing
 
     def release_landing(self, landing: Landing) -> None:
-        """Takes a landing back. What reads its body has been queued on the training stream."""
+        """Takes a landing back. All reads of its body must have been queued on the training stream."""
         assert isinstance(landing, DeviceLanding)
         self._landings.remove(landing)
         landing.release()
@@ -345,7 +353,7 @@ class DeviceStager:
         self.buffers.give_back(landing.buffer)
 
     def close(self) -> None:
-        """Returns when nothing on the device reads or writes what was handed over. Idempotent."""
+        """Waits until the device no longer reads or writes any memory given to it. Idempotent."""
         if self._closed or exits.is_inherited(self):
             return
         self._closed = True
@@ -356,7 +364,7 @@ class DeviceStager:
         self._running.clear()
 
     def close_at_exit(self) -> None:
-        """For a program that ends without closing it."""
+        """Called when the program ends without closing the stager."""
         self.close()
 
     def __del__(self) -> None:
@@ -369,12 +377,11 @@ def stager_for(
     pinned_memory: int | None,
     ring: Callable[[str], _C.Ring | None] = lambda thread: None,
 ) -> Stager | DeviceStager:
-    """What stages a client's blocks where they are: in host memory or on one GPU.
+    """The stager for a client's blocks, which are in host memory or on one GPU.
 
-    `pinned_memory`: the most bytes of host memory to pin; None: see `PinnedMemory`. `ring`: makes the ring in which a
-    thread of that name notes what it does. Raises ConfigError when the blocks
-    are on several devices or where nothing can stage them, CodecError when triton is missing, DeviceError when the
-    driver is.
+    `pinned_memory`: the most bytes of host memory to pin; None: see `PinnedMemory`. `ring`: makes the ring for a thread
+    of the given name. Raises ConfigError when the blocks are on several devices, or on one that is neither the CPU nor
+    a CUDA device; CodecError when triton is missing; DeviceError when the driver is missing.
     """
     devices = {flat.device for block in blocks for flat in block.flats}
     if devices == {torch.device("cpu")}:
@@ -382,7 +389,7 @@ def stager_for(
     device = devices.pop()
     if devices or device.type != "cuda":
         found = ", ".join(sorted(map(str, {device, *devices})))
-        raise ConfigError(f"expected all blocks in host memory or on one CUDA device; found {found}; move the model")
+        raise ConfigError(f"expected all blocks in host memory or on one CUDA device, found {found}; move the model")
     cuda = CudaDevice(device)
     try:
         cuda.warm_up(kinds_of(blocks), config.format)
@@ -398,18 +405,18 @@ def stager_for(
 
 
 def slot_elements(numel: int, chunk: int, most: int = SLICE) -> int:
-    """Elements of a slot for blocks of up to `numel` elements: whole chunks, about `most` or fewer."""
-    quarter = _round_up(-(-numel // 4), chunk)  # a small block is cut, too, so that copies and encoding overlap
+    """Elements of a slot for blocks of up to `numel` elements: whole chunks, at most about `most` elements."""
+    quarter = _round_up(-(-numel // 4), chunk)  # cuts smaller blocks, too, so that copies and encoding overlap
     return _round_up(min(max(quarter, LEAST_SLICE), most, numel), chunk)
 
 
 def slot_bytes(elements: int, format: str) -> tuple[int, int]:
-    """Bytes of a slot on the device: of the body, and of the residual."""
+    """Bytes of a slot on the device: for the body, and for the residual."""
     return codec.body_bytes(elements, format) + _ALIGNMENT, 0 if format == "fp32" else 4 * elements
 
 
 def kinds_of(blocks: list[FlatBlock]) -> set[tuple[torch.dtype, torch.dtype]]:
-    """What is trained and what it is encoded against, of all segments: see `CudaDevice.warm_up`."""
+    """The pairs (trained dtype, reference dtype) of all segments: see `CudaDevice.warm_up`."""
     return {
         (torch.float32 if block.block.needs_master else flat.dtype, flat.dtype)
         for block in blocks
@@ -418,13 +425,16 @@ def kinds_of(blocks: list[FlatBlock]) -> set[tuple[torch.dtype, torch.dtype]]:
 
 
 def _cut(pieces: Sequence[Piece], elements: int, chunk: int) -> list[_Slice]:
-    """The pieces in slices of at most `elements`, a multiple of `chunk`, that end where a chunk of the block ends."""
+    """The pieces, cut into slices of at most `elements` (a multiple of `chunk`).
+
+    A slice ends at the end of a chunk of the block, or of its piece.
+    """
     slices = []
     start = 0
     for piece in pieces:
         at = 0
         while at < piece.now.numel():
-            until = (start // chunk * chunk) + elements  # the first slice of a piece may begin within a chunk
+            until = (start // chunk * chunk) + elements  # a piece may begin within a chunk
             numel = min(until - start, piece.now.numel() - at)
             slices.append(_Slice(piece, at, numel, start))
             at += numel
@@ -433,7 +443,10 @@ def _cut(pieces: Sequence[Piece], elements: int, chunk: int) -> list[_Slice]:
 
 
 def aligned(memory: Tensor, nbytes: int, scales: int) -> Tensor:
-    """A body of `nbytes` bytes within `memory` (uint8, at least 16 more), whose codes start at a multiple of 16."""
+    """A view of `nbytes` bytes in `memory` (uint8, at least 16 bytes larger) for a body with `scales` bytes of scales.
+
+    Its codes start at an address that is a multiple of 16.
+    """
     start = -(memory.data_ptr() + scales) % _ALIGNMENT
     return memory[start : start + nbytes]
 

@@ -1,7 +1,8 @@
 """Host memory that a GPU copies from and to at full speed: one pinned slab of known size, cut into buffers.
 
-Pinning is slow and takes memory from everybody else, so it happens once, up to a cap. What does not fit, or all of it
-if the system refuses, is ordinary memory: everything still works, with copies that the training thread waits for.
+Pinning is slow and takes memory from other processes, so it happens once, up to a cap. Buffers that do not fit, or all
+of them if the system refuses to pin, are pageable memory: everything still works, but the training thread waits for the
+copies.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ COUNT_BYTES = 8
 
 
 def bytes_needed(blocks: list[Block], format: str, staleness: int) -> int:
-    """Bytes of pinned memory that a client's run uses: the error feedback of every block and the bodies under way.
+    """Bytes of pinned memory that a client's run uses: the residuals of all blocks and the bodies under way.
 
-    A block's hand-over has a second residual until the server has accepted it; `staleness + 1` may be under way, with
-    as many bodies. `staleness + 2` landings are open. Three bodies are spare: native threads let go of theirs a moment
-    late.
+    Up to `staleness + 1` hand-overs are under way; each has a body, and a second residual until the verdict.
+    `staleness + 2` landings are open. Three bodies are spare, as native threads release theirs a moment late.
     """
     residuals = [0 if format == "fp32" else sum(_pages(4 * s.length) for s in block.segments) for block in blocks]
     bodies = 2 * (staleness + 3)
@@ -32,17 +32,17 @@ def bytes_needed(blocks: list[Block], format: str, staleness: int) -> int:
 
 
 def buffer_bytes(nbytes: int) -> int:
-    """Bytes of the buffer for a body of `nbytes`: behind it is room for the count of bad groups."""
+    """Bytes of the buffer for a body of `nbytes`, with room after the body for the count of bad groups."""
     return -(-nbytes // 8) * 8 + COUNT_BYTES
 
 
 def default_cap() -> int:
-    """Bytes: half of the memory that this process may use."""
+    """Half of the memory that this process may use, in bytes."""
     return limits.memory_bytes() // 2
 
 
 class PinnedMemory:
-    """A slab and what it is too small for. Any thread."""
+    """A pinned slab, and pageable memory for requests that do not fit. Any thread."""
 
     def __init__(self, driver: _C.Driver, needed: int, cap: int | None = None) -> None:
         """Pins `needed` bytes, at most `cap` (half of the memory that this process may use if None; 0: pin nothing).
@@ -50,16 +50,16 @@ class PinnedMemory:
         Raises ConfigError for a negative cap.
         """
         if cap is not None and cap < 0:
-            raise ConfigError(f"pinned memory must be 0 bytes or more; found {cap}")
+            raise ConfigError(f"expected pinned memory to be 0 bytes or more, found {cap}")
         cap = default_cap() if cap is None else cap
         self.needed = needed
         self._slab: _C.Slab | None = None
         self._overflowed = needed > cap
         if self._overflowed:
             log.warning(
-                "pinning %s of host memory instead of the %s that would be used (a cap, or half of the memory that "
-                "this process may use); copies of the rest are slower and the training waits for them. Raise "
-                "--pinned-memory if the machine has more to give",
+                "pinning %s of host memory instead of the %s that the run needs (limited by --pinned-memory or to half "
+                "of the memory that this process may use); copies of the rest are slower and the training waits for "
+                "them. Raise --pinned-memory if the machine has enough memory",
                 _mib(cap),
                 _mib(needed),
             )
@@ -72,8 +72,8 @@ class PinnedMemory:
         except (_C.DeviceError, MemoryError) as error:
             self._overflowed = True
             log.warning(
-                "expected to pin %s of host memory, but the system refused (%s); going on with pageable memory: copies "
-                "are slower and the training waits for them. Free memory, raise the limit (ulimit -l), or lower "
+                "expected to pin %s of host memory, but the system refused (%s); using pageable memory: copies are "
+                "slower and the training waits for them. Free memory, raise the limit (ulimit -l), or lower "
                 "--pinned-memory",
                 _mib(size),
                 error or "out of memory",
@@ -81,12 +81,12 @@ class PinnedMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are pinned."""
+        """Pinned bytes."""
         return 0 if self._slab is None else self._slab.nbytes
 
     @property
     def used(self) -> int:
-        """Bytes of them that are in use."""
+        """Pinned bytes in use."""
         return 0 if self._slab is None else self._slab.used
 
     def take(self, nbytes: int) -> _C.Buffer:
@@ -97,7 +97,7 @@ class PinnedMemory:
         if not self._overflowed:
             self._overflowed = True
             log.warning(
-                "the %s of pinned memory are in use, %s more were asked for; going on with pageable memory for them",
+                "the %s of pinned memory have no room for %s more; using pageable memory for these",
                 _mib(self.nbytes),
                 _mib(nbytes),
             )

@@ -1,8 +1,8 @@
-"""From a block in memory to a body on its way, and from a body that comes in to where it is applied.
+"""From a block in memory to a body for the network, and from an arriving body to the memory where it is applied.
 
 This is the staging of blocks in host memory: encode jobs, the thread that runs them, the buffers they fill. For blocks
-on a GPU `device_stager` has the same interface, with streams instead of the thread. Nobody here waits for a network.
-One thread at a time uses a Stager; the native thread reads the tensors of a job until it is done.
+on a GPU, `device_stager` has the same interface, with streams instead of the thread. Nothing here waits for a network.
+One thread at a time may use a Stager; the native thread reads the tensors of a job until the job is done.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ENCODE_DEADLINE_S = 600.0
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous range of a block: `now − ref (+ residual)` is encoded. All 1-D and of one length.
+    """A contiguous range of a block, of which `now − ref (+ residual)` is encoded. All tensors are 1-D of one length.
 
-    `residual_out` (fp32) receives what the encoding left out; None: nobody wants to know.
+    `residual_out` (fp32) receives the error of the encoding; None discards it.
     """
 
     now: Tensor
@@ -41,9 +41,9 @@ class _Running:
 
 
 class Encoding:
-    """A body in the making. Its source may be sent at once: the watermark rises as the chunks get ready.
+    """A body that is being encoded. Its source may be sent at once: the watermark rises as the chunks get ready.
 
-    The pieces' tensors must stay unchanged until `wait` has returned; the stager keeps them alive.
+    Nothing may write the pieces' tensors until `wait` has returned; the stager keeps them alive.
     """
 
     def __init__(self, job: _C.EncodeJob | _C.DeviceToHost, source: _C.Source, buffer: _C.Buffer, nbytes: int) -> None:
@@ -54,25 +54,26 @@ class Encoding:
 
     @property
     def source(self) -> _C.Source:
-        """What the transport sends. Gone once the encoding is released."""
+        """The source for the transport to send; not available once the encoding is released."""
         assert self._source is not None
         return self._source
 
     def wait(self) -> None:
-        """Returns when the whole body is encoded."""
+        """Waits until the whole body is encoded. Raises ParaBlockError after 600 s."""
         if not self._job.wait(ENCODE_DEADLINE_S):
             raise ParaBlockError(
-                f"encoding a block took longer than {ENCODE_DEADLINE_S:g} s; is the machine suspended?"
+                f"expected a block to be encoded within {ENCODE_DEADLINE_S:g} s, found it unfinished; check whether "
+                "the machine is suspended or overloaded"
             )
 
     def before_writing(self) -> bool:
-        """To be called before one of the pieces' tensors is written again; whether that took waiting."""
+        """Call this before writing one of the pieces' tensors. Returns whether it had to wait."""
         waits = not self.done
         self.wait()
         return waits
 
     def release_source(self) -> None:
-        """Nothing will be sent any more that is not on its way."""
+        """Drops the source; a transfer that is already under way keeps its own reference."""
         self._source = None
 
     @property
@@ -87,39 +88,39 @@ class Encoding:
 
     @property
     def bad_groups(self) -> int:
-        """Groups that were not finite and went out as zeros; valid after `wait`."""
+        """How many groups were not finite and went out as zeros; valid after `wait`."""
         assert isinstance(self._job, _C.EncodeJob)
         return self._job.bad_groups
 
     @property
     def span_ns(self) -> tuple[int, int]:
-        """When encoding began and ended (monotonic clock); valid after `wait`."""
+        """When encoding started and ended (monotonic clock); valid after `wait`."""
         return self._job.started_ns, self._job.finished_ns
 
     @property
     def copy_span_ns(self) -> tuple[int, int]:
-        """When copying from a device began and ended; nothing is copied here. Valid after `wait`."""
+        """When copying from a device started and ended; zeros, as a block in host memory needs no copy."""
         return 0, 0
 
 
 class Landing:
-    """Room for a packed body that will come over the network."""
+    """Room for a packed body to arrive over the network."""
 
     def __init__(self, buffer: _C.Buffer, layout: _C.Layout) -> None:
         self.buffer = buffer
         self.layout = layout
-        self.watermark: _C.Watermark | None = None  # who wants to know, while the body comes in, how much is there
+        self.watermark: _C.Watermark | None = None  # if set, the transport raises it as the body arrives
 
     def body(self) -> Tensor:
-        """The packed body, uint8 [layout.nbytes], where it is to be applied. Call it when all of it has arrived."""
+        """The packed body, uint8 [layout.nbytes], on the device of the block. Call it after all of it has arrived."""
         return as_tensor(self.buffer, self.layout.nbytes)
 
 
 class Stager:
-    """The encode thread and the buffers of a process."""
+    """The encode thread and the buffers for blocks in host memory."""
 
     def __init__(self, ring: _C.Ring | None = None) -> None:
-        """`ring`: where the encode thread notes each chunk."""
+        """`ring`: the encode thread writes a record there for each chunk."""
         self.buffers = BufferPool()
         self._encoder = _C.Encoder(ring)
         self._running: list[_Running] = []
@@ -139,10 +140,10 @@ class Stager:
         round: int = 0,
         block: int = 0,
     ) -> Encoding:
-        """Begins to encode the pieces, which follow each other in the flat block, into one body. Does not wait.
+        """Starts to encode the pieces, which follow each other in the flat block, into one body. Does not wait.
 
-        `kind`, `round` and `block` name the transfer in the timeline. Raises CodecError for tensors that
-        the codec cannot read.
+        `kind`, `round` and `block` name the transfer in the timeline. Raises CodecError for tensors that the codec
+        cannot read.
         """
         for piece in pieces:
             check_piece(piece, "cpu")
@@ -153,29 +154,29 @@ class Stager:
         native = [_native(piece) for piece in pieces]
         self._running = [entry for entry in self._running if entry.job is None or not entry.job.wait(0.0)]
         entry = _Running(pieces)
-        self._running.append(entry)  # before the native thread may read: whatever is raised from here on, they live
+        self._running.append(entry)  # before the native thread may read: keeps the tensors alive if `submit` raises
         entry.job = self._encoder.submit(native, codec.FORMATS.index(format), source, kind, round, block)
         return Encoding(entry.job, source, buffer, nbytes)
 
     def release_inputs(self, encoding: Encoding) -> bool:
-        """Keeps the encoding's tensors no longer than it reads them. Returns whether that took waiting for it."""
+        """Waits until the encoding is done and drops its tensors. Returns whether it had to wait."""
         waits = not encoding.done
         encoding.wait()
         self._running = [entry for entry in self._running if entry.job is not encoding._job]
         return waits
 
     def release(self, encoding: Encoding) -> None:
-        """Takes a finished encoding's buffer back; it is used again once the transport has let go of it, too."""
+        """Takes back the buffer of an encoding, after waiting for it; reuses it once the transport has released it."""
         self.release_inputs(encoding)
         self.buffers.give_back(encoding.buffer)
         encoding.release_source()
 
     def fit(self, nbytes: int) -> None:
-        """From now on no body is larger than `nbytes`, and every buffer is for any of them."""
+        """From now on every buffer is large enough for any body; no body may be larger than `nbytes`."""
         self.buffers.fit(nbytes)
 
     def residual(self, numel: int) -> Tensor:
-        """An uninitialised fp32 [numel] in host memory, to keep an error feedback in."""
+        """An uninitialised fp32 tensor [numel] in host memory, for a residual."""
         return torch.empty(numel, dtype=torch.float32, device="cpu")
 
     def landing(self, numel: int, format: str, chunk: int) -> Landing:
@@ -184,15 +185,15 @@ class Stager:
         return Landing(self.buffers.take(layout.nbytes), layout)
 
     def release_landing(self, landing: Landing) -> None:
-        """Takes a landing back, whose body has been applied."""
+        """Takes back a landing whose body has been applied."""
         self.buffers.give_back(landing.buffer)
 
     def close_at_exit(self) -> None:
-        """For a program that ends without closing it."""
+        """Called when the program ends without closing the stager."""
         self.close()
 
     def close(self) -> None:
-        """Returns when nothing reads a job's tensors any more."""
+        """Waits until the native thread no longer reads any tensors."""
         if exits.is_inherited(self):
             return
         for entry in self._running:
@@ -201,7 +202,8 @@ class Stager:
 
 
 def check_piece(piece: Piece, device: str) -> None:
-    """Raises CodecError unless the weights are on `device` ("cpu" or "cuda"), the rest on the host, and all fit."""
+    """Raises CodecError unless the weights are on `device` ("cpu" or "cuda"), the residuals in host memory, and all
+    tensors have the dtype, shape and layout that `Piece` requires."""
     for tensor, where in (
         (piece.now, device),
         (piece.ref, device),
@@ -211,12 +213,13 @@ def check_piece(piece: Piece, device: str) -> None:
         if tensor is None:
             continue
         if tensor.device.type != where or tensor.dtype not in codec.DTYPE_CODES:
-            raise CodecError(f"expected fp32, bf16 or fp16 on {where}; found {tensor.dtype} on {tensor.device}")
+            raise CodecError(f"expected fp32, bf16 or fp16 on {where}, found {tensor.dtype} on {tensor.device}")
         if tensor.dtype != torch.float32 and (tensor is piece.residual or tensor is piece.residual_out):
-            raise CodecError(f"expected an error feedback in fp32; found {tensor.dtype}")
+            raise CodecError(f"expected a residual in fp32, found {tensor.dtype}")
         if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != piece.now.numel():
             raise CodecError(
-                f"the tensors of a piece must be 1-D, contiguous and of one length; found shape {tuple(tensor.shape)}"
+                "expected the tensors of a piece to be 1-D, contiguous and of one length, found shape "
+                f"{tuple(tensor.shape)}"
             )
 
 

@@ -241,7 +241,7 @@ class Conversation:
         if link in self._transport.native.closed and type != "CLOSED":
             return
         defaults = {"kind": 0, "round": 0, "block": 0, "message": b"", "text": "", "at_ns": 1, "first_byte_ns": 1}
-        defaults["unfinished"] = []
+        defaults |= {"unfinished": [], "became_lane": False}
         event: Any = SimpleNamespace(type=getattr(_C.Event.Type, type), link=link, **defaults | fields)
         self._coordinator._take(event)
 

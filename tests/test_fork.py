@@ -42,6 +42,8 @@ def test_a_connection_that_ends_is_over_though_a_forked_process_has_it_still(whi
     here, there = _C.Transport(), _C.Transport()
     link = there.connect("127.0.0.1", here.listen("127.0.0.1", 0), 10.0)
     (accepted,) = expect(here, T.CONNECTED)
+    there.send_control(link, b"both loops watch the connection now")
+    expect(here, T.CONTROL)
     before = watched()
     read, write = os.pipe()
     child = os.fork()

@@ -280,7 +280,11 @@ class Pair:
         return replies
 
 
-def iperf(nbytes: int) -> tuple[float, float]:
+# By default iperf3 writes 128 KiB at a time. On a fast loopback it is quicker with larger pieces.
+IPERF: dict[str, list[str]] = {"iperf3": [], "iperf3 -l 512K": ["-l", "512K"]}
+
+
+def iperf(nbytes: int, arguments: Sequence[str] = ()) -> tuple[float, float]:
     """One iperf3 stream of `nbytes`: MiB/s by its receiver's count, and the CPU seconds of both ends. iperf3 sends the
     same small buffer again and again, and reads into another."""
     cpu = cpu_seconds(resource.RUSAGE_CHILDREN)
@@ -291,17 +295,17 @@ def iperf(nbytes: int) -> tuple[float, float]:
     while "listening" not in server.stdout.readline():
         if server.poll() is not None:
             raise RuntimeError("iperf3 -s did not start")
-    command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-n", str(nbytes), "-J"]
+    command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-n", str(nbytes), "-J", *arguments]
     client = subprocess.run(command, capture_output=True, text=True, check=True)
     server.wait(DEADLINE_S)
     rate = float(json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / MIB
     return rate, cpu_seconds(resource.RUSAGE_CHILDREN) - cpu
 
 
-def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, list[tuple[float, float]]]]:
+def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[tuple[str, int], list[tuple[float, float]]]]:
     """All runs, interleaved, after unmeasured runs of each pair; and those of iperf3, if it is installed."""
     pairs: list[Pair] = []
-    others: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    others: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for size in sizes:
         group = [Pair(system, size) for system in ENDS]
         for pair in group:
@@ -314,15 +318,15 @@ def measure(sizes: list[int], repetitions: int) -> tuple[list[Pair], dict[int, l
             for fresh in (False, True):
                 for pair in group:
                     pair.run(fresh)
-            if shutil.which("iperf3"):
-                others[size].append(iperf(size))
+            for system, arguments in IPERF.items() if shutil.which("iperf3") else ():
+                others.setdefault((system, size), []).append(iperf(size, arguments))
         for pair in group:
             pair.stop()
         pairs += group
     return pairs, others
 
 
-def summarise(pairs: list[Pair], others: dict[int, list[tuple[float, float]]]) -> list[dict[str, object]]:
+def summarise(pairs: list[Pair], others: dict[tuple[str, int], list[tuple[float, float]]]) -> list[dict[str, object]]:
     """One row for each system, size and kind of memory."""
     rows: list[dict[str, object]] = []
     plain = {
@@ -352,22 +356,21 @@ def summarise(pairs: list[Pair], others: dict[int, list[tuple[float, float]]]) -
                     "seconds": pair.seconds[fresh],
                 }
             )
-    for size, runs in others.items():
-        if runs:
-            speeds = [speed for speed, _ in runs]
-            speed = statistics.median(speeds)
-            rows.append(
-                {
-                    "system": "iperf3",
-                    "bytes": size,
-                    "memory": "reused",
-                    "mib_per_s": speed,
-                    "mib_per_s_min": min(speeds),
-                    "mib_per_s_max": max(speeds),
-                    "ratio_to_python_socket": speed / (size / MIB / plain[size, False]),
-                    "cpu_s_per_gib": statistics.median(cpu for _, cpu in runs) * GIB / size,
-                }
-            )
+    for (system, size), runs in others.items():
+        speeds = [speed for speed, _ in runs]
+        speed = statistics.median(speeds)
+        rows.append(
+            {
+                "system": system,
+                "bytes": size,
+                "memory": "reused",
+                "mib_per_s": speed,
+                "mib_per_s_min": min(speeds),
+                "mib_per_s_max": max(speeds),
+                "ratio_to_python_socket": speed / (size / MIB / plain[size, False]),
+                "cpu_s_per_gib": statistics.median(cpu for _, cpu in runs) * GIB / size,
+            }
+        )
     return rows
 
 

@@ -1,6 +1,6 @@
 """The demonstration: the same federated fine-tuning twice over an artificially slow link, without and with overlap.
 
-The server runs in this process, every client in a process of its own, started through the command line as a user would.
+The server runs in this process. Each client runs in its own process, started through the command line as a user would.
 Both runs do the same work with the same seed; only the staleness differs.
 """
 
@@ -42,13 +42,13 @@ from parablock_rt.wire import certs, handshake
 from parablock_rt.wire.tls import Tls
 
 _CLIENT_EXIT_S = 30.0
-_LITTLE = 0.2  # of the time to compute
+_LITTLE = 0.2  # communication below this fraction of the compute time is little to hide
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What to demonstrate. `rate` in bytes a second and `delay` in seconds shape every link in both directions."""
+    """What to demonstrate. `rate` (bytes per second) and `delay` (seconds) shape every link in both directions."""
 
     workload: Workload
     rate: float
@@ -60,9 +60,10 @@ class Demo:
 
 
 def run(demo: Demo, console: Console) -> dict[str, Any]:
-    """Both runs, their summaries and the speed-up; also written to the run folder. Prints progress and a table.
+    """Performs both runs. Returns their summaries and the speed-up, which it also writes to the run folder. Prints
+    progress and a table.
 
-    Ctrl-C and errors leave a partial summary behind before they are raised again.
+    On Ctrl-C and errors, writes a partial summary before it raises them again.
     """
     summaries: dict[str, Any] = {}
     traces: list[tuple[str, Trace]] = []
@@ -113,7 +114,7 @@ class _One:
         self._folder = RunFolder(demo.folder.path / name)
         self._watch = Telemetry([JsonLines(self._folder)], PERIOD_S)
         self._server: Server | None = None
-        self._client_tls: list[str] = []  # flags
+        self._client_tls: list[str] = []  # the clients' TLS flags
 
     def run(self, model: torch.nn.Module) -> None:
         self._console.rule(f"{self._name}: staleness {self._config.staleness}")
@@ -142,7 +143,7 @@ class _One:
 
     @contextlib.contextmanager
     def _tls(self) -> Iterator[Tls | None]:
-        """The server's TLS settings, if the run is encrypted, with certificates that go with the run."""
+        """The server's TLS settings, if the run is encrypted. The certificates exist only for the run."""
         if not self._demo.encrypted:
             yield None
             return
@@ -153,7 +154,8 @@ class _One:
 
     @contextlib.contextmanager
     def _clients(self, address: str, token: str) -> Iterator[Callable[[], None]]:
-        """The client processes; gives a check that raises ParaBlockError when one has failed. None outlives it."""
+        """Starts the client processes, and ends them with the context. Yields a check that raises ParaBlockError when a
+        client has failed."""
         processes: list[subprocess.Popen[bytes]] = []
         logs: list[Path] = []
         try:
@@ -254,7 +256,7 @@ def round_line(closed: ClosedRound, rounds: int, block: str) -> str:
 
 
 def little_to_hide(sequential: dict[str, Any]) -> str | None:
-    """Why there is next to no speed-up, where that is so because of the link: nothing can hide more than there is."""
+    """Explains a missing speed-up if the link is so fast that there is little communication to hide; otherwise None."""
     rounds = max(1, sequential["rounds"])
     compute_s, communication_s = sequential["compute_s"] / rounds, sequential["exposed_comm_s"] / rounds
     if communication_s >= _LITTLE * compute_s:

@@ -1,7 +1,7 @@
 """The command line: `parablock demo | serve | join | plan | bench | report | top | trace | certs | doctor`.
 
-Puts the commands together and turns their errors into exit codes: 0 done, 1 the run failed, 2 wrong usage. Computes and
-prints nothing of its own.
+Assembles the commands and maps their errors to exit codes: 0 done, 1 the run failed, 2 wrong usage. Computes nothing,
+and prints only the version and errors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ app.add_typer(look.traces, name="trace")
 def main() -> NoReturn:
     """The entry point; never returns."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager ends a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's SIGTERM ends a run like Ctrl-C
     try:
         app(prog_name="parablock")  # ends with SystemExit: 0, or 2 after a usage error
     except ConfigError as error:

@@ -1,7 +1,7 @@
-"""Run folders before anything in them is touched: whose a folder is, and how a server is resumed from one.
+"""Run folders before their contents are touched: which command owns a folder, and how a server is resumed from one.
 
-A command holds the lock of its folder from its first check to its end, so that a second one is refused before it has
-replaced anything of the first. Writes no more than the lock and a server's settings.
+A command holds its folder's lock from its first check to its end, so that a second command is refused before it can
+replace any of the first one's files. Writes only the lock and a server's settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from parablock_rt.server.outcome import ClosedRound
 STATE = "state"
 """A durable server's state, in its run folder."""
 
-_SETTINGS = "settings.json"  # likewise
+_SETTINGS = "settings.json"  # a durable server's settings, in its run folder
 _LOCK = ".lock"
 _RUNS = Path("runs")
 _NOT_SETTINGS = ("config_file", "resume", "run_dir", "summary", "as_json")
@@ -34,10 +34,10 @@ _NOT_SETTINGS = ("config_file", "resume", "run_dir", "summary", "as_json")
 
 @contextlib.contextmanager
 def held(path: Path | None, kind: str) -> Iterator[Path]:
-    """The run folder `path`, for this command alone until it ends; None makes a new one below runs/.
+    """Locks the run folder `path` for this command until the context ends; None makes a new folder below runs/.
 
-    What is in it stays as it is. A folder that was made here and in which nothing was left goes again. Raises
-    ConfigError when another command has it or it cannot be written.
+    Leaves the folder's contents unchanged. A folder that this function made is removed at the end if it is still empty.
+    Raises ConfigError when another command holds the folder, or when it cannot be written.
     """
     made = [folder for folder in (path or _RUNS, *(path or _RUNS).parents) if not folder.exists()]
     try:
@@ -60,7 +60,7 @@ def held(path: Path | None, kind: str) -> Iterator[Path]:
             ) from error
         yield path
     finally:
-        with contextlib.suppress(OSError):  # somebody else has removed it
+        with contextlib.suppress(OSError):  # another process has removed it
             if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
                 (path / _LOCK).unlink()
                 for folder in made:
@@ -69,7 +69,7 @@ def held(path: Path | None, kind: str) -> Iterator[Path]:
 
 
 def _new(kind: str) -> Path:
-    """Several commands of a script may start in the same second."""
+    """Makes a new folder, numbered if its name is taken: several commands of a script may start in the same second."""
     name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = _RUNS / (name if number == 1 else f"{name}-{number}")
@@ -80,7 +80,7 @@ def _new(kind: str) -> Path:
 
 
 def read_resumed(context: typer.Context, path: Path | None) -> Path | None:
-    """For the option --resume: takes the settings with which the run was started; flags and --config win."""
+    """Callback of --resume: loads the settings with which the run was started; flags and --config override them."""
     if path is not None:
         file = path / _SETTINGS
         try:
@@ -99,10 +99,10 @@ def read_resumed(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def earlier_rounds(path: Path, resume: Path | None, *, durable: bool) -> Iterable[ClosedRound]:
-    """The closed rounds of the run that goes on in the folder; none of a new run.
+    """The closed rounds of the run that is resumed in the folder; empty for a new run.
 
-    Raises ConfigError where another run would be replaced or another folder be written, CheckpointError for a state
-    that is damaged, missing or used by another server.
+    Raises ConfigError if another run would be overwritten, or if --run-dir names another folder than --resume. Raises
+    CheckpointError for a state that is damaged, missing or in use by another server.
     """
     if resume is None:
         if durable:
@@ -120,19 +120,19 @@ def earlier_rounds(path: Path, resume: Path | None, *, durable: bool) -> Iterabl
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `serve` was told, as a later --resume takes it, from whatever folder that is called."""
+    """The settings given to `serve`, for a later --resume. Paths are absolute, so that it works from any directory."""
     settings = {
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in given.items()
         if value is not None and name not in _NOT_SETTINGS
     }
-    if (model := Path(settings["model"]).expanduser()).is_dir():  # else it is a name
+    if (model := Path(settings["model"]).expanduser()).is_dir():  # otherwise it is a model's name
         settings["model"] = str(model.absolute())
     return settings
 
 
 def write_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Raises ConfigError."""
+    """Writes the settings for a later --resume. Raises ConfigError."""
     try:
         folder.write_json(_SETTINGS, settings)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The commands around a run: what looks, measures or prepares, before it, beside it or after it. None takes part."""
+"""The commands around a run, which inspect, measure or prepare. None of them takes part in the run."""
 
 from __future__ import annotations
 
@@ -102,10 +102,12 @@ def _time_step(workload: Workload, plan: BlockPlan) -> float:
     "certs", epilog="Example: [b]parablock certs tls --host server.example.org,203.0.113.7 --clients 2[/b]"
 )
 def make_certs(
-    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
-    host: Annotated[str, typer.Option(help="Names and IP addresses by which clients reach the server, with commas.")],
-    clients: Annotated[int, typer.Option(help="Client certificates to make besides.")] = 0,
-    days: Annotated[int, typer.Option(help="Days that the certificates of server and clients are valid.")] = 365,
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    host: Annotated[
+        str, typer.Option(help="Names and IP addresses by which clients reach the server, comma-separated.")
+    ],
+    clients: Annotated[int, typer.Option(help="How many client certificates to make.")] = 0,
+    days: Annotated[int, typer.Option(help="Days for which the certificates of server and clients are valid.")] = 365,
     force: Annotated[bool, flag("--force", help="Replace files that exist.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -124,17 +126,17 @@ def make_certs(
 )
 def show_doctor(
     config_file: ConfigFile = None,
-    peer: Annotated[str | None, typer.Option(help="host:port of a running server: measures the link to it.")] = None,
-    model: Annotated[str | None, typer.Option(help="As of join: is the transfer of its blocks hidden there?")] = None,
+    peer: Annotated[str | None, typer.Option(help="host:port of a running server, to measure the link to it.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for join: is the transfer of its blocks hidden?")] = None,
     dtype: Dtype = None,
     blocks: Blocks = None,
     outer: Outer = "freeze",
     row_limit: RowLimit = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
-    staleness: Annotated[int | None, typer.Option(help="With --model, another than the server's.")] = None,
-    local_steps: Annotated[int | None, typer.Option(help="With --model, others than the server's.")] = None,
-    format: Annotated[str | None, typer.Option(help="With --model, another than the server's.")] = None,
+    staleness: Annotated[int | None, typer.Option(help="With --model: replaces the server's.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="With --model: replaces the server's.")] = None,
+    format: Annotated[str | None, typer.Option(help="With --model: replaces the server's.")] = None,
     step_time: Annotated[float | None, typer.Option(help="Seconds a local step takes; else it is measured.")] = None,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -143,17 +145,17 @@ def show_doctor(
     tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show what this machine has and what that switches on; with --peer, what the link to a server can carry."""
+    """Show this machine's capabilities and what they enable; with --peer, measure the link to a server."""
     if peer is None:
         if model is not None:
-            raise ConfigError("--model takes --peer here; `parablock plan --rate` tells it for a rate you name")
+            raise ConfigError("--model needs --peer here; `parablock plan --rate` answers it for a given rate")
         findings = doctor.examine()
         print(to_json(findings, indent=2) if as_json else doctor.render(findings))
         return
     tell_news()
     asked = {"staleness": staleness, "local_steps": local_steps, "format": format}
     given = {name: value for name, value in asked.items() if value is not None}
-    config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises for what is none
+    config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises if invalid
     seconds = seconds_of(step_time)
     plan = None
     if model is not None:
@@ -190,7 +192,7 @@ def show_top(
     tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
-    """Watch a running server: rounds, clients, who is slow, rates, what is hidden. Takes no seat, changes nothing."""
+    """Watch a running server: rounds, slow clients, rates, hidden communication. Takes no seat, changes nothing."""
     tell_news()
     token = handshake.read_token(token_file)
     tls = client_tls(tls_cert, tls_key, tls_ca, tls_fingerprint)

@@ -1,6 +1,6 @@
-"""What the commands say: progress on standard error, results on standard output or in a file. Decides nothing.
+"""The commands' output: progress on standard error, results on standard output or in a file. Decides nothing.
 
-A run outlives its readers: where a pipe is closed or a disk is full, what is said is lost and the command goes on.
+A run outlives its readers: if a pipe is closed or the disk is full, the output is lost and the command goes on.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from parablock_rt.observe.run_folder import to_json
 
 
 def mute(stream: IO[str] | None) -> None:
-    """Whatever is still written to the stream is lost: what waits in it, too, which would fail at the exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no file
+    """Discards everything still written to the stream, and its buffered output, whose flush would fail at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream is closed, or is not a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
         os.close(nowhere)
 
 
 class Progress(Console):
-    """Prints until that fails, and then no more."""
+    """Prints until printing fails once, and nothing after that."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
@@ -37,13 +37,13 @@ class Progress(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """rich calls this for a closed pipe, and would end the program."""
+        """rich calls this for a closed pipe; its own version would end the program."""
         self.quiet = True
         mute(self.file)
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Warnings with their level, news without; on standard error until that fails, and then no more."""
+    """Logs warnings with their level and news without, to standard error. Once that fails, logs nothing more."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -60,17 +60,17 @@ console = Progress(stderr=True, highlight=False, soft_wrap=True)
 
 
 def tell_news() -> None:
-    """From now on the log says more than warnings: who came, and what is waited for."""
+    """Makes the log show news as well as warnings: which clients joined, and what the command waits for."""
     logging.getLogger("parablock").setLevel(logging.INFO)
 
 
 def say_what_is_left(folder: Path, again: str = "") -> None:
-    """Where the partial record of a run is that was stopped, and `again`: how to go on with it."""
+    """Says where the partial record of a stopped run is. `again`: how to resume the run."""
     console.print(f"Stopped before the end. What there is of it is in {escape(str(folder))}{escape(again)}")
 
 
 def deliver(result: dict[str, Any], file: Path | None, as_json: bool) -> None:
-    """Writes a run's summary to `file` and prints it as JSON, each if wanted. Raises ConfigError."""
+    """Writes a run's summary to `file`, if given, and prints it as JSON if `as_json`. Raises ConfigError."""
     text = to_json(result, indent=2)
     if file is not None:
         try:

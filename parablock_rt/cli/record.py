@@ -1,6 +1,6 @@
-"""A run's record: a line a round and telemetry while it goes on; then summary, trace and page. Starts nothing.
+"""A run's record: a line per round and telemetry during the run; summary, trace and HTML report after it.
 
-A run never fails for its record: what cannot be written is left out, with one warning that names the file.
+A run never fails because of its record: a file that cannot be written is left out, with one warning that names it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ log = logging.getLogger("parablock")
 
 
 class Record:
-    """What one process leaves in its run folder, and reports elsewhere if wanted. In the folder from `begin` on."""
+    """The files that one process leaves in its run folder, and its reports elsewhere. Writes metrics, summary and trace
+    only after `begin`."""
 
     def __init__(self, path: Path, period: float, prometheus: str | None, report_to: str | None) -> None:
-        """`path`: the run folder, which keeps all that is in it. `period`: seconds between samples, 0: none. The
-        others as for `reporters.open_all`. Raises ConfigError."""
+        """`path`: the run folder, whose contents stay unchanged until `begin`. `period`: seconds between samples; 0:
+        none. The other arguments are those of `reporters.open_all`. Raises ConfigError."""
         self.telemetry = Telemetry(reporters.open_all(path, prometheus, report_to), period)
         self._samples = period > 0
         self._lock = threading.Lock()
@@ -38,7 +39,7 @@ class Record:
         self._lost: set[str] = set()
 
     def begin(self, folder: RunFolder, past: Iterable[ClosedRound] = ()) -> None:
-        """The folder is this run's. `past`: the rounds of the same run before it was taken up again."""
+        """Starts to write to the folder, which now belongs to this run. `past`: the rounds closed before a resume."""
         with self._lock:
             self._folder = folder
             if self._samples:
@@ -49,7 +50,7 @@ class Record:
                 self._note(done)
 
     def round(self, done: ClosedRound | RoundReport) -> None:
-        """Notes a round. Any thread; one that closes before `begin` is noted then."""
+        """Notes a round. Any thread may call it. A round noted before `begin` is written by `begin`."""
         with self._lock:
             if self._folder is None:
                 self._early.append(done)
@@ -57,7 +58,7 @@ class Record:
                 self._note(done)
 
     def finish(self, summary: dict[str, Any], timeline: Timeline) -> None:
-        """Writes what there is to say once the run is over."""
+        """Writes the summary, the trace and the report after the run."""
         folder = self._folder
         if folder is None:
             return
@@ -75,7 +76,7 @@ class Record:
         self._try("metrics.jsonl", lambda: folder.append_metrics(msgspec.to_builtins(done)))
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
-        """Writes a file of the folder, unless that has failed before: behind half a line no other can be read."""
+        """Writes a file of the folder, unless writing it failed before: lines after a partial line are unreadable."""
         assert self._folder is not None
         if name in self._lost:
             return

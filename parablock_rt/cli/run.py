@@ -1,4 +1,4 @@
-"""The commands that run something: demo, serve, join. They parse, start it, and leave its record in the run folder."""
+"""The commands that run something: demo, serve, join. Each parses its options, starts the run and records it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ from parablock_rt.wire import handshake
 from parablock_rt.wire.transport import DEFAULT_LANES, MAX_LANES, Shape
 
 commands = typer.Typer()
-_OPEN_FILES = 8192  # four connections for each of 1,024 clients, strangers, and what else a server opens
+_OPEN_FILES = 8192  # four connections for each of 1,024 clients, plus unproved connections and the server's files
 
 
 @commands.command("demo", epilog="Example: [b]parablock demo --rate 20mbit --rounds 8[/b]")
@@ -112,7 +112,7 @@ def run_demo(
         "schedule": schedule,
         "seed": seed,
     }
-    # A wrong setting is found before a model is loaded.
+    # Finds an invalid setting before a model is loaded.
     config.RunConfig(**settings)
     shape = Shape(units.parse_rate(rate), units.parse_delay(delay))
     folder = RunFolder(context.with_resource(folders.held(run_dir, "demo")))
@@ -190,7 +190,7 @@ def serve(
     tell_news()
     given = context.params
     settings = folders.settings_of(given)
-    # A flag that is named like a setting is that setting.
+    # Every flag with the name of a setting sets it.
     run_config = config.RunConfig(**{name: given[name] for name in config.RunConfig.__struct_fields__ if name in given})
     workload = Workload.for_model(
         model,
@@ -239,7 +239,7 @@ def serve(
     )
     try:
         with record.telemetry, server:
-            # Only now is it certain that the folder becomes this run's: whatever is refused has changed nothing in it.
+            # Nothing in the folder changes before this point, so that a refused command leaves an earlier run's files.
             folder = RunFolder(path, resumed=resume is not None)
             record.begin(folder, past)
             record.telemetry.start("server", meters.of_this_machine(server.link_stats))
@@ -358,23 +358,23 @@ def join(
 
 
 def _allow_open_files() -> None:
-    """Raises this process's own limit, which is often 1,024, as far as the system allows and connections need."""
+    """Raises this process's limit of open files, often 1,024, as far as connections need and the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
-    with contextlib.suppress(OSError, ValueError):  # then it works with fewer
+    with contextlib.suppress(OSError, ValueError):  # without a higher limit, fewer clients can connect
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _save(net: Any, tokenizer: Any, path: Path) -> None:
-    """Raises ParaBlockError."""
+    """Saves the model and its tokenizer to the run folder. Raises ParaBlockError."""
     target = path / "model"
     try:
         with models.no_progress_bars():
             net.save_pretrained(target)
             if hasattr(tokenizer, "save_pretrained"):  # the tiny model's bytes need no file
                 tokenizer.save_pretrained(target)
-    except Exception as error:  # each library has its own for a full disk
+    except Exception as error:  # each library raises its own error for a full disk
         raise ParaBlockError(f"the result cannot be saved to {target}: {error}") from error
     console.print(f"Saved the result to [b]{escape(str(target))}[/b]")

@@ -1,9 +1,9 @@
-"""A client's end of the conversation with the server, which outlives the connections that it runs over.
+"""A client's end of the conversation with the server, which outlives the individual connections.
 
-A thread of its own (`pb-link`) takes every event: it sorts what comes in, and when the connection breaks it makes a new
-one while the training thread computes. It sleeps in native code and wakes a few times a round. Everything else is
-called by the training thread, which waits here for what is not there yet. Decides nothing about training; what is on
-its way, and with what of it a new connection goes on, is `Transit`'s.
+A separate thread (`pb-link`) consumes all events: it dispatches incoming messages and transfers, and replaces a broken
+connection while the training thread computes. It sleeps in native code and wakes a few times per round. The training
+thread calls everything else, and waits here for whatever has not arrived yet. Decides nothing about training; `Transit`
+keeps the state of transfers in flight and knows what to resume on a new connection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("parablock")
 
 _FAREWELL_S = 10.0
 _EARLY_UPDATES = 4096
-_EVENT_WAIT_S = 0.5  # so that a link that nobody closed, and nobody needs any more, is noticed
+_EVENT_WAIT_S = 0.5  # short, so that the thread notices when its link was dropped without being closed
 
 
 class ServerLink:
@@ -44,8 +44,8 @@ class ServerLink:
     def __init__(
         self, connection: Connection, token: str | None, welcome: protocol.Welcome, *, patience: float, reconnect: float
     ) -> None:
-        """`patience`: the longest time, in seconds, that one wait may take before it is an error, unless a transfer
-        gets on by a chunk meanwhile. `reconnect`: how long a broken connection is tried to be replaced."""
+        """`patience`: the longest time in seconds that a wait may take before it is an error, unless at least a chunk
+        of payload moves meanwhile. `reconnect`: for how many seconds to retry to replace a broken connection."""
         self.transport = connection.transport
         self.address = connection.address
         self.bytes_up = 0
@@ -61,21 +61,21 @@ class ServerLink:
         self._chunk = welcome.config.chunk
         self._patience = patience
         self._reconnect_s = reconnect
-        self._least_moved = welcome.config.chunk  # bytes within `patience`, for a wait to go on
+        self._least_moved = welcome.config.chunk  # bytes within `patience` that extend a wait
 
-        self._changed = threading.Condition()  # guards all that follows
+        self._changed = threading.Condition()  # guards all attributes below
         self._connection: Connection | None = connection  # None: broken
         self._open = True  # messages and transfers of the run may use it
         self._begin: protocol.Begin | None = None
         self._goodbye: protocol.Goodbye | None = None
         self._farewell = False
-        self._lanes: protocol.Lanes | None = None  # an offer to take
+        self._lanes: protocol.Lanes | None = None  # an offer that has not been taken yet
         self._closing = False
-        self._error: ParaBlockError | None = None  # what the server says, or makes impossible
-        self._lost: str | None = None  # why there is no connection and will not be one
-        self._stopped = ""  # what the server said of its end, if it may be resumed
+        self._error: ParaBlockError | None = None  # the server's failure, or why the conversation cannot go on
+        self._lost: str | None = None  # why the connection is lost for good
+        self._stopped = ""  # the reason that a stopped, resumable server gave
         self._lost_at = 0.0  # when the connection broke
-        self._tries = 0  # to replace it
+        self._tries = 0  # tries to replace it so far
 
         self._transit = Transit(self._chunk)
         self._verdicts: list[protocol.Verdict] = []
@@ -90,19 +90,19 @@ class ServerLink:
     # ---- Opening and closing
 
     def ready(self, message: protocol.Ready, block_bytes: list[int]) -> None:
-        """Says what the client holds. `block_bytes`: what each block weighs, for those that the server will send."""
+        """Tells the server what the client holds. `block_bytes`: the size of each block, in case it is sent whole."""
         with self._changed:
             self._transit.block_bytes = block_bytes
             self._send(message)
 
     def opening(self) -> protocol.Begin | None:
-        """Waits for the start of the run. None: a whole block has come before it; take it and ask again."""
+        """Waits for the start of the run. Returns None if a whole block has arrived first: take it and call again."""
         self.wait(lambda: self._transit.snapshot_is_here() or self._begin is not None, "the other clients to join")
         with self._changed:
             return None if self._transit.snapshot_is_here() else self._begin
 
     def farewell(self, goodbye: protocol.Goodbye) -> None:
-        """Says goodbye and waits until the server has noted it, but not for long: the result is here already."""
+        """Says goodbye and waits until the server has noted it, but not for long: the client already has the result."""
         with self._changed:
             self._goodbye = goodbye
             self._reconnect_s = min(self._reconnect_s, _FAREWELL_S)
@@ -110,11 +110,11 @@ class ServerLink:
                 self._send(goodbye)
         try:
             self.wait(lambda: self._farewell, "its farewell", min(self._patience, 2 * _FAREWELL_S))
-        except (PeerLostError, HandshakeError) as error:  # gone, or a newcomer has the seat
+        except (PeerLostError, HandshakeError) as error:  # the server is gone, or a newcomer has taken the seat
             log.warning("the run is complete here, but the server may not know: %s", error)
 
     def close(self, goodbye: protocol.Goodbye | None) -> None:
-        """Ends the conversation; `goodbye`: what to say if it ends early."""
+        """Ends the conversation. `goodbye`: sent if the conversation ends early."""
         if exits.is_inherited(self):
             return
         with self._changed:
@@ -126,7 +126,7 @@ class ServerLink:
         self._thread.join(LONGEST_PAUSE_S + 1)
 
     def close_at_exit(self) -> None:
-        """For a program that ends without closing it."""
+        """Called at interpreter exit if the program has not closed the link."""
         self.close(None)
 
     # ---- Hand-overs
@@ -147,17 +147,18 @@ class ServerLink:
                 self._send_upload(upload)
 
     def stats(self) -> _C.LinkStats | None:
-        """What the connection is like now; None while there is none. Any thread."""
+        """Current statistics of the connection; None while it is broken. Any thread may call it."""
         connection = self._connection
         return None if connection is None else self.transport.native.stats(connection.link)
 
     def is_undecided(self, round: int) -> bool:
-        """Whether the hand-over's body may still have to be sent (again)."""
+        """Whether the hand-over's body may still have to be sent (again), so that its buffer must be kept."""
         with self._changed:
             return round in self._transit.uploads
 
     def take_sent(self) -> Sequence[tuple[int, int]]:
-        """Uploads acknowledged since the last call: when the first byte left, when the last was acknowledged."""
+        """Uploads acknowledged since the last call, as pairs: when the first byte left and when the last byte was
+        acknowledged."""
         with self._changed:
             sent, self._sent = self._sent, []
             return sent
@@ -171,7 +172,8 @@ class ServerLink:
     # ---- Aggregates
 
     def post_update(self, round: int, block: int, landing: Landing) -> None:
-        """Opens a landing to a round's aggregate, so that the server may send it the moment it has it."""
+        """Posts a landing for a round's aggregate, so that the server can send the aggregate at once. The link owns the
+        landing until `take_arrival`."""
         with self._changed:
             arrival = self._transit.open_to(round, block, landing)
             if self._open and not self._transit.replaced(round, block):
@@ -183,24 +185,24 @@ class ServerLink:
             return self._transit.closed(round)
 
     def arrived(self, round: int) -> bool:
-        """Whether the round's aggregate is complete here."""
+        """Whether the round's aggregate has arrived completely."""
         with self._changed:
             return self._transit.arrived(round)
 
     def replaced(self, round: int, block: int) -> bool:
-        """Whether the round's aggregate will not come, because its block comes whole."""
+        """Whether the round's aggregate will not come because the server sends its block whole."""
         with self._changed:
             return self._transit.replaced(round, block)
 
     def take_arrival(self, round: int) -> Arrival:
-        """A round's aggregate, or what has come of one that was replaced. Its landing is the caller's again."""
+        """A round's aggregate, or the part of a replaced one that arrived. The caller owns the landing again."""
         with self._changed:
             arrival = self._transit.arrivals.pop(round)
             self.bytes_down += arrival.nbytes if arrival.complete else 0
             return arrival
 
     def take_snapshot(self) -> Arrival | None:
-        """A whole block, if one is there; the next one may come then."""
+        """The whole block that has arrived, or None. Afterwards the next block can be received."""
         with self._changed:
             arrival = self._transit.take_snapshot()
             if arrival is not None:
@@ -209,17 +211,17 @@ class ServerLink:
             return arrival
 
     def snapshot_is_here(self) -> bool:
-        """Whether `take_snapshot` would give one."""
+        """Whether `take_snapshot` would return a block."""
         with self._changed:
             return self._transit.snapshot_is_here()
 
     def spoiled(self) -> list[tuple[int, int]]:
-        """Rounds, and their blocks, whose landing must be renewed before their aggregates can come."""
+        """The rounds, with their blocks, whose landing must be renewed before the aggregate can be received."""
         with self._changed:
             return self._transit.spoiled()
 
     def renew(self, round: int, landing: Landing) -> Landing:
-        """Opens another landing to a round's aggregate and returns the spoiled one."""
+        """Replaces the spoiled landing of a round's aggregate and returns it to the caller."""
         with self._changed:
             arrival = self._transit.arrivals[round]
             spoiled, arrival.landing = arrival.landing, landing
@@ -229,12 +231,13 @@ class ServerLink:
             return spoiled
 
     def passed(self, round: int) -> None:
-        """The round's aggregate is applied, or its block came whole: a server need not send it again."""
+        """Notes that the round's aggregate is applied, or its block came whole: the server need not send it again."""
         with self._changed:
             self._transit.applied = round
 
     def report_applied(self, round: int, fingerprint: int) -> None:
-        """Tells the server which bits an aggregate led to. What a broken connection swallows is not missed."""
+        """Tells the server the fingerprint after an aggregate was applied. A report lost with a broken connection is
+        not repeated: Rejoin carries the same position."""
         with self._changed:
             if self._open:
                 self._send(protocol.Applied(round=round, fingerprint=fingerprint))
@@ -242,7 +245,7 @@ class ServerLink:
     # ---- Waiting
 
     def check(self) -> None:
-        """Raises what the server has reported as its failure, and ParaBlockError when the link is closed."""
+        """Raises the failure that the server has reported, and ParaBlockError when the link is closed."""
         with self._changed:
             if self._error is not None:
                 raise self._error
@@ -250,9 +253,10 @@ class ServerLink:
                 raise ParaBlockError("this run was closed while it still waited for the server")
 
     def wait(self, holds: Callable[[], bool], what: str, timeout: float | None = None) -> float:
-        """Waits until `holds()`, and returns the seconds that this thread was blocked.
+        """Waits until `holds()` and returns the seconds that this thread was blocked. `what` is named in errors.
 
-        Raises what the server reports as its failure, PeerLostError when it is gone or the wait takes too long.
+        Raises the failure that the server reports, PeerLostError when the server is gone for good, and WaitTimeoutError
+        when the wait takes too long.
         """
         with self._changed:
             self.check()
@@ -277,10 +281,10 @@ class ServerLink:
         stats = self.stats()
         return 0 if stats is None else stats.moved_bytes
 
-    # ---- The link's thread. Everything below is called with the lock held, but for coming back.
+    # ---- The link's thread. The lock is held in all methods below, except `attend` and `_come_back`, which take it.
 
     def attend(self, event: _C.Event | None) -> bool:
-        """Takes one event, and replaces a connection that it says is broken. Returns whether to go on."""
+        """Handles one event, and replaces the connection if it is broken. Returns whether the thread should go on."""
         with self._changed:
             if self._closing:
                 return False
@@ -303,7 +307,7 @@ class ServerLink:
     def _take(self, event: _C.Event) -> None:
         kinds = _C.Event.Type
         if self._connection is None or event.link != self._connection.link:
-            return  # of a connection that was given up
+            return  # an event of a connection that was given up
         if event.type == kinds.CLOSED:
             self._break(event)
         elif event.type == kinds.CONTROL:
@@ -389,7 +393,7 @@ class ServerLink:
         self._transit.interrupted(event.unfinished)
 
     def _come_back(self) -> None:
-        """Replaces the connection, or gives up when that takes too long or the server does not want it."""
+        """Replaces the connection. Gives up when that takes too long or the server refuses the client."""
         while True:
             pause = pause_before(self._tries)
             self._tries += 1
@@ -421,7 +425,7 @@ class ServerLink:
             return
 
     def _rejoin(self, connection: Connection, welcome: protocol.WelcomeBack) -> None:
-        """Says on a new connection where this client stands; the server answers with RejoinAnswer."""
+        """Tells the server this client's position on a new connection; the server answers with RejoinAnswer."""
         self._connection = connection
         if welcome.epoch != self._epoch:
             self._epoch = welcome.epoch
@@ -429,7 +433,7 @@ class ServerLink:
         connection.send(self._transit.rejoin())
 
     def _resume(self, message: protocol.RejoinAnswer) -> None:
-        """Goes on with everything that was on its way."""
+        """Resumes all transfers that were in flight."""
         self._open = True
         self._stopped = ""
         self._tries = 0
@@ -451,7 +455,8 @@ class ServerLink:
 
 
 def _attend(link: weakref.ref[ServerLink], transport: Transport) -> None:
-    """The body of the thread. It holds no link while it sleeps, so that one that is dropped unclosed can go."""
+    """The body of the thread. Holds no reference to the link while it sleeps, so that a link that was dropped without
+    being closed can be garbage-collected."""
     while True:
         event = transport.native.next_event(_EVENT_WAIT_S)
         alive = link()

@@ -1,7 +1,7 @@
-"""What is on its way between a client and the server, and with what of it a new connection goes on: plain state.
+"""State of all transfers in flight between a client and the server, and what must be resumed on a new connection.
 
-Everything is kept until the other side has it: a hand-over until the verdict on it, an aggregate's buffer until it is
-applied. Has no socket, no thread and no lock of its own: the server link alone calls it, with its lock held.
+Everything is kept until it is no longer needed: a hand-over until its verdict, an aggregate's buffer until the
+aggregate is applied. Has no socket, thread or lock of its own: only ServerLink calls it, with its lock held.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from parablock_rt.wire.transport import raw_layout
 
 @dataclass(eq=False)
 class Arrival:
-    """A body on its way in: a round's aggregate, or a whole block. Complete when message and body are there."""
+    """An incoming body: a round's aggregate, or a whole block. Complete when both message and body have arrived."""
 
     block: int
     landing: Landing
     message: protocol.Update | protocol.Snapshot | None = None
     fingerprint: int = 0  # of a whole block
-    received: int = 0  # bytes that were there when the last connection broke
-    spoiled: bool = False  # the landing has bytes of a body that will never be
+    received: int = 0  # bytes that had arrived when the last connection broke
+    spoiled: bool = False  # the landing has bytes of a body that will never be completed
     first_byte_ns: int = 0
     last_byte_ns: int = 0
 
@@ -42,7 +42,7 @@ class Arrival:
 
 @dataclass(frozen=True, eq=False)
 class PendingUpload:
-    """A hand-over on its way out."""
+    """A hand-over that has no verdict yet. Keeps the source alive, so that it can be sent again."""
 
     message: protocol.Upload
     source: _C.Source
@@ -51,76 +51,77 @@ class PendingUpload:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a new connection goes on with. Of what was under way: the bytes that are kept, and those that go again."""
+    """The transfers to resume on a new connection. `resumed_bytes`: the bytes of them that are kept; `resent_bytes`:
+    the bytes that must still be sent."""
 
-    receive: list[tuple[int, Arrival]]  # with their rounds
+    receive: list[tuple[int, Arrival]]  # rounds and their arrivals
     send: list[PendingUpload]
     resumed_bytes: int
     resent_bytes: int
 
 
 class Transit:
-    """All that is under way, in both directions."""
+    """All transfers in flight, in both directions."""
 
     def __init__(self, chunk: int) -> None:
-        """`chunk`: bytes of a whole block that travel at a time."""
+        """`chunk`: bytes per chunk of a whole block."""
         self.applied = -1  # the last round whose aggregate is applied
-        self.handed_over = -1  # the last round
-        self.uploads: dict[int, PendingUpload] = {}  # no verdict yet
-        self.arrivals: dict[int, Arrival] = {}
-        self.early_updates: dict[int, protocol.Update] = {}  # announced before there was room for them
-        self.announced: list[protocol.Snapshot] = []  # whole blocks that no room was made for yet
-        self.block_bytes: list[int] = []  # what each block weighs
+        self.handed_over = -1  # the last round that was handed over
+        self.uploads: dict[int, PendingUpload] = {}  # hand-overs without a verdict, by round
+        self.arrivals: dict[int, Arrival] = {}  # aggregates, by round
+        self.early_updates: dict[int, protocol.Update] = {}  # announced before a landing was posted for them
+        self.announced: list[protocol.Snapshot] = []  # whole blocks without a landing yet
+        self.block_bytes: list[int] = []  # the size of each block, sent whole
         self._chunk = chunk
         self._decided_early: set[int] = set()  # rounds that were refused before they were handed over
-        self._asked: set[int] = set()  # of the uploads, the rounds that the last Rejoin has named
+        self._asked: set[int] = set()  # the undecided rounds that the last Rejoin named
         self._closed_before = 0  # every round before this one is closed
-        self._whole: frozenset[int] = frozenset()  # blocks that come whole, in place of their rounds before that
+        self._whole: frozenset[int] = frozenset()  # blocks sent whole instead of their aggregates before that round
         self._snapshot: Arrival | None = None
 
     # ---- Aggregates
 
     def open_to(self, round: int, block: int, landing: Landing) -> Arrival:
-        """There is room for a round's aggregate."""
+        """Adds the landing for a round's aggregate. This object owns the landing until the arrival is taken."""
         arrival = Arrival(block, landing, self.early_updates.pop(round, None))
         self.arrivals[round] = arrival
         return arrival
 
     def update_announced(self, message: protocol.Update) -> None:
-        """A round is closed, and its aggregate is coming."""
+        """Notes that a round is closed and its aggregate is coming."""
         if message.round in self.arrivals:
             self.arrivals[message.round].message = message
         elif message.round > self.applied:
             self.early_updates[message.round] = message
 
     def decided(self, round: int) -> None:
-        """The server has spoken on a round's upload, and will not do so again."""
+        """Notes that the server has sent its verdict on a round's upload: the upload is no longer kept."""
         self.uploads.pop(round, None)
         if round > self.handed_over:
             self._decided_early = {other for other in self._decided_early if other > self.handed_over} | {round}
 
     def closed(self, round: int) -> bool:
-        """Whether the server is known to have closed the round, or to take nothing for it any more."""
+        """Whether the server is known to have closed the round, or to accept no upload for it any more."""
         arrival = self.arrivals.get(round)
         announced = round in self.early_updates or (arrival is not None and arrival.message is not None)
         return announced or round < self._closed_before or round in self._decided_early
 
     def arrived(self, round: int) -> bool:
-        """Whether the round's aggregate is complete here."""
+        """Whether the round's aggregate has arrived completely."""
         return round in self.arrivals and self.arrivals[round].complete
 
     def replaced(self, round: int, block: int) -> bool:
-        """Whether the round's aggregate will not come, because its block comes whole."""
+        """Whether the round's aggregate will not come because the server sends its block whole."""
         arrival = self.arrivals.get(round)
         complete = arrival is not None and arrival.complete
         return round < self._closed_before and block in self._whole and not complete
 
     def spoiled(self) -> list[tuple[int, int]]:
-        """Rounds, and their blocks, whose landing must be renewed before their aggregates can come."""
+        """The rounds, with their blocks, whose landing must be renewed before the aggregate can be received."""
         return [(round, arrival.block) for round, arrival in self.arrivals.items() if arrival.spoiled]
 
     def received(self, event: _C.Event) -> None:
-        """A body's last byte is here."""
+        """Notes that a body's last byte has arrived."""
         if event.kind == Kind.UPDATE and event.round in self.arrivals:
             arrival = self.arrivals[event.round]
             arrival.first_byte_ns, arrival.last_byte_ns = event.first_byte_ns, event.at_ns
@@ -130,14 +131,15 @@ class Transit:
     # ---- Whole blocks
 
     def next_snapshot(self) -> Arrival | None:
-        """Makes room for the next whole block that was announced, and returns it if it may come now.
+        """Allocates a landing for the next announced whole block and returns the arrival; None if there is none to
+        receive now.
 
-        One at a time, so that a client far behind needs room for one block and not for the model.
+        One block at a time, so that a client far behind needs memory for one block and not for the whole model.
         """
         if not self.announced or (self._snapshot is not None and self._snapshot.message is not None):
             return None
         message = self.announced.pop(0)
-        begun = self._snapshot  # what a connection that broke has left
+        begun = self._snapshot  # partly received before the connection broke
         if begun is not None and (begun.block, begun.fingerprint) != (message.block, message.fingerprint):
             begun = None
         if begun is None:
@@ -149,11 +151,11 @@ class Transit:
         return begun
 
     def snapshot_is_here(self) -> bool:
-        """Whether `take_snapshot` would give one."""
+        """Whether `take_snapshot` would return a block."""
         return self._snapshot is not None and self._snapshot.complete
 
     def take_snapshot(self) -> Arrival | None:
-        """A whole block, if one is complete."""
+        """The whole block that has arrived, or None. The caller owns it from now on."""
         if not self.snapshot_is_here():
             return None
         arrival, self._snapshot = self._snapshot, None
@@ -162,7 +164,8 @@ class Transit:
     # ---- From one connection to the next
 
     def interrupted(self, unfinished: Iterable[tuple[int, int, int, int]]) -> None:
-        """The connection has ended; `unfinished`: kind, round, block and bytes here of what was coming over it."""
+        """Notes that the connection has ended. `unfinished`: kind, round, block and received bytes of each incoming
+        transfer."""
         for kind, round, _, received in unfinished:
             if kind == Kind.UPDATE and round in self.arrivals:
                 self.arrivals[round].received = received
@@ -170,24 +173,24 @@ class Transit:
                 self._snapshot.received = received
         self.announced.clear()
         if self._snapshot is not None:
-            if self._snapshot.complete:  # the server will say again what is missing
+            if self._snapshot.complete:  # not applied yet; the server will announce again what is missing
                 self._snapshot = None
             else:
                 self._snapshot.message = None
 
     def server_restarted(self) -> None:
-        """Gives up what a former server may have made of other uploads than the server that is there now.
+        """Discards partial aggregates that the restarted server may compute differently.
 
-        A server that was killed before a round was durable may close it with other uploads: what has come of such an
-        aggregate is worth nothing. One that was announced was durable, and its bytes are the same.
+        If the server was killed before a round was durable, the round may be closed again with other uploads, and the
+        received bytes of its first aggregate are worthless. An announced aggregate was durable: its bytes are the same.
         """
         for arrival in self.arrivals.values():
             if arrival.message is None:
-                arrival.spoiled = arrival.landing.watermark is not None  # which has passed them on
+                arrival.spoiled = arrival.landing.watermark is not None  # bytes were already passed on
                 arrival.received = arrival.last_byte_ns = 0
 
     def rejoin(self) -> protocol.Rejoin:
-        """Says where this client stands."""
+        """The message that tells the server this client's position, for a new connection."""
         self._asked = set(self.uploads)
         return protocol.Rejoin(
             applied=self.applied,
@@ -197,7 +200,7 @@ class Transit:
         )
 
     def resume(self, message: protocol.RejoinAnswer) -> Resumption:
-        """Takes the server's answer to `rejoin`."""
+        """Takes the server's answer to `rejoin` and returns the transfers to resume."""
         self._closed_before = message.updates_from
         self._whole = frozenset(message.snapshots)
         receive = [

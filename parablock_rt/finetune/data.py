@@ -22,7 +22,7 @@ from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.finetune.models import Tokenizer
 
 Batch = dict[str, torch.Tensor]
-"""`input_ids`, `attention_mask` and `labels`, each int64 (batch, seq_len); it is what `model(**batch)` takes."""
+"""`input_ids`, `attention_mask` and `labels`, each int64 (batch, seq_len), as `model(**batch)` takes them."""
 
 IGNORED = -100
 """The label of positions that carry no loss: the prompt and the padding."""
@@ -57,8 +57,9 @@ class Examples:
         }
 
     def shard(self, index: int, count: int) -> Examples:
-        """Every `count`-th example from `index` on: the part of client `index` out of `count`. The shards are disjoint,
-        together hold everything, and differ in size by one at most. Raises ConfigError if there is no such shard.
+        """Every `count`-th example from `index` on: the shard of client `index` out of `count`. The shards are
+        disjoint, together contain every example, and differ in size by at most one. Raises ConfigError for an invalid
+        shard.
         """
         if not 0 <= index < count <= len(self):
             raise ConfigError(
@@ -77,7 +78,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on and what to measure with. `dropped` examples were longer than `seq_len` and are in neither."""
+    """The training and evaluation examples. `dropped` counts those longer than `seq_len`, which are in neither set."""
 
     name: str
     train: Examples
@@ -137,9 +138,9 @@ def _permutation(count: int, key: str) -> list[int]:
 
 
 def load(name: str, tokenizer: Tokenizer, *, seq_len: int | None = None, seed: int = 0) -> Task:
-    """The task called `name`, "gsm8k" or "additions"; `seq_len` None takes the task's own default.
+    """The task called `name`, "gsm8k" or "additions"; with `seq_len` None, the task's own default length.
 
-    Raises ConfigError for another name, else what `gsm8k` and `additions` raise.
+    Raises ConfigError for an unknown name, and what `gsm8k` and `additions` raise.
     """
     tasks: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k, "additions": additions}
     if name not in tasks:
@@ -150,8 +151,9 @@ def load(name: str, tokenizer: Tokenizer, *, seq_len: int | None = None, seed: i
 def gsm8k(tokenizer: Tokenizer, *, seq_len: int = 256, seed: int = 0, held_out: int = 264) -> Task:
     """School mathematics in words with worked answers: 1,319 questions, of which `held_out` are kept for evaluation.
 
-    The questions are GSM8K's official *test* set, the only part at hand offline. It is split here for training and
-    evaluation, so no result on it compares with a leaderboard's, and a model trained here must not enter one.
+    The questions are GSM8K's official *test* set, the only part that is available offline. It is split here into
+    training and evaluation, so results are not comparable with a leaderboard's, and a model trained here must not enter
+    one.
 
     A question is rendered with the tokenizer's chat template as the user's turn (without a template as "Question: ...
     Answer: "), the answer follows with an end-of-sequence token, and the loss is on answer and end only. The data set's
@@ -172,7 +174,7 @@ def gsm8k(tokenizer: Tokenizer, *, seq_len: int = 256, seed: int = 0, held_out: 
 def additions(
     tokenizer: Tokenizer, *, seq_len: int = 12, seed: int = 0, train: int = 1024, held_out: int = 128
 ) -> Task:
-    """Sums such as "12+7=19", the loss on the digits of the sum and the end of sequence. Made here, needs no files.
+    """Sums such as "12+7=19", with the loss on the sum's digits and the end of sequence. Generated; needs no files.
 
     For tests with the tiny model: a few dozen steps halve the loss. `train` + `held_out` different sums of two numbers
     below 100 are drawn, 10,000 at most; with `ByteTokenizer` the longest takes 10 tokens.
@@ -187,9 +189,9 @@ def additions(
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean loss (nats) per answer token over all batches; a token counts the same in whichever batch it is.
+    """Mean loss (nats) per answer token over all batches; every token has the same weight, whatever its batch.
 
-    The model runs in eval mode and without gradients where its parameters are; every submodule's mode is put back.
+    The model runs on its parameters' device, in eval mode and without gradients; every submodule's mode is restored.
     Raises ConfigError if no position carries a label.
     """
     device = next(model.parameters()).device
@@ -197,7 +199,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     total, tokens = 0.0, 0
     model.eval()
     try:
-        # Not inference_mode: what a model caches in its first forward pass must stay usable for training.
+        # Not inference_mode: tensors that a model caches in its first forward pass must stay usable for training.
         with torch.no_grad():
             for batch in batches:
                 length = int(

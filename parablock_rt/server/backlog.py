@@ -1,10 +1,10 @@
-"""The aggregates of closed rounds that somebody may still need: a client that comes back is sent those it missed.
+"""The aggregates of closed rounds that a client may still need: a client that comes back is sent those it missed.
 
-A block's aggregates are kept as long as they weigh no more together than the block itself, and the last one always;
-beyond that the whole block is the cheaper thing to send. So the backlog does not outgrow the model, and it is almost
-empty while nobody is behind.
+A block's latest aggregate is always kept. Its earlier ones are kept as long as all of them together are no larger than
+the block itself; beyond that, sending the whole block is cheaper. So the backlog does not outgrow the model, and it is
+almost empty while no client is behind.
 
-Knows neither clients nor sockets. One thread at a time.
+Knows neither clients nor sockets. Only one thread may use a backlog at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parablock_rt.wire import protocol
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """An aggregate: its announcement and its packed body. `release` gives the body's memory back."""
+    """An aggregate: its announcement and its packed body. `release` returns the body's buffer to its owner."""
 
     update: protocol.Update
     nbytes: int
@@ -30,7 +30,7 @@ class Backlog:
     """The aggregates that are kept, by round."""
 
     def __init__(self, block_bytes: list[int]) -> None:
-        """`block_bytes`: what a snapshot of each block weighs."""
+        """`block_bytes`: the size of each block's snapshot."""
         self._block_bytes = block_bytes
         self._kept: dict[int, Kept] = {}
 
@@ -46,7 +46,7 @@ class Backlog:
         return set(self._kept)
 
     def add(self, kept: Kept) -> None:
-        """Keeps one more, of a later round than all others, and lets go of those that a snapshot is cheaper than."""
+        """Keeps the aggregate of a round later than all others, and drops those that a snapshot is cheaper than."""
         block = kept.update.block
         self._kept[kept.update.round] = kept
         same = [k for k in self._kept.values() if k.update.block == block]
@@ -58,15 +58,15 @@ class Backlog:
             total -= old.nbytes
 
     def drop_through(self, round: int) -> None:
-        """Everybody has applied this round and those before it."""
+        """Drops the aggregates up to and including this round, which every client has applied."""
         for kept in [k for k in self._kept.values() if k.update.round <= round]:
             self._drop(kept)
 
     def missed(self, rounds: range, block_of: Callable[[int], int]) -> tuple[list[int], list[int]]:
-        """How to bring somebody up to date who lacks these rounds.
+        """How to bring a client up to date that has not applied these rounds.
 
-        Returns the rounds whose aggregates to send and the blocks to send whole instead, in the order of their first
-        missed round.
+        Returns the rounds whose aggregates to send, and the blocks to send whole instead, ordered by the first round
+        that the client missed of each block.
         """
         whole = dict.fromkeys(block_of(round) for round in rounds if round not in self._kept)
         return [round for round in rounds if block_of(round) not in whole], list(whole)

@@ -1,7 +1,8 @@
-"""Bringing clients up to date: newcomers, until they begin, and those who come back on another connection.
+"""Brings clients up to date: newcomers until they begin, and clients that come back on a new connection.
 
-Sends what of the model they lack, and says with which round they begin or go on. Decides neither who has a seat (the
-roster) nor who has fallen too far behind (eviction). The server's thread alone uses it.
+Sends the parts of the model that a client lacks, and tells the client with which round to begin or continue. Decides
+neither who has a seat (the roster does) nor who has fallen too far behind (eviction does). Only the server's thread may
+call this module.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = logging.getLogger("parablock")
 
 
 class CatchUp:
-    """What the clients of one run lack, and how they get it."""
+    """Sends the clients of one run the aggregates and blocks that they lack."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class CatchUp:
         self.send_snapshot(member)
 
     def send_snapshot(self, member: Member) -> None:
-        """Sends the next block that a member lacks, or lets it begin if it has not yet."""
+        """Sends the next block that a member lacks. If none is left, lets a member that has not begun begin."""
         assert member.link is not None
         member.sending = member.to_send.pop(0) if member.to_send else None
         self.let_copies_go()
@@ -89,8 +90,10 @@ class CatchUp:
                 self.start_if_complete()
 
     def start_if_complete(self, *, at_deadline: bool = False) -> None:
-        """Begins the first round once all clients are there; at the deadline with a quorum. Raises RoundError when that
-        is not there either."""
+        """Begins the first round once all clients have joined, or at the deadline if a quorum has joined.
+
+        Raises RoundError when there is no quorum at the deadline.
+        """
         synced = [member for member in self._roster.members if member.synced]
         if len(synced) < self._config.clients and not at_deadline:
             return
@@ -106,7 +109,7 @@ class CatchUp:
             self._let_begin(member, first_round=0)
 
     def _let_in_late(self, member: Member) -> None:
-        """A newcomer begins with the next round; with the oldest open one if that waits for it."""
+        """Lets a newcomer begin with the next round, or with the oldest open round if that round waits for it."""
         first_round = self._progress.oldest + (0 if member.anew or self._is_needed(member) else 1)
         open_rounds = range(first_round, self._progress.oldest + self._config.staleness + 1)
         of_former_holder = [index for index in open_rounds if member.seat in self._rounds.uploads_of(index)]
@@ -125,17 +128,20 @@ class CatchUp:
         self._roster.say(member, protocol.Begin(first_round=first_round, updates_from=member.updates_from))
 
     def _is_needed(self, newcomer: Member) -> bool:
-        """Whether the oldest open round waits for this very member."""
+        """Whether the oldest open round cannot reach its quorum without this member."""
         oldest = self._progress.oldest
         return not self._progress.all_closed and self._attendance.is_needed(newcomer, self._rounds[oldest])
 
-    # ---- Those who come back
+    # ---- Clients that come back
 
     def take_rejoin(self, member: Member, message: protocol.Rejoin) -> None:
-        """Goes on with a client on its new connection: says the verdicts that it may have missed, which uploads are
-        wanted and from which byte, and sends the aggregates of the rounds since, or their blocks."""
+        """Continues with a client on its new connection.
+
+        Repeats the verdicts that the client may have missed, says which uploads to resume and from which byte, and
+        sends the aggregates that it missed, or whole blocks instead.
+        """
         assert member.link is not None
-        if member.goodbye is not None:  # all that it may have missed is the answer to that
+        if member.goodbye is not None:  # the Farewell is the only message that it may have missed
             member.rejoining = False
             self._roster.say(member, protocol.Farewell())
             return
@@ -175,12 +181,13 @@ class CatchUp:
     # ---- Both
 
     def has_caught_up(self, member: Member) -> None:
-        """From here on it may leave as much lying as others, and what has gathered so far."""
+        """Ends a member's catching up. From now on the lag limits of all members apply to it, raised by the aggregates
+        that were sent meanwhile and that it has not applied yet."""
         member.catching_up = False
         gathered = member.left_lying(self._progress.oldest)
         member.gathered_rounds = len(gathered)
         member.gathered_bytes = sum(self._schedule.body_bytes(index) for index in gathered)
 
     def let_copies_go(self) -> None:
-        """Gives back the memory of blocks that nobody is being sent any more."""
+        """Frees the copies of blocks that are no longer being sent to any member."""
         self._downlink.keep_copies_of({m.sending for m in self._roster.members if m.sending is not None})

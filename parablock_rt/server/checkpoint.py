@@ -1,16 +1,15 @@
-"""A server's durable state: a folder that a run can be taken up from after the server was killed at any moment.
+"""A server's durable state: a folder from which a run can be resumed, whenever its server was killed.
 
-`journal` is a list of records, each with its length and checksum, that only ever grows. `round-N.safetensors` holds
-what round N changed: one block (reference, master, the server optimiser's state) and the aggregate that went to the
-clients. A block that no round has changed is in no file: it is as the model was at the start, and the journal has its
-fingerprint.
+`journal` is an append-only list of records, each with its length and checksum. `round-N.safetensors` holds what round N
+changed: one block (reference, master, the server optimiser's state) and the aggregate that went to the clients. A block
+that no round has changed is in no file: it still equals the initial model, and the journal has its fingerprint.
 
-The order of writing makes it whole: the round's file first (under another name, synced, then renamed), then the record
-that names the round, synced, and only then is any client told. So a record's file is always there; a file without its
-record is of a round that did not happen; and a record that is torn in the middle was never acted upon.
+The write order keeps the state consistent: first the round's file (written under another name, synced, then renamed),
+then the record that names the round, synced, and only then are clients told. So the file that a record names always
+exists, a file without a record belongs to a round that was never closed, and a torn record was never acted upon.
 
-Nothing here knows clients or rounds; one process at a time, which a lock sees to. The seats' secrets are in the
-journal, so it is readable for its owner alone.
+This module knows nothing of clients or rounds. A lock ensures that only one process uses the folder at a time. The
+journal contains the seats' secrets, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 class Checkpoint:
-    """The state folder of the one server that runs now. Close it, or let the process end: both free the lock."""
+    """The state folder of the running server. `close` frees the lock, and so does the end of the process."""
 
     def __init__(self, folder: Path, journal: int) -> None:
-        """For `create` and `open`."""
+        """Only `create` and `open` call this."""
         self.folder = folder
         self._journal = journal
 
@@ -71,9 +70,9 @@ class Checkpoint:
 
     @staticmethod
     def refuse_to_replace(folder: Path) -> None:
-        """Raises CheckpointError when the folder holds the state of a run, which a new one would put an end to."""
+        """Raises CheckpointError when the folder holds the state of a run, which a new run would overwrite."""
         journal = folder / _JOURNAL
-        # An empty one is of a server that died before its first record.
+        # An empty journal is left by a server that died before it wrote its first record.
         if journal.exists() and journal.stat().st_size > 0:
             raise CheckpointError(
                 f"{folder} holds the state of a run already; resume that run, or choose another folder"
@@ -81,9 +80,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, *, whole: bool = False) -> tuple[Checkpoint, Past]:
-        """Takes up the state of an earlier server; what that was writing when it died is removed. `whole`: see `Past`.
+        """Opens the state of an earlier server and removes what that server was writing when it died. `whole`: see
+        `Past`.
 
-        Raises CheckpointError when there is none, when another server uses it, or when it is damaged.
+        Raises CheckpointError when there is no state, when another server uses it, or when it is damaged.
         """
         try:
             journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
@@ -105,13 +105,13 @@ class Checkpoint:
 
     @classmethod
     def closed_rounds(cls, folder: Path) -> Iterator[ClosedRound]:
-        """The rounds that a state knows as closed, with all that it knows of them. Raises as `open`, at once."""
+        """The closed rounds of a state, with all their details. Raises what `open` raises, before the iteration."""
         checkpoint, past = cls.open(folder, whole=True)
         checkpoint.close()
-        return iter([record.closed for record in past.closed])  # which lets go of them at its end, whoever holds it
+        return iter([record.closed for record in past.closed])  # an exhausted iterator frees the list
 
     def append(self, *records: Record) -> None:
-        """Adds records, which are on the disk when this returns. Raises CheckpointError when it does not take them."""
+        """Appends records; they are on the disk when this returns. Raises CheckpointError when writing fails."""
         data = b""
         for record in records:
             payload = _encoder.encode(record)
@@ -125,7 +125,7 @@ class Checkpoint:
             raise CheckpointError(f"the state in {self.folder} cannot be written: {error.strerror}") from error
 
     def write_round(self, round: int, tensors: dict[str, Tensor]) -> None:
-        """Writes what a round changed; it counts once a Closed record follows. Raises CheckpointError."""
+        """Writes what a round changed. The file counts once a Closed record follows. Raises CheckpointError."""
         target = self._file(round)
         temporary = target.with_suffix(".part")
         try:
@@ -160,7 +160,7 @@ class Checkpoint:
                 _remove(file)
 
     def has_round(self, round: int) -> bool:
-        """Whether a round's file is there."""
+        """Whether a round's file exists."""
         return self._file(round).exists()
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _read(journal: int, folder: Path, *, whole: bool) -> Past:
-    """Follows the records, and cuts off what a server that died has left of its last one."""
+    """Replays the records and truncates a last record that was torn when the server died."""
     with os.fdopen(os.dup(journal), "rb") as file:
         file.seek(0)
         data = file.read()
@@ -249,7 +249,7 @@ def _begun(begin: Record, folder: Path, *, whole: bool) -> Past:
 
 
 def _payloads(data: bytes, folder: Path) -> Iterator[bytes]:
-    """The records' bytes, up to a torn last one. Raises CheckpointError for one that is damaged, not torn."""
+    """The records' bytes, up to a torn last record. Raises CheckpointError for a record that is damaged, not torn."""
     at = 0
     while at + _FRAME.size <= len(data):
         length, crc = _FRAME.unpack_from(data, at)
@@ -261,13 +261,13 @@ def _payloads(data: bytes, folder: Path) -> Iterator[bytes]:
     rest = data[at:]
     if _has_record(rest):
         raise CheckpointError(
-            f"the journal in {folder} is damaged {at} bytes into it, with whole records behind: the disk or another "
+            f"the journal in {folder} is damaged {at} bytes into it, with whole records after it: the disk or another "
             "program changed it, and the run cannot be resumed from it"
         )
 
 
 def _has_record(rest: bytes) -> bool:
-    """Whether a whole record stands somewhere behind a broken one: then it was not torn by the end of a server."""
+    """Whether an intact record follows a broken one. If so, the broken one is damaged: only the last can be torn."""
     for at in range(1, len(rest) - _FRAME.size):
         length, crc = _FRAME.unpack_from(rest, at)
         start = at + _FRAME.size

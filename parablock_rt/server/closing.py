@@ -1,6 +1,7 @@
-"""The end of a round: when the oldest open one closes, and what happens then, in which order.
+"""The end of a round: when the oldest open round closes, and in which order its closing proceeds.
 
-The model moves, the round is put on the disk, and only then is anybody told. The server's thread alone uses it.
+The model moves, the round is written to the disk, and only then are clients told. Only the server's thread may call
+this module.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ class Closing:
         self._timeline = timeline
         self._outcome = outcome
         self._on_round = on_round
-        self._was_short = -1  # the last round that waited for seats that are not expected, for its quorum
+        self._was_short = -1  # the last round that waited for unexpected seats because it lacked a quorum
 
     def close_due(self) -> None:
-        """Closes the oldest open rounds, in order, as long as nothing more is expected for them.
+        """Closes the oldest open rounds, in order, as long as no more uploads are expected for them.
 
-        Raises RoundError when one can never close, CheckpointError when the disk fails.
+        Raises RoundError when a round can never reach its quorum, CheckpointError when the disk fails.
         """
         while self._progress.started and not self._progress.all_closed:
             round = self._rounds[self._progress.oldest]
@@ -73,8 +74,8 @@ class Closing:
             self._close(round, complete=not (waited_for or overdue or self._was_short == round.index))
 
     def _may_reach_quorum(self, round: Round) -> bool:
-        """Whether to wait on for the uploads that a round lacks, whether or not they were expected: until its deadline,
-        and longer for a client that is away, or was and has its upload still to send."""
+        """Whether to keep waiting for the uploads that a round lacks, expected or not: until the round's deadline, and
+        longer for a client that is away, or that has come back and may still have to send its upload."""
         missing = self._attendance.missing(round)
         lost = {member.seat for member in self._attendance.lost}
         back = {member.seat for member in self._roster.here if member.seated_at > self._progress.oldest_since}
@@ -85,7 +86,7 @@ class Closing:
     def _without_quorum(self, round: Round) -> str:
         missing = self._attendance.who_is_missing(round, self._outcome.left)
         advice = "restart them, or set a lower --quorum or a longer --deadline"
-        if self._durability.is_kept:  # which are settings of a new run
+        if self._durability.is_kept:  # a resumed run cannot change its settings
             advice = "resume the run and restart them before its deadline passes"
         return (
             f"round {round.index} cannot be closed: {len(round.uploads)} of {len(round.cohort)} clients delivered in "
@@ -98,7 +99,7 @@ class Closing:
         first_s = min(round.arrived_at.values(), default=start_ns / 1e9)
         self._timeline.stages.add("wait", int(first_s * 1e9), start_ns)
         receivers = [m for m in self._roster.here if m.ready and m.updates_from <= round.index]
-        # The bytes of the aggregate are on their way from here on, but nobody applies them before it is announced.
+        # The aggregate's bytes are in flight from here on, but clients apply them only after the announcement below.
         encoding, value = self._downlink.aggregate(round, [m.link for m in receivers if m.link is not None])
         self._participants.uplink.release(round.index)
         update = protocol.Update(
@@ -120,7 +121,7 @@ class Closing:
         self._say_verdicts(round)
         for member in receivers:
             own = update
-            if member.first_round <= round.index:  # else an upload of this seat is its former holder's
+            if member.first_round <= round.index:  # otherwise the seat's upload is from its former holder
                 waited_s, fold_s = round.waited_s(member.seat, start_ns), round.fold_s(member.seat)
                 own = msgspec.structs.replace(update, wait_s=waited_s, fold_s=fold_s)
             self._roster.say(member, own)
@@ -130,7 +131,7 @@ class Closing:
         self._timeline.add(Stage.CLOSE, start_ns, time.monotonic_ns(), round=round.index, block=round.block)
         self._timeline.drain()
         self._outcome.add([closed])
-        self._rounds.retire(round)  # now, when nobody waits for it
+        self._rounds.retire(round)  # not earlier: emptying the sum takes time that clients would wait
         self._progress.close_oldest(closed.open_s, complete=complete)
         if self._on_round is not None:
             self._on_round(closed)
@@ -147,7 +148,7 @@ class Closing:
         )
 
     def _say_verdicts(self, round: Round) -> None:
-        """Tells those whose uploads count, if they were to wait for the disk; and those who are too late."""
+        """Sends the acceptances that had to wait for the disk, and tells the members whose uploads came too late."""
         for seat in round.uploads if self._durability.is_kept else ():
             if (holder := self._roster.holder(seat)) is not None and holder.first_round <= round.index:
                 self._participants.verdicts.say(holder, round.index, "")

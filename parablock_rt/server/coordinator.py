@@ -1,8 +1,8 @@
-"""The server's event loop: hands each event to whom it concerns, and has rounds folded and closed in between.
+"""The server's event loop: dispatches each event to the module responsible, and folds and closes rounds in between.
 
-One thread runs it and owns everything it hands to. Other threads may call `stop` and `link_stats`, and read `config`,
-`outcome` and `timeline`. Payload bytes move in native code meanwhile: this thread sees that an upload is complete,
-never the bytes on their way.
+One thread runs the loop and owns every object that the loop dispatches to. Other threads may call `stop` and
+`link_stats`, and read `config`, `outcome` and `timeline`. Native code moves the payload bytes: this thread only sees
+that an upload is complete, never the bytes in flight.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger("parablock")
 
 _GOODBYE_S = 60.0
 _TURN_S = 0.05  # the longest that the loop waits for an event
-_EVENTS_AT_ONCE = 32  # before rounds and clocks are looked at again
+_EVENTS_AT_ONCE = 32  # events per turn, before rounds and clocks are checked again
 
 
 class Coordinator:
@@ -59,8 +59,8 @@ class Coordinator:
         past: Past | None = None,
         trace: bool = True,
     ) -> None:
-        """`state`: where the run is kept so that it outlives this process. `past`: what an earlier one has left there;
-        `master` has been restored from it."""
+        """`state`: where the run's durable state is kept; None keeps none. `past`: what an earlier server left there;
+        the caller has restored `master` from it."""
         config = identity.config
         self.outcome = Outcome()
         self.timeline = Timeline("server", "pb-server", on=trace)
@@ -114,13 +114,13 @@ class Coordinator:
         return self._config
 
     def link_stats(self) -> dict[str, _C.LinkStats]:
-        """What the link to each client is like now. Any thread."""
+        """Current statistics of the link to each client. Any thread may call it."""
         native = self._transport.native
-        links = [(member.seat, member.link) for member in self._roster.members]  # once: they change meanwhile
+        links = [(member.seat, member.link) for member in self._roster.members]  # once: `link` may change meanwhile
         return {f"client-{seat}": native.stats(link) for seat, link in links if link is not None}
 
     def stop(self, reason: str) -> None:
-        """Ends the run soon; every client is told why. Any thread."""
+        """Ends the run soon; every client is told why. Any thread may call it."""
         self._stop_reason = reason
 
     def run(self) -> None:
@@ -157,7 +157,7 @@ class Coordinator:
         return digest(self._plan, self._master.fingerprints)
 
     def _after_events(self, *, idle: bool = False) -> None:
-        """What follows from the events that were taken, and from the time. `idle`: there was none for a while."""
+        """Folds, checks the clocks, closes rounds and lets uploads in. `idle`: the last wait brought no event."""
         self._participants.uplink.fold(idle=idle)
         self._check_clock()
         self._closing.close_due()
@@ -165,7 +165,7 @@ class Coordinator:
             self._participants.intake.let_in(self._progress.oldest)
 
     def _tell_all(self, error: ParaBlockError) -> None:
-        """Why the run ends here; with a durable state it may be taken up by another process."""
+        """Tells all clients why the run ends. With a durable state another process may resume it."""
         resumable = self._durability.is_kept
         failure = protocol.Failure(error=type(error).__name__, reason=str(error), resumable=resumable)
         for member in self._roster.members:
@@ -182,7 +182,7 @@ class Coordinator:
         elif event.type == kinds.CLOSED:
             self._visitors.disconnected(event.link)
             self._participants.gone(event, time.monotonic())
-            if not self.timeline.on:  # else the trace says to the end whose link this was
+            if not self.timeline.on:  # a trace needs to know until the end whose link this was
                 self.timeline.seats.pop(event.link, None)
         elif event.type == kinds.CONTROL:
             self._take_message(event.link, event.message)
@@ -198,11 +198,11 @@ class Coordinator:
                 self.timeline.stages.add("send", event.first_byte_ns, event.at_ns)
 
     def _take_message(self, link: int, data: bytes) -> None:
-        """Hands a message to whom it concerns. What a client does wrong ends its link, never the run."""
+        """Dispatches a message. A client's error ends its link, never the run."""
         candidate, member = self._roster.candidate(link), self._roster.on(link)
         visits = self._visitors.serves(link)
         if candidate is None and member is None and not visits:
-            return  # it was dismissed, and what it had sent before that is nobody's any more
+            return  # the sender was dismissed; the message was sent before that
         try:
             message = protocol.decode(data)
             if candidate is not None:
@@ -211,7 +211,7 @@ class Coordinator:
                 self._visitors.take(link, message)
             elif member is not None:
                 self._participants.take(member, message)
-                if member.begun:  # a trace has nothing of others
+                if member.begun:  # a trace covers only members that have begun
                     self.timeline.seats[link] = member.seat
         except ParaBlockError as error:
             if isinstance(error, CheckpointError):

@@ -1,7 +1,7 @@
-"""What the server sends to its clients: each round's aggregate, and whole blocks to those who lack more than that.
+"""What the server sends to its clients: each round's aggregate, and whole blocks to clients that lack more than that.
 
-Owns the buffers of what is on its way and of what may have to be sent again. Decides neither when a round closes nor
-who gets what, and says nothing about it to anybody. The server's thread alone uses it.
+Owns the buffers of everything in flight and of everything that may have to be sent again. Decides neither when a round
+closes nor which client gets what, and sends no control messages. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, raw_la
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
-    """A whole block as it was when somebody was sent it."""
+    """A copy of a whole block, taken when it was first sent."""
 
     source: _C.Source
     nbytes: int
@@ -35,12 +35,15 @@ class _Copy:
 
 
 class Downlink:
-    """The way down, to all clients. `nbytes`: what was sent since the run began, and `snapshots_nbytes`: of it, whole
-    blocks; a restored run goes on counting. `backlog`: the aggregates that may have to be sent again. `snapshot_bytes`:
-    what all blocks weigh, sent whole."""
+    """The transfers from the server to all clients.
+
+    `nbytes`: bytes sent since the run began; `snapshots_nbytes`: the part of them that were whole blocks. Both counters
+    survive a resume. `backlog`: the aggregates that may have to be sent again. `snapshot_bytes`: the size of all blocks
+    together, sent whole.
+    """
 
     def __init__(self, transport: Transport, master: Master, chunk: int, stager: Stager, timeline: Timeline) -> None:
-        """`chunk`: elements of a transfer's chunk."""
+        """`chunk`: elements per chunk of a transfer."""
         self.nbytes = 0
         self.snapshots_nbytes = 0
         self._transport = transport
@@ -53,22 +56,22 @@ class Downlink:
         self.backlog = Backlog(block_bytes)
         self._copies: dict[int, _Copy] = {}
         largest = max(block.block.flat_numel for block in master.blocks)
-        self._mean = torch.empty(largest, dtype=torch.float32, device="cpu")  # of the round that closes
+        self._mean = torch.empty(largest, dtype=torch.float32, device="cpu")  # scratch for the closing round's mean
 
     @property
     def buffers(self) -> BufferPool:
-        """Where its buffers come from, for others that need some."""
+        """The pool from which the buffers come; other modules may take buffers from it too."""
         return self._stager.buffers
 
     @property
     def fingerprints(self) -> list[int]:
-        """Of every block's bits as they are now, which is what the clients get."""
+        """The fingerprint of every block's current bits, which are the bits that the clients hold or will get."""
         return self._master.fingerprints
 
     def aggregate(self, round: Round, links: Iterable[int]) -> tuple[Encoding, int]:
-        """Moves the model by the round's mean and sends the change, while it is being encoded.
+        """Moves the model by the round's mean, and sends the change while it is still being encoded.
 
-        Returns it, for `keep`, and the fingerprint of the new bits.
+        Returns the encoding, which the caller passes to `keep`, and the fingerprint of the block's new bits.
         """
         key = {"round": round.index, "block": round.block}
         with self._timeline.span(Stage.COMPUTE, **key):
@@ -82,11 +85,11 @@ class Downlink:
             return encoding, self._master.apply(round.block, encoding)
 
     def keep(self, update: protocol.Update, encoding: Encoding) -> None:
-        """Keeps an aggregate for those who come back."""
+        """Keeps an aggregate for clients that come back. The backlog owns the encoding's buffer from now on."""
         self.backlog.add(Kept(update, encoding.nbytes, encoding.source, lambda: self._stager.release(encoding)))
 
     def restore(self, past: Past, state: Checkpoint) -> None:
-        """Takes up where an earlier server ended. Raises CheckpointError when an aggregate that it kept is damaged."""
+        """Restores what an earlier server kept. Raises CheckpointError when one of its aggregates is damaged."""
         for kept in recovery.aggregates(past, state, self._master, self._transport, self.buffers):
             self.backlog.add(kept)
         self.nbytes = past.closed[-1].closed.bytes_down if past.closed else 0
@@ -100,7 +103,7 @@ class Downlink:
     def send_block(self, link: int, block: int) -> int:
         """Sends a whole block as it is now. Returns the fingerprint of its bits.
 
-        Many newcomers may want the same block: it is copied once for all who are sent it before it changes.
+        Many newcomers may need the same block, so they share one copy until the block changes.
         """
         if (copy := self._copies.get(block)) is None or copy.fingerprint != self.fingerprints[block]:
             copy = self._copies[block] = self._copy(block)
@@ -109,7 +112,7 @@ class Downlink:
         return copy.fingerprint
 
     def keep_copies_of(self, blocks: Collection[int]) -> None:
-        """These blocks are on their way to somebody; copies of others are let go."""
+        """Drops the copies of all blocks but these, which are being sent to a client."""
         for block in self._copies.keys() - set(blocks):
             del self._copies[block]
 
@@ -123,7 +126,7 @@ class Downlink:
             raw[start : start + flat.nbytes].view(flat.dtype).copy_(flat)
             start += flat.nbytes
         source = self._transport.native.make_source(buffer, raw_layout(nbytes, self._chunk), True)
-        self.buffers.give_back(buffer)  # which takes it as free once no source and no link has it
+        self.buffers.give_back(buffer)  # the pool reuses it once no source or link owns it
         return _Copy(source, nbytes, self.fingerprints[block])
 
     def _send(self, link: int, kind: Kind, round: int, block: int, source: _C.Source, nbytes: int) -> None:

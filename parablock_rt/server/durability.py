@@ -1,6 +1,6 @@
-"""What of a run outlives the server's process, if anything: each step is on the disk before clients are told of it.
+"""What survives the end of the server's process, if anything: each step is on the disk before clients are told of it.
 
-Says in which order; how it is written is the checkpoint's business. The server's thread alone uses it.
+Decides the order of the writes; `Checkpoint` does the writing. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Durability:
 
     @property
     def is_kept(self) -> bool:
-        """Whether anything outlives this process: a client then keeps its upload until its round is closed."""
+        """Whether the run can outlive this process. If so, a client keeps its upload until the round is closed."""
         return self._state is not None
 
     def restore(self, closed: Iterable[ClosedRound]) -> None:
@@ -35,13 +35,16 @@ class Durability:
         self._latest = {each.block: each.round for each in closed}
 
     def note(self, *records: journal.Record) -> None:
-        """Makes something outlive this process. Raises CheckpointError."""
+        """Appends records to the durable state. Raises CheckpointError."""
         if self._state is not None:
             self._state.append(*records)
 
     def close(self, record: journal.Closed, body: Tensor, wanted: set[int]) -> None:
-        """Puts a round on the disk: what it changed, then that it is closed. `body`: the packed aggregate. `wanted`:
-        earlier rounds whose aggregates somebody still lacks; those of others are removed. Raises CheckpointError."""
+        """Writes a round to the disk: first what it changed, then the record that it is closed. Raises CheckpointError.
+
+        `body`: the packed aggregate. `wanted`: earlier rounds whose aggregates a client may still lack. Files of other
+        rounds are removed, except the latest round's of each block.
+        """
         if self._state is None:
             return
         round, block = record.closed.round, record.closed.block

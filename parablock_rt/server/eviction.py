@@ -1,7 +1,7 @@
-"""Those who take too long: whose link is ended, and whose upload is refused, so that others need not wait for them.
+"""Evicts members that take too long: ends their links or refuses their uploads, so that others need not wait for them.
 
-Looks at the members now and then. Who is dismissed is told why by the caller's `dismiss`. The server's thread alone
-uses it.
+Checks the members whenever the event loop asks. The callback `dismiss` tells an evicted member why. Only the server's
+thread may call this module.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from parablock_rt.wire.transport import Transport
 
 _SILENT_S = 10.0
 _LEAST_READY_S = 60.0  # a large model's fingerprints take their time
-MAX_LAG = 32  # rounds that a connected client may leave its aggregates lying
-UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave lying, the newest ones apart
+MAX_LAG = 32  # rounds whose aggregates a connected client may leave unapplied
+UPDATE_BUDGET = 2**30  # bytes of aggregates that it may leave unapplied, not counting the newest ones
 
 
 class Eviction:
@@ -43,7 +43,8 @@ class Eviction:
         snapshot_bytes: int,
         update_budget: int = UPDATE_BUDGET,
     ) -> None:
-        """`dismiss`: ends a link and says why. `snapshot_bytes`: what all blocks weigh, sent whole."""
+        """`dismiss`: ends a link and tells the peer why. `snapshot_bytes`: the size of all blocks together, sent
+        whole."""
         self._transport = transport
         self._config = config
         self._schedule = schedule
@@ -57,7 +58,7 @@ class Eviction:
         self._update_budget = update_budget
 
     def refuse_silent(self, now: float) -> None:
-        """Room that others wait for is not kept for an upload of which nothing comes."""
+        """Refuses uploads that make no progress while other members wait for their room."""
         oldest = self._progress.oldest
         limit_s = min(_SILENT_S, self._progress.deadline.seconds / 2)
         for member in self._intake.silent(oldest, now, limit_s):
@@ -67,16 +68,16 @@ class Eviction:
             self._verdicts.say(member, oldest, reason)
 
     def dismiss_overdue(self, now: float) -> None:
-        """Ends the links of those who do not say what they must, or leave more lying than is kept for one.
+        """Ends the links of members that do not send their Ready or Rejoin in time, or that lag too far behind.
 
-        One that has come back and says nothing keeps its seat: it may do better on another connection.
+        A member that has reconnected without sending its Rejoin keeps its seat: its next connection may work.
         """
         longest = max(_LEAST_READY_S, self._config.join_timeout)
         for member in [m for m in self._roster.members if m.link is not None]:
             assert member.link is not None
             silent_s = now - member.seated_at
             if member.rejoining and silent_s > roster.HANDSHAKE_S:
-                member.seated_at = now  # until its end is heard of
+                member.seated_at = now  # do not close it again before its CLOSED event
                 self._transport.native.close_link(member.link, "the client did not say where it stands")
             elif not member.ready and silent_s > longest:
                 error = HandshakeError(f"a client has {longest:g} s to say what its model holds; join again")
@@ -91,8 +92,9 @@ class Eviction:
             self._dismiss(member.link, RoundError(reason))
 
     def _lags(self, member: Member) -> bool:
-        """Whether more is kept for a member than one may leave lying. A snapshot may take many rounds, and so may what
-        a client missed while it was away, as long as the aggregates since weigh no more than a snapshot."""
+        """Whether a member has left more aggregates unapplied than allowed. Receiving a snapshot, or what a client
+        missed while it was away, may take many rounds, as long as the aggregates sent since are no larger than a
+        snapshot (or the update budget, if that is more)."""
         behind = member.left_lying(self._progress.oldest)
         newest = self._config.staleness + 2
         weight = sum(self._schedule.body_bytes(index) for index in behind[:-newest])

@@ -1,8 +1,10 @@
-"""Lets clients send their uploads: a buffer for each, posted before it is needed, within a byte budget.
+"""Lets clients send their uploads: posts a buffer for each upload before it is needed, within a byte budget.
 
-What has come of an upload whose connection broke stays, and the client goes on from there on its next connection.
+When a connection breaks, the bytes of an upload that have arrived are kept, and the client resumes from there on its
+next connection.
 
-Knows nothing of what an upload holds. The server's thread alone uses it.
+Knows nothing of an upload's contents. Owns the buffers of uploads in flight. Only the server's thread may call this
+module.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from parablock_rt.wire.transport import BufferPool, Transport, body_layout
 
 
 class Intake:
-    """The uploads that may come, of all members."""
+    """The upload slots of all members."""
 
     def __init__(
         self,
@@ -29,25 +31,26 @@ class Intake:
         schedule: Schedule,
         budget: int,
     ) -> None:
-        """`budget`: bytes of uploads that are not folded yet, one upload apart."""
+        """`budget`: the most bytes of uploads that are not folded yet; one upload more is always allowed."""
         self._transport = transport
         self._buffers = buffers
         self._roster = roster
         self._config = config
         self._schedule = schedule
         self.budget = budget
-        self.taken_bytes = 0  # of uploads that were taken and whose buffers did not come back yet
-        self._looked_at = 0.0  # at the links, for silent ones
-        self.is_short = False  # whether the oldest round lacked room for somebody when members were let in last
+        self.taken_bytes = 0  # of uploads that were taken and whose buffers have not been given back yet
+        self._looked_at = 0.0  # when `silent` last checked the links
+        self.is_short = False  # whether the last `let_in` had no room for some upload of the oldest round
 
     def holds_all(self, round: int) -> bool:
         """Whether there is room for all uploads of a round at once."""
         return len(self._schedule.cohort(round)) * self._schedule.body_bytes(round) <= self.budget
 
     def let_in(self, oldest: int) -> None:
-        """Lets members send: the uploads of the oldest open round first, then, within the byte budget, those ahead.
+        """Posts buffers within the byte budget: for uploads of the oldest open round first, then for later rounds.
 
-        Of the oldest open round one upload that is ready to come is always let in, whatever the others hold.
+        One announced upload of the oldest open round is always let in, however full the budget is: the round can
+        always make progress.
         """
         held = sum(posted.nbytes for member in self._roster.members for posted in member.posted.values())
         held += self.taken_bytes
@@ -70,15 +73,16 @@ class Intake:
                 self.is_short = bool(left_out)
 
     def resume(self, member: Member) -> None:
-        """Goes on, on a new connection, with what was under way on the old one."""
+        """Resumes on a new connection the uploads that were in flight on the old one."""
         for posted in member.posted.values():
             self._receive(member, posted)
 
     def take(self, member: Member, arrived: _C.Event) -> tuple[UploadSlot, protocol.Upload] | None:
-        """The upload whose last byte has arrived, and its announcement; the buffer goes back with `give_back`.
+        """The upload whose last byte has arrived, and its announcement. The caller owns the buffer until `give_back`.
 
-        None: its round was closed meanwhile, as the client has been told, or the announcement comes yet, on another of
-        the link's connections; then it is taken when that is here.
+        Returns None if the round was closed meanwhile (the client has been told), or if the announcement has not
+        arrived yet because it travels on another of the link's lanes. In the latter case the upload is taken once the
+        announcement arrives.
         """
         posted = member.posted.get(arrived.round)
         if posted is None:
@@ -91,13 +95,13 @@ class Intake:
         return posted, member.announced.pop(arrived.round)
 
     def give_back(self, posted: UploadSlot) -> None:
-        """The caller is done with an upload's buffer."""
+        """Takes back the buffer of an upload that the caller no longer needs."""
         self.taken_bytes -= posted.nbytes
         self._buffers.give_back(posted.buffer)
 
     def refuse(self, member: Member, round: int) -> bool:
-        """A round closes without the member's upload, if one may still come. Returns whether that was so."""
-        if member.here and member.begun and member.next_post <= round:  # never let in, for want of room
+        """Refuses the member's upload for a round, if it may still come. Returns whether that was so."""
+        if member.here and member.begun and member.next_post <= round:  # never let in, for lack of room
             assert member.link is not None
             member.next_post = round + 1
             member.announced.pop(round, None)
@@ -114,20 +118,21 @@ class Intake:
         return True
 
     def forget(self, member: Member) -> None:
-        """Nothing more will come of a member, whose connection has ended."""
+        """Gives back the buffers of a member that will send nothing more."""
         for posted in member.posted.values():
             self._buffers.give_back(posted.buffer)
         member.posted.clear()
 
     def silent(self, oldest: int, now: float, limit_s: float) -> list[Member]:
-        """Who has announced an upload of the oldest open round and room for it, over whose link nothing has moved for
-        `limit_s` seconds, while others wait for room. Looks at the links now and then, and only in that case."""
+        """The members that have announced an upload of the oldest open round and have room for it, but whose link has
+        moved nothing for `limit_s` seconds. Empty unless other members wait for room; only then, and only now and then,
+        are the links checked."""
         announced = [member for member in self._roster.here if oldest in member.announced]
         since_last = now - self._looked_at
         if all(oldest in member.posted for member in announced) or since_last < limit_s / 8:
             return []
         self._looked_at = now
-        afresh = since_last > limit_s  # nobody waited, or this process was stopped: that time does not count
+        afresh = since_last > limit_s  # no member waited, or this process was paused: that time does not count
         silent = []
         for member in announced:
             if (posted := member.posted.get(oldest)) is None or member.link is None:
@@ -140,7 +145,8 @@ class Intake:
         return silent
 
     def _next_in_line(self, oldest: int) -> Member | None:
-        """The first member whose upload of the oldest open round is ready; None when one of these has been let in."""
+        """The first member that has announced its upload of the oldest open round; None if such a member has already
+        been let in."""
         ready = [m for m in self._roster.here if oldest in m.announced]
         if any(oldest in m.posted for m in ready):
             return None

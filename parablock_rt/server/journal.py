@@ -1,6 +1,6 @@
-"""What a durable run's journal says: its records, as they came about, and what they come to together.
+"""The contents of a durable run's journal: its records in order, and the state that follows from them.
 
-Plain data. How records are written so that none is lost or torn is the checkpoint's business.
+Plain data. `Checkpoint` writes the records so that none is lost or torn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parablock_rt.server.outcome import WHOLE_ROUNDS, ClosedRound
 from parablock_rt.wire import protocol
 
 FORMAT = 1
-_LEFT_KEPT = 100  # of those who left, the last
+_LEFT_KEPT = 100  # the last so many clients that left
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -24,7 +24,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(_Record, frozen=True, kw_only=True, tag=True):
-    """The first record: what run this is. `fingerprints`: of every block as the run began."""
+    """The first record: identifies the run. `fingerprints`: of every block at the start of the run."""
 
     format: int
     release: str
@@ -70,10 +70,10 @@ class Finished(_Record, frozen=True, kw_only=True, tag=True):
 
 
 class Closed(_Record, frozen=True, kw_only=True, tag=True):
-    """A round was closed. `verdicts`: why an upload was refused, or an empty text when it counts; by seat.
+    """A round was closed. `verdicts`, by seat: why the upload was refused, or an empty text if it counts.
 
-    `complete`: everyone who was waited for had delivered in time. `given_up`: the seats that later rounds do not wait
-    for.
+    `complete`: every client that the round waited for delivered in time. `given_up`: the seats that later rounds do not
+    wait for.
     """
 
     closed: ClosedRound
@@ -87,28 +87,28 @@ Record: TypeAlias = Begin | Listening | Seated | Started | Vacated | Finished | 
 
 
 def with_left(left: list[str], seat: int, reason: str) -> list[str]:
-    """Those who left, and one more; the first are forgotten where they are too many."""
+    """Adds an entry to the list of clients that left; the oldest entries are dropped beyond a limit."""
     return [*left, f"client {seat}: {reason}"][-_LEFT_KEPT:]
 
 
 @dataclass
 class SeatState:
-    """A seat as the journal has it."""
+    """A seat's state according to the journal."""
 
     secret: bytes
-    first_round: int | None = None  # None: it never began
+    first_round: int | None = None  # None: its holder never began
     finished: protocol.Goodbye | None = None
-    verdicts: dict[int, str] = field(default_factory=dict)  # the last ones; by round, as in Closed
+    verdicts: dict[int, str] = field(default_factory=dict)  # only the last ones, by round; texts as in Closed
 
 
 @dataclass
 class Past:
-    """What a journal says of a run so far. `whole`: everything, for somebody who reads it once; a server keeps less of
-    early rounds, so that its memory does not grow with rounds times clients."""
+    """The state of a run according to its journal. `whole`: keep all details of every round, for a caller that reads
+    them once. A server keeps less of early rounds, so that its memory does not grow with rounds times clients."""
 
     begin: Begin
     whole: bool = False
-    starts: int = 0  # of servers
+    starts: int = 0  # how many servers have started
     address: str = ""
     seats: dict[int, SeatState] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Past:
     given_up: set[int] = field(default_factory=set)  # the seats that rounds did not wait for
 
     def take(self, record: Record) -> None:
-        """Follows one record. Raises CheckpointError for one that cannot follow those before it."""
+        """Replays one record. Raises CheckpointError for a record that cannot follow the ones before it."""
         match record:
             case Listening():
                 self.starts += 1

@@ -1,9 +1,11 @@
-"""The server's copy of the model: the step by a round's mean, the server optimiser, the change that goes back down.
+"""The server's copy of the model: steps it by a round's mean with the server optimiser, and encodes the change for the
+clients.
 
-Two copies of each block: the master `x` in fp32, which the optimiser moves, and the reference `x̂` in the model's dtype,
-the bits that every client holds. What a downlink body cannot carry stays in `x − x̂` and goes down the next time.
+There are two copies of each block: the master `x` in fp32, which the optimiser moves, and the reference `x̂` in the
+model's dtype, the bits that every client holds. What a downlink body cannot represent stays in `x − x̂` and is sent with
+the block's next aggregate.
 
-Nothing here knows clients, deadlines or sockets. One thread at a time.
+Knows nothing of clients, deadlines or sockets. Only one thread may use it at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _BETA1, _BETA2, _TAU = 0.9, 0.99, 1e-3  # the values of Reddi et al., "Adaptive 
 
 
 class ServerOptimizer:
-    """`x[b] ← x[b] + lr · direction(mean change)`, with the state of each block apart.
+    """`x[b] ← x[b] + lr · direction(mean change)`, with separate state for each block.
 
     `average` moves by the mean itself (FedAvg at lr 1), `momentum` by its running sum, `adam` and `yogi` as FedAdam and
     FedYogi (Reddi et al. 2021, algorithm 2, no bias correction).
@@ -37,12 +39,12 @@ class ServerOptimizer:
         self._second: dict[int, Tensor] = {}
 
     def state(self, block: int) -> dict[str, Tensor]:
-        """What is kept of a block, by name."""
+        """The optimiser's state of a block, by name."""
         kept = {"first": self._first.get(block), "second": self._second.get(block)}
         return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     def restore(self, block: int, state: dict[str, Tensor]) -> None:
-        """Puts back what `state` gave."""
+        """Restores what `state` returned."""
         for name, kept in (("first", self._first), ("second", self._second)):
             if name in state:
                 kept[block] = state[name]
@@ -77,18 +79,18 @@ class Master:
         self._x: dict[int, Tensor] = {}
 
     def x(self, block: int) -> Tensor:
-        """The fp32 master of a block, [flat_numel]; begins as the reference widened."""
+        """The fp32 master of a block, [flat_numel]; initially the reference, converted to fp32."""
         if block not in self._x:
             self._x[block] = torch.cat([flat.float() for flat in self.blocks[block].flats])
         return self._x[block]
 
     def state(self, block: int) -> dict[str, Tensor]:
-        """All that is known of a block that a round has changed, by name; the tensors are the live ones."""
+        """The complete state of a block, by name. The tensors are not copies: the next step changes them."""
         references = {f"reference.{i}": flat for i, flat in enumerate(self.blocks[block].flats)}
         return references | {"x": self.x(block)} | self._optimizer.state(block)
 
     def restore(self, block: int, state: dict[str, Tensor]) -> None:
-        """Puts back what `state` gave. Raises CheckpointError when it is of another block."""
+        """Restores what `state` returned. Raises CheckpointError when it does not fit the block."""
         flats = self.blocks[block].flats
         found = [state.get(f"reference.{i}") for i in range(len(flats))]
         x = state.get("x")
@@ -111,9 +113,9 @@ class Master:
         self.fingerprints[block] = fingerprint(self.blocks[block])
 
     def step(self, round: int, block: int, mean: Tensor, stager: Stager, transport: Transport, chunk: int) -> Encoding:
-        """Moves the master by the round's mean and begins to encode what the clients get. `mean` is overwritten.
+        """Moves the master by the round's mean and starts to encode the aggregate. `mean` is overwritten.
 
-        The encoding's source may be sent at once; `apply` must follow before the block is touched again.
+        The encoding's source may be sent at once. The caller must call `apply` before it touches the block again.
         """
         x = self.x(block)
         self._optimizer.step(block, x, mean)

@@ -1,7 +1,7 @@
-"""The clients of a run as the server sees them, from the first byte of a connection to its end, and beyond it.
+"""The clients of a run as the server sees them, from the first byte of a connection until after its end.
 
-`Candidate` is a connection that has no seat yet, `Member` the holder of a seat, whose connection may break and be
-replaced. The conversation of the handshake is here, without I/O: messages in, messages out.
+A `Candidate` is a connection that has no seat yet. A `Member` is the holder of a seat; its connection may break and be
+replaced. The server's side of the handshake is here, without I/O: it maps messages to answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parablock_rt.wire.protocol import Kind, Message
 
 @dataclass(frozen=True)
 class Identity:
-    """What every conversation of one server has in common. `epoch`: how often the run's server was restarted."""
+    """What all conversations of one server share. `epoch`: how often the run's server was restarted."""
 
     run: int
     token: str | None = field(repr=False)
@@ -27,7 +27,7 @@ class Identity:
     plan: PlanSpec
     plan_digest: str
     frozen: str
-    certificate_suffices: bool = False  # a client that shows one that is good need not know the token
+    certificate_suffices: bool = False  # a client with a valid certificate need not know the token
     epoch: int = 0
 
 
@@ -40,8 +40,8 @@ class Candidate:
         self.since = now
         self.proved = False
         self.purpose: protocol.Purpose = "join"
-        self.seat: int | None = None  # the one that it has proved to hold: to come back to, or to give up and join anew
-        self._token: str | None = None  # what it has to prove
+        self.seat: int | None = None  # the seat that it proved to hold, to come back to or to give up and join anew
+        self._token: str | None = None  # the token that it must prove to know; None: no token is required of it
         self._conversation: handshake.Conversation | None = None
 
     def challenge(self, hello: Message, identity: Identity, tls: _C.TlsInfo | None) -> protocol.Challenge:
@@ -65,7 +65,7 @@ class Candidate:
         )
 
     def prove(self, proof: Message, secret_of: Callable[[int], bytes | None] = lambda seat: None) -> None:
-        """Checks the second message. `secret_of` a seat: None when nobody holds it.
+        """Checks the second message. `secret_of`: maps a seat to its secret, or to None when nobody holds the seat.
 
         Raises HandshakeError for a wrong token and for a seat that is not the sender's.
         """
@@ -95,7 +95,7 @@ class Candidate:
         return self._conversation is not None
 
     def welcome(self, seat: int, secret: bytes, identity: Identity) -> protocol.Welcome:
-        """What a proved newcomer is told."""
+        """The answer to a newcomer that has proved itself."""
         return protocol.Welcome(
             client=seat,
             config=identity.config,
@@ -106,22 +106,22 @@ class Candidate:
         )
 
     def welcome_back(self, seat: int, secret: bytes, identity: Identity) -> protocol.WelcomeBack:
-        """What a proved holder of a seat is told."""
+        """The answer to the holder of a seat that has proved itself."""
         assert self._conversation is not None
         seat_mac = handshake.seat_proof(secret, seat, "server", self._conversation)
         return protocol.WelcomeBack(mac=self.mac(), seat_mac=seat_mac, epoch=identity.epoch)
 
     def mac(self) -> bytes:
-        """The server's own proof."""
+        """The server's own proof that it knows the token."""
         assert self._conversation is not None
         return handshake.proof(self._token, "server", self._conversation)
 
 
 @dataclass(eq=False)
 class UploadSlot:
-    """An upload that a member may send: a buffer of the server's that waits for it.
+    """An upload that a member may send, and the server's buffer that is posted for it.
 
-    `received`: the bytes that were there when the last connection broke.
+    `received`: the bytes that had arrived when the last connection broke.
     """
 
     round: int
@@ -129,13 +129,13 @@ class UploadSlot:
     buffer: _C.Buffer
     nbytes: int
     received: int = 0
-    moved: tuple[int, float] = (-1, 0.0)  # payload over the member's link when last looked at, and since when
-    arrived: _C.Event | None = None  # its last byte, when that overtook the message that announces the upload
+    moved: tuple[int, float] = (-1, 0.0)  # payload bytes that the member's link has moved, and since when that many
+    arrived: _C.Event | None = None  # the event for its last byte, if that overtook the upload's announcement
 
 
 @dataclass(eq=False)
 class Member:
-    """A client with a seat. The seat outlives its connection: `link` is None while that is broken."""
+    """A client with a seat. The seat outlives the connection: `link` is None while the connection is broken."""
 
     seat: int
     secret: bytes
@@ -145,22 +145,22 @@ class Member:
     lost_why: str = ""
     anew: bool = False  # it had this seat before, and its connection broke before it could begin
     seated_at: float = 0.0  # when it got the seat, or came back to it
-    rejoining: bool = False  # connected again, but it has not said where it stands
+    rejoining: bool = False  # connected again, but its Rejoin has not come yet
     ready: bool = False  # its Ready was checked
     to_send: list[int] = field(default_factory=list)  # blocks of the snapshot not sent yet
-    sending: int | None = None  # the one on its way
-    synced: bool = False  # it holds the reference: nothing of the snapshot is on its way any more
+    sending: int | None = None  # the block in flight
+    synced: bool = False  # it holds the whole reference: no block of the snapshot is in flight any more
     begun: bool = False
     first_round: int = 0
     updates_from: int = 0
     applied: int = -1
-    catching_up: bool = False  # it is being sent what it lacks of the model
-    gathered_rounds: int = 0  # that closed meanwhile: so many more it may be behind
-    gathered_bytes: int = 0  # what their aggregates weigh
+    catching_up: bool = False  # it is being sent the parts of the model that it lacks
+    gathered_rounds: int = 0  # rounds that closed while it was catching up: its lag limit is raised by as many
+    gathered_bytes: int = 0  # the size of their aggregates
     next_post: int = 0  # the first round for which no upload was posted yet
     posted: dict[int, UploadSlot] = field(default_factory=dict)
     announced: dict[int, protocol.Upload] = field(default_factory=dict)
-    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # on uploads that came; the last, to repeat
+    verdicts: dict[int, protocol.Verdict] = field(default_factory=dict)  # the last ones on arrived uploads, to repeat
     goodbye: protocol.Goodbye | None = None
 
     @property
@@ -169,8 +169,8 @@ class Member:
         return self.link is not None and not self.rejoining
 
     def left_lying(self, oldest: int) -> range:
-        """The closed rounds whose aggregates were sent to it as they closed, and that it has not applied. `oldest`: the
-        oldest open round."""
+        """The closed rounds whose aggregates were sent to the member as they closed but that it has not applied yet.
+        `oldest`: the oldest open round."""
         return range(max(self.applied + 1, self.updates_from), oldest)
 
     def check(self, ready: protocol.Ready, identity: Identity, blocks: int) -> None:
@@ -190,7 +190,7 @@ class Member:
             raise PlanMismatchError(f"expected {blocks} block fingerprints, found {len(ready.fingerprints)}")
 
     def broke(self, why: str, unfinished: Iterable[tuple[int, int, int, int]], now: float) -> None:
-        """The connection is gone. `unfinished`: the receives that were posted on it, and where to resume them."""
+        """Notes that the connection broke. `unfinished`: the receives that were posted on it, and where to resume."""
         self.link = None
         self.rejoining = False
         self.sending = None
@@ -199,12 +199,13 @@ class Member:
             if kind == Kind.UPLOAD and round in self.posted:
                 self.posted[round].received = received
         for posted in self.posted.values():
-            posted.arrived = None  # it was never announced, so the client sends it again
-        self.announced.clear()  # likewise: with several lanes the rest of a body may come before it is announced again
+            posted.arrived = None  # its announcement never arrived, so the client sends the upload again
+        # The client announces again what it sends again. With several lanes the rest of a body may come before that.
+        self.announced.clear()
 
     def remember(self, verdict: protocol.Verdict, at_most: int) -> None:
-        """Keeps the last `at_most` verdicts in case the connection breaks before they are heard: a client has no more
-        uploads without one."""
+        """Keeps the last `at_most` verdicts, in case the connection breaks before the client gets them. A client never
+        has more uploads without a verdict than that."""
         self.verdicts[verdict.round] = verdict
         while len(self.verdicts) > at_most:
             del self.verdicts[min(self.verdicts)]

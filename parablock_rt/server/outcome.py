@@ -1,4 +1,4 @@
-"""What a run has come to, as the server knows it: round by round, client by client. Plain data."""
+"""The results of a run as the server knows them, by round and by client. Plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from parablock_rt.stages import NO_TIME, StageSeconds
 from parablock_rt.wire import protocol
 
-WHOLE_ROUNDS = 16  # the last ones, of which everything is kept
+WHOLE_ROUNDS = 16  # the last so many rounds, of which all details are kept
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Part:
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """What is known of a round once it is closed. Times in seconds, means over the clients that delivered.
+    """What is known of a round once it is closed. Times are in seconds, means over the clients that delivered.
 
-    `stages`: what ended on the clients between this hand-over and the one before. `server_stages`: what ended on the
-    server between this close and the one before.
+    `stages`: time per stage on the clients, for everything that ended between this hand-over and the previous one.
+    `server_stages`: the same on the server, between this close and the previous one.
     """
 
     round: int
@@ -45,19 +45,19 @@ class ClosedRound:
     parts: tuple[Part, ...] = ()
     stages: StageSeconds = NO_TIME
     server_stages: StageSeconds = NO_TIME
-    snapshot_bytes: int = 0  # of `bytes_down`: whole blocks, for clients that came late or had another model
+    snapshot_bytes: int = 0  # the part of `bytes_down` that was whole blocks, for clients that lacked them
 
     def brief(self) -> ClosedRound:
-        """Without what grows with the number of clients, and without the stages."""
+        """A copy without the stages and without the parts, which grow with the number of clients."""
         return replace(self, parts=(), stages=NO_TIME, server_stages=NO_TIME)
 
 
 @dataclass
 class Outcome:
-    """The result of a run, also of one that was cut short.
+    """The result of a run, even if the run was cut short.
 
-    `rounds` has all of them, the earlier ones without parts and stages. In a run that was resumed, `resumed_from` is
-    the first one that this server closed; `wall_s` and `server_stages` then contain the rounds that earlier servers
+    `rounds` has all closed rounds, the earlier ones without parts and stages. In a resumed run, `resumed_from` is the
+    first round that this server closed; `wall_s` and `server_stages` then include the rounds that earlier servers
     closed, but not the time without a server.
     """
 
@@ -68,12 +68,13 @@ class Outcome:
     client_digests: dict[int, str] = field(default_factory=dict)
     goodbyes: dict[int, protocol.Goodbye] = field(default_factory=dict)
     server_stages: StageSeconds = NO_TIME
-    left: list[str] = field(default_factory=list)  # who went before the end, and why
+    left: list[str] = field(default_factory=list)  # the clients that left before the end, and why
     reconnects: int = 0  # connections that broke and were replaced
-    unfinished: list[int] = field(default_factory=list)  # who was still on the way when the server stopped waiting
+    unfinished: list[int] = field(default_factory=list)  # seats without a goodbye when the server stopped waiting
 
     def add(self, closed: Iterable[ClosedRound]) -> None:
-        """Some more rounds are closed. Memory does not grow with rounds times clients: of earlier ones less is kept."""
+        """Adds closed rounds. Keeps fewer details of earlier ones, so that memory does not grow with rounds times
+        clients."""
         for each in closed:
             self.rounds.append(each)
             if (old := len(self.rounds) - WHOLE_ROUNDS - 1) >= 0:

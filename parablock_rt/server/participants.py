@@ -1,7 +1,7 @@
-"""The conversation with those who hold a seat: from the first block of their snapshot to their goodbye.
+"""The conversation with the clients that hold a seat, from the first block of their snapshot to their goodbye.
 
-Answers each message, or has it answered by the module whose business it is, and takes uploads in. Decides neither who
-gets a seat (the roster) nor when a round closes. The server's thread alone uses it.
+Answers each message or delegates it to the module responsible, and takes uploads in. Decides neither who gets a seat
+(the roster does) nor when a round closes. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _STRANGER_LOG_S = 1.0
 
 class Participants:
     """The clients of one run. `roster`: their seats; `attendance`: who takes part in which round; `intake`, `uplink`:
-    what they send; `verdicts`: what they are told about it; `catch_up`, `eviction`: who is behind, and who too far."""
+    their uploads; `verdicts`: what they are told about these; `catch_up`: sends lagging clients what they lack;
+    `eviction`: ends the links of clients that lag too far behind."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Participants:
         digest: Callable[[], str],
         upload_budget: int,
     ) -> None:
-        """`digest`: of the server's own bits, as they are now."""
+        """`digest`: returns the digest of the server's current bits."""
         self.roster = Roster(transport, identity, self)
         self.attendance = Attendance(self.roster, identity.config)
         self.intake = Intake(transport, downlink.buffers, self.roster, identity.config, schedule, upload_budget)
@@ -103,7 +104,8 @@ class Participants:
     # ---- Messages
 
     def take(self, member: Member, message: protocol.Message) -> None:
-        """Answers a member. Raises ParaBlockError for what it may not say, which ends its link."""
+        """Answers a member's message. Raises ParaBlockError for a message that the member may not send; the caller
+        then ends the member's link."""
         match message:
             case protocol.Ready() if not member.ready:
                 self.catch_up.take_ready(member, message)
@@ -127,7 +129,7 @@ class Participants:
             )
         self.attendance.takes_part(member)
         if message.round < self._progress.oldest:
-            return  # it was closed meanwhile, and the client has been told
+            return  # the round was closed meanwhile, and the client has been told
         if member.seat in self._rounds.uploads_of(message.round):
             raise HandshakeError(f"round {message.round} has an upload of client {member.seat} already")
         member.announced[message.round] = message
@@ -151,7 +153,7 @@ class Participants:
             printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
             link = member.link
             self.roster.vacate(member, printable)
-            if link is not None:  # else whoever joins and leaves again and again would hold every connection there is
+            if link is not None:  # otherwise a client that keeps joining and leaving could use up all connections
                 self._transport.native.close_link(link, "the client has left")
             return
         self._durability.note(journal.Finished(seat=member.seat, goodbye=message))
@@ -162,9 +164,10 @@ class Participants:
     # ---- Uploads
 
     def upload_arrived(self, member: Member, event: _C.Event) -> None:
-        """The last byte of an upload is here. Says whether it counts: with a durable state not before the round is
-        closed and that is on the disk. Until then a client keeps its upload, and sends it again to a server that was
-        killed meanwhile.
+        """Takes in an upload whose last byte has arrived, and tells the client whether it counts.
+
+        With a durable state, an acceptance is sent only once the round is closed and on the disk. Until then the client
+        keeps its upload, and sends it again if the server was killed and resumed meanwhile.
         """
         if (taken := self.uplink.take(member, event)) is None:
             return
@@ -175,7 +178,7 @@ class Participants:
     # ---- Going
 
     def gone(self, event: _C.Event, now: float) -> None:
-        """A connection has ended, a client's or that of somebody who has no seat yet."""
+        """Handles the end of a connection, whether its peer had a seat or not."""
         member = self.roster.on(event.link)
         candidate = self.roster.forget(event.link)
         if candidate is not None and not event.became_lane:
@@ -184,7 +187,7 @@ class Participants:
             self._lose(member, event, now)
 
     def _lose(self, member: Member, event: _C.Event, now: float) -> None:
-        """One who takes part keeps the seat, and all that was on its way."""
+        """A member that has begun keeps its seat, and the transfers that were in flight can be resumed."""
         if not member.begun:
             self.roster.vacate(member, event.text)
             return
@@ -194,7 +197,7 @@ class Participants:
             log.warning("client %d lost its connection (%s); its seat is kept for it", member.seat, event.text)
 
     def dismiss(self, link: int, error: ParaBlockError) -> None:
-        """Tells whoever is at the other end why the conversation ends, and ends it."""
+        """Tells the peer why the conversation ends, closes the link and vacates the peer's seat, if it has one."""
         if (candidate := self.roster.candidate(link)) is not None:
             self._strangers.warn(f"dismissing {candidate.address}: {error}")
         else:
@@ -206,12 +209,12 @@ class Participants:
             self.roster.vacate(member, str(error))
 
     def seated(self, member: Member) -> None:
-        """For the roster: a newcomer got a seat."""
+        """The roster calls this: a newcomer got a seat."""
         self._durability.note(journal.Seated(seat=member.seat, secret=member.secret))
         log.debug("client %d connects from %s", member.seat, member.address)
 
     def vacated(self, member: Member, reason: str) -> None:
-        """For the roster: a seat is free, and with it what was kept of its holder."""
+        """The roster calls this: a seat is free, and everything kept for its holder is dropped."""
         self.intake.forget(member)
         self.catch_up.let_copies_go()
         self._durability.note(journal.Vacated(seat=member.seat, reason=reason))
@@ -221,7 +224,7 @@ class Participants:
     # ---- After a restart of the server
 
     def restore(self, past: Past, state: Checkpoint) -> None:
-        """Takes up the run where an earlier server left it. Raises CheckpointError when an aggregate is damaged."""
+        """Resumes the run where an earlier server left it. Raises CheckpointError when an aggregate is damaged."""
         self._outcome.add(record.closed for record in past.closed)
         self._outcome.resumed_from = len(past.closed)
         self._outcome.left = list(past.left)

@@ -1,7 +1,7 @@
-"""The server's end of a measurement: how far away and how wide a link is, for a client that holds no seat.
+"""The server's end of a measurement of a link's latency and bandwidth, for a client that holds no seat.
 
-One client at a time, for bounded bytes and a bounded time, so that measuring costs a run little. The bytes mean
-nothing and are no run's: an upload's buffer is never sent to anyone.
+Serves one client at a time, for a bounded time and a bounded number of bytes, so that measuring costs a run little. The
+bytes are noise and contain no data of the run; a buffer that a client uploaded into is never sent to anyone.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _MAX_S = 60.0
 
 @dataclass(eq=False)
 class _Visit:
-    """The client that measures. Its buffers are made when they are asked for, and serve all of its transfers."""
+    """The client that measures. Its buffers are allocated on first use and serve all of its transfers."""
 
     link: int
     since: float
     index: int = 0
     left: dict[str, int] = field(default_factory=lambda: {"up": MAX_TOTAL, "down": MAX_TOTAL})
-    incoming: _C.Buffer | None = None  # nobody reads it
+    incoming: _C.Buffer | None = None  # its contents are never read
     noise: _C.Buffer | None = None
 
 
 class ProbeDesk:
-    """Serves the client that measures, if there is one. For the coordinator's thread."""
+    """Serves the client that measures, if there is one. Only the server's thread may call it."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._visit: _Visit | None = None
 
     def serves(self, link: int) -> bool:
-        """Whether this link is the one that measures."""
+        """Whether the measuring client is at the other end of this link."""
         return self._visit is not None and self._visit.link == link
 
     def admit(self, link: int, run: int, mac: bytes) -> None:
@@ -54,7 +54,7 @@ class ProbeDesk:
         self._transport.send_message(link, protocol.ProbeWelcome(max_bytes=MAX_BYTES, max_total=MAX_TOTAL, mac=mac))
 
     def take(self, message: protocol.Message) -> None:
-        """Answers a message of the client that measures. Raises HandshakeError for what it may not ask."""
+        """Answers a message of the client that measures. Raises HandshakeError for a request that is not allowed."""
         visit = self._visit
         assert visit is not None
         if not isinstance(message, protocol.Measure):
@@ -71,7 +71,7 @@ class ProbeDesk:
             self._move(visit, message)
 
     def disconnected(self, link: int) -> None:
-        """A link is gone; no-op if it is another."""
+        """Forgets the measuring client if this was its link; otherwise does nothing."""
         if self.serves(link):
             self._visit = None
 

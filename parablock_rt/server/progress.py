@@ -1,6 +1,7 @@
-"""How far a run is and how long that has taken: the oldest open round, its deadline, how long nobody has been there.
+"""How far a run is, and its timing: the oldest open round, its deadline, and how long no client has been connected.
 
-Reads the clock and says what is due; does nothing about it, and knows no client. The server's thread alone uses it.
+Reads the clock and says what is due, but does not act on it, and knows no clients. Only the server's thread may call
+this module.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections.abc import Iterable
 from parablock_rt.config import RunConfig
 
 _NOBODY_LEFT_S = 30.0
-_PAUSED_S = 5.0  # a turn of the loop that took longer than this was a stopped process or a sleeping machine
+_PAUSED_S = 5.0  # a longer turn of the loop means that the process was stopped or the machine slept
 
 
 class Deadline:
-    """How long the oldest open round may stay open: a fixed time, or one that follows the rounds seen so far.
+    """How long the oldest open round may stay open: a fixed time, or one that adapts to the rounds seen so far.
 
-    Adaptive: ten times the longest of the last rounds in which nobody was missing, at least 30 s; ten minutes before
-    there is one. A round that ran to its deadline says nothing about how long one takes, and would make the next
-    deadline ten times as long.
+    The adaptive deadline is ten times the longest of the last complete rounds, at least 30 s; before the first complete
+    round it is ten minutes. A round that ran to its deadline does not count: it says nothing about how long a round
+    takes, and would make the next deadline ten times as long.
     """
 
     _FIRST_S = 600.0
@@ -33,7 +34,7 @@ class Deadline:
         self._seen: list[float] = []
 
     def saw(self, seconds: float) -> None:
-        """Notes how long a round stayed the oldest open one that closed because everyone had delivered."""
+        """Notes how long a complete round (every client that it waited for had delivered) was the oldest open one."""
         self._seen = [*self._seen[-self._REMEMBERED + 1 :], seconds]
 
     @property
@@ -47,14 +48,14 @@ class Deadline:
 
     @property
     def without_quorum(self) -> float:
-        """How long a round that cannot be closed without clients whose connections broke waits for them to come back:
-        the fixed time, or at least five minutes."""
+        """How long a round without a quorum waits for clients whose connections broke: the fixed time, or at least
+        five minutes."""
         return self._fixed if self._fixed is not None else max(self._RETURN_S, self.seconds)
 
 
 class Progress:
-    """One run in time. `oldest`: the oldest open round, which is the number of those that are closed; `oldest_since`:
-    when it became that (monotonic seconds); `started_at`: when the first round began, None before."""
+    """The timing of one run. `oldest`: the oldest open round, which equals the number of closed rounds; `oldest_since`:
+    when it became the oldest (monotonic seconds); `started_at`: when the first round began, None before."""
 
     def __init__(self, config: RunConfig) -> None:
         self.oldest = 0
@@ -77,7 +78,7 @@ class Progress:
 
     @property
     def open_s(self) -> float:
-        """Seconds since the oldest open round became that; before the start: since the server is there."""
+        """Seconds since the oldest open round became the oldest; before the start: since the server was created."""
         return time.monotonic() - self.oldest_since
 
     @property
@@ -86,12 +87,12 @@ class Progress:
         return self.open_s >= self.deadline.seconds
 
     def start(self) -> None:
-        """The first round begins."""
+        """Notes that the first round begins."""
         self.started_at = self.oldest_since = time.monotonic()
 
     def restore(self, closed: int, open_s: Iterable[float], *, started: bool) -> None:
-        """Goes on where an earlier server ended, which had closed so many rounds. `open_s`: how long those of them were
-        open that were complete."""
+        """Continues after an earlier server that had closed `closed` rounds. `open_s`: how long each of its complete
+        rounds was open."""
         self.oldest = closed
         for seconds in open_s:
             self.deadline.saw(seconds)
@@ -99,28 +100,29 @@ class Progress:
             self.start()
 
     def close_oldest(self, open_s: float, *, complete: bool) -> None:
-        """The oldest open round was closed after so many seconds; the next one is the oldest. `complete`: everyone who
-        was waited for had delivered in time."""
+        """Notes that the oldest open round was closed after `open_s` seconds; the next round becomes the oldest.
+        `complete`: every client that the round waited for delivered in time."""
         if complete:
             self.deadline.saw(open_s)
         self.oldest += 1
         self.oldest_since = time.monotonic()
 
     def turn(self, longest: float) -> None:
-        """Another turn of the server's loop begins, `longest` seconds after the last one if nothing held it up.
+        """Notes that another turn of the server's loop begins, normally at most `longest` seconds after the last one.
 
-        What clients said while this process was stopped is still to be read: that time does not count against them.
+        A much longer turn means that this process was stopped. Messages that came meanwhile are still unread, so that
+        time does not count against the clients.
         """
         last, self._turn_at = self._turn_at, time.monotonic()
         if self._turn_at - last > min(_PAUSED_S, max(self.deadline.seconds / 2, 10 * longest)):
-            # A round that became the oldest during that turn loses only what came after that.
+            # For a round that became the oldest during that turn, only the time since then is discounted.
             self.oldest_since += self._turn_at - max(last, self.oldest_since)
             if self._deserted_since is not None:
                 self._deserted_since += self._turn_at - max(last, self._deserted_since)
 
     def deserted(self, *, anybody: bool, may_return: bool) -> bool:
-        """Whether nobody has been there for so long that it makes no sense to wait. `anybody`: somebody is there now;
-        `may_return`: seats are kept for clients whose connections broke."""
+        """Whether no client has been connected for so long that waiting is pointless. `anybody`: a client is connected
+        now; `may_return`: seats are kept for clients whose connections broke."""
         if anybody or self.all_closed:
             self._deserted_since = None
             return False

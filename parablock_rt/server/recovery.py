@@ -1,7 +1,7 @@
-"""From the durable state of a server that is gone to that of one that takes its place.
+"""Rebuilds a server's state from the durable state of an earlier server.
 
-What an earlier server knew and had not written (uploads on their way, or accepted for a round that was still open) is
-not missed: no client was told that it counts, so every client has it still and sends it again.
+What the earlier server knew but had not written (uploads in flight, or accepted for a round that was still open) is not
+lost: no client was told that such an upload counts, so every client still has it and sends it again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_l
 
 
 def check_same(past: Past, config: RunConfig | None, plan_digest: str, frozen: str) -> None:
-    """Raises CheckpointError when the state is of another run than the caller has in mind; `config`: None to take the
-    state's."""
+    """Raises CheckpointError when the state belongs to another run than the caller wants to resume. `config`: None
+    accepts the state's own settings."""
     if config is not None and config != past.begin.config:
         differing = [
             f"{name} = {getattr(config, name)!r} instead of {getattr(past.begin.config, name)!r}"
@@ -43,7 +43,7 @@ def check_same(past: Past, config: RunConfig | None, plan_digest: str, frozen: s
 
 
 def restore_master(past: Past, state: Checkpoint, master: Master) -> None:
-    """Puts every block into the state of its last closed round. Raises CheckpointError when that cannot be."""
+    """Restores every block to its state after the last closed round. Raises CheckpointError when that fails."""
     for block, began in enumerate(past.begin.fingerprints):
         last = past.last_round_of(block)
         if last is not None:
@@ -59,7 +59,8 @@ def restore_master(past: Past, state: Checkpoint, master: Master) -> None:
 
 
 def members(past: Past) -> list[Member]:
-    """Who takes part, each away and with nothing on its way. Who never began starts anew, as a newcomer."""
+    """The run's members, each disconnected and with nothing in flight. Leaves out clients that never began: they join
+    again as newcomers."""
     return [_member(seat, past) for seat, state in past.seats.items() if state.first_round is not None]
 
 
@@ -77,7 +78,7 @@ def _member(seat: int, past: Past) -> Member:
 
 
 def aggregates(past: Past, state: Checkpoint, master: Master, transport: Transport, buffers: BufferPool) -> list[Kept]:
-    """The aggregates that are on the disk still, oldest first. Raises CheckpointError when one is damaged."""
+    """The aggregates that are still on the disk, oldest first. Raises CheckpointError when one of them is damaged."""
     kept = []
     for record in past.closed:
         if state.has_round(record.closed.round):

@@ -1,7 +1,8 @@
-"""What a client that comes back on a new connection is told: pure decisions on where it and the run stand.
+"""Decides what to tell a client that comes back on a new connection: pure functions of the client's and run's state.
 
-A hand-over without a verdict is one of three things: decided while the client was away, wanted from the byte where it
-broke off, or accepted already, to be told when its round closes. What was accepted is never asked for again.
+A hand-over without a verdict is in one of three states: decided while the client was away; still wanted, from the byte
+at which the transfer broke off; or already accepted, with the verdict to follow when the round closes. The server never
+asks again for an upload that it has accepted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LATE = "round {} was closed at its deadline without this upload"
 
 
 def check(member: Member, message: protocol.Rejoin, oldest: int, staleness: int) -> None:
-    """Raises HandshakeError when the client cannot be where it says; `oldest`: the oldest open round."""
+    """Raises HandshakeError when the position that the client claims is impossible. `oldest`: the oldest open round."""
     rounds = [message.handed_over, *message.undecided]
     possible = -1 <= message.applied < oldest and max(rounds) <= oldest + staleness
     too_many = max(len(message.undecided), len(message.held)) > staleness + 3
@@ -24,14 +25,14 @@ def check(member: Member, message: protocol.Rejoin, oldest: int, staleness: int)
 
 
 def verdicts_owed(member: Member, message: protocol.Rejoin, oldest: int) -> dict[int, str | None]:
-    """The rounds of the client's undecided hand-overs that are decided here: why not, an empty text, or None for one
-    that came too late and was never heard of."""
+    """The client's undecided hand-overs that are decided on the server, by round. Each value is the reason for a
+    refusal, an empty text for an acceptance, or None if the round closed before the upload arrived."""
     known = {round: verdict.reason for round, verdict in member.verdicts.items()}
     return {r: known.get(r) for r in message.undecided if r in known or r < oldest}
 
 
 def uploads_wanted(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> dict[int, int]:
-    """The hand-overs that are still to come, and the bytes of each that are here."""
+    """The hand-overs that the server still needs, by round, and how many bytes of each have arrived."""
     still_open = [r for r in message.undecided if r >= oldest and r not in member.verdicts]
     return {
         r: member.posted[r].received if r in member.posted else 0
@@ -41,6 +42,7 @@ def uploads_wanted(member: Member, message: protocol.Rejoin, oldest: int, rounds
 
 
 def uploads_lost(member: Member, message: protocol.Rejoin, oldest: int, rounds: OpenRounds) -> list[int]:
-    """Open rounds whose upload was refused by a server that died before anybody else knew: nothing more will come."""
+    """Open rounds for which the client will send nothing more: the earlier server refused its upload, told the client,
+    and was killed before it recorded the refusal."""
     handed_over = range(max(oldest, member.first_round), message.handed_over + 1)
     return [r for r in handed_over if r not in message.undecided and member.seat not in rounds.uploads_of(r)]

@@ -1,9 +1,9 @@
-"""The seats of a run, and who holds them.
+"""The seats of a run and their holders.
 
-A seat whose connection broke is kept for its holder, who proves itself with the seat's secret. For a short while it is
-kept from newcomers, too; after that, whoever asks first gets it.
+When a holder's connection breaks, its seat is kept; the holder comes back by proving that it knows the seat's secret.
+For the first few seconds newcomers cannot take the seat; after that, the first client that asks gets it.
 
-Knows nothing of rounds. The server's thread alone uses it.
+Knows nothing of rounds. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.transport import Transport
 
 HANDSHAKE_S = 20.0
-SEAT_KEPT_S = 10.0  # from newcomers; less than a handshake may take, so that they can wait for it
+SEAT_KEPT_S = 10.0  # how long newcomers cannot take it; less than HANDSHAKE_S, so that they can wait that long
 
 
 class Seating(Protocol):
-    """What happens when seats change hands, for whoever keeps more about them."""
+    """Callbacks for when seats change hands, implemented by `Participants`."""
 
     def seated(self, member: Member) -> None:
-        """A newcomer is about to be told its seat."""
+        """A newcomer got a seat and is about to be told."""
 
     def vacated(self, member: Member, reason: str) -> None:
-        """A seat is free again; what was kept of its holder may go."""
+        """A seat is free again; everything kept for its holder may be dropped."""
 
     def dismiss(self, link: int, error: ParaBlockError) -> None:
-        """A connection is to be told why it ends."""
+        """Tells the peer why its connection ends, and ends it."""
 
 
 class Roster:
@@ -48,12 +48,12 @@ class Roster:
 
     @property
     def members(self) -> list[Member]:
-        """Everybody with a seat, connected or not."""
+        """All holders of a seat, connected or not."""
         return list(self._seats.values())
 
     @property
     def here(self) -> list[Member]:
-        """The members whom messages reach."""
+        """The members to which messages can be sent now."""
         return [member for member in self._seats.values() if member.here]
 
     def on(self, link: int) -> Member | None:
@@ -61,17 +61,17 @@ class Roster:
         return self._by_link.get(link)
 
     def holder(self, seat: int) -> Member | None:
-        """Who holds a seat."""
+        """The member that holds a seat, or None."""
         return self._seats.get(seat)
 
     def say(self, member: Member, message: protocol.Message) -> None:
-        """Sends a member a message, if messages reach it."""
+        """Sends a member a message; drops the message if the member is not `here`."""
         if member.here:
             assert member.link is not None
             self._transport.send_message(member.link, message)
 
     def restore(self, member: Member) -> None:
-        """Puts back a member of an earlier server's; its connection is broken."""
+        """Adds a member that an earlier server had; it has no connection yet."""
         self._seats[member.seat] = member
 
     def lose(self, member: Member, why: str, unfinished: list[tuple[int, int, int, int]], now: float) -> None:
@@ -81,7 +81,7 @@ class Roster:
         member.broke(why, unfinished, now)
 
     def vacate(self, member: Member, reason: str) -> None:
-        """The seat is free."""
+        """Frees a member's seat."""
         if member.link is not None:
             del self._by_link[member.link]
         del self._seats[member.seat]
@@ -90,11 +90,11 @@ class Roster:
     # ---- Candidates
 
     def connected(self, link: int, address: str, now: float) -> None:
-        """Somebody connected."""
+        """Adds a candidate for a new connection."""
         self._candidates[link] = Candidate(link, address, now)
 
     def forget(self, link: int) -> Candidate | None:
-        """Whoever is at the other end of a link is no candidate any more; returns it if it was one."""
+        """Removes and returns the candidate at the other end of a link; None if there is no candidate."""
         return self._candidates.pop(link, None)
 
     def candidate(self, link: int) -> Candidate | None:
@@ -102,9 +102,9 @@ class Roster:
         return self._candidates.get(link)
 
     def take(self, candidate: Candidate, message: protocol.Message, now: float) -> None:
-        """Takes a message of the handshake. Raises HandshakeError when the candidate is not to be let in.
+        """Handles a message of the handshake. Raises HandshakeError when the candidate must not be let in.
 
-        One that is proved and does not want a seat stays a candidate: it is somebody else's then.
+        A proved candidate that wants no seat (a visitor) stays a candidate; the caller takes it over.
         """
         if not candidate.greeted:
             tls = self._transport.native.tls_info(candidate.link)
@@ -119,7 +119,7 @@ class Roster:
             self._admit(candidate, now)
 
     def check_clock(self, now: float) -> None:
-        """Lets in who has waited for a seat, and dismisses who takes too long."""
+        """Admits candidates for which a seat has become free, and dismisses those that take too long."""
         for candidate in list(self._candidates.values()):
             try:
                 if candidate.proved:
@@ -130,25 +130,27 @@ class Roster:
                 self._seating.dismiss(candidate.link, error)
 
     def _secret_of(self, seat: int, *, begun: bool = True) -> bytes | None:
-        """What its holder proves a seat with; `begun`: only of one who has begun, and can go on or hear a farewell."""
+        """The seat's secret, or None. With `begun`, only if the member has begun: it can continue, or get its farewell.
+        Without, only if the member has not said goodbye: it can give the seat up and join anew."""
         member = self._seats.get(seat)
         if member is None or (not member.begun if begun else member.goodbye is not None):
             return None
         return member.secret
 
     def _hang_up(self, member: Member) -> None:
-        """Ends a member's old connection, which it has given up: nothing more may be written through it."""
+        """Closes the old connection of a member that has given it up, at once: nothing more may be written to it."""
         if member.link is not None:
             self._transport.native.close_link(member.link, "the client has come back on another connection", 0.0)
 
     def _admit(self, candidate: Candidate, now: float) -> None:
-        """Gives a proved candidate its seat, if that is free by now. Raises HandshakeError when it will not be."""
+        """Gives a proved candidate its seat if the seat is available by now. Raises HandshakeError when it will not
+        become available."""
         if candidate.purpose == "rejoin":
             assert candidate.seat is not None
             member = self._seats.get(candidate.seat)
             if member is None or self._secret_of(candidate.seat) is None:
                 raise HandshakeError(f"seat {candidate.seat} was given up meanwhile: join again to get a snapshot")
-            if member.link is None:  # else the end of the old connection is on its way
+            if member.link is None:  # otherwise the CLOSED event of the old connection has not come yet
                 member.rejoining = True
                 self._seat(candidate, member, now)
                 answer = candidate.welcome_back(member.seat, member.secret, self._identity)
@@ -180,9 +182,9 @@ class Roster:
         self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES)
 
     def _free_seat(self, now: float) -> int | None:
-        """A seat for a newcomer: one that nobody holds, else the one whose holder has been away longest.
+        """A seat for a newcomer: a seat without a holder, otherwise the seat whose holder has been away longest.
 
-        None: one may be free in a moment. Raises HandshakeError when none will be.
+        Returns None when a seat will be free within seconds. Raises HandshakeError when all holders are connected.
         """
         clients = self._identity.config.clients
         for seat in range(clients):

@@ -1,7 +1,7 @@
-"""The open rounds on the server: for each, its cohort, the uploads that count so far, and their sum.
+"""The open rounds on the server: for each round its cohort, the uploads that count so far, and their sum.
 
-A round holds its accumulator; an upload counts wholly or not at all. Knows no links, and no clock but to measure how
-long folding takes: times are passed in. One thread at a time.
+A round owns its accumulator. An upload counts wholly or not at all. Knows no links, and reads the clock only to measure
+how long folding takes; other times are passed in. Only one thread may use it at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from parablock_rt.wire.protocol import Upload
 
 @dataclass(frozen=True)
 class Delivery:
-    """A complete upload of a client: how it was announced, its bytes, and when the last came (seconds of any clock)."""
+    """A complete upload of a client: its announcement, its bytes, and when the last byte arrived (seconds of any
+    clock)."""
 
     client: int
     upload: Upload
@@ -32,8 +33,8 @@ class Delivery:
 
 @dataclass(eq=False)
 class Round:
-    """The state of one round. `uploads`: what was accepted, by client: from then on it counts. It is folded later,
-    together with others, at the latest into the mean; until then its body must stay as it is."""
+    """The state of one round. `uploads`: the accepted uploads, by client; an accepted upload counts. It is folded later
+    together with others, at the latest by `mean`; until then the caller must not reuse the buffer of its body."""
 
     index: int
     block: int
@@ -45,9 +46,10 @@ class Round:
     fold_span_ns: dict[int, tuple[int, int]] = field(default_factory=dict)  # when it was folded, by client
 
     def take(self, delivery: Delivery, format: str) -> str:
-        """Takes in what a client delivered, for the next pass. Returns why not, or an empty text when it counts.
+        """Takes in a client's upload, to be folded in the next pass. Returns why it was refused, or an empty text if it
+        counts.
 
-        What was refused is not waited for any more.
+        The round does not wait any longer for a client whose upload was refused.
         """
         client, upload = delivery.client, delivery.upload
         if client in self.uploads:
@@ -67,24 +69,25 @@ class Round:
 
     @property
     def waiting(self) -> list[int]:
-        """Whose upload is to be folded yet, in the order of arrival."""
+        """The clients whose uploads are not folded yet, in the order of arrival."""
         return [client for client in self.uploads if client not in self.fold_span_ns]
 
     def fold(self) -> None:
-        """Folds what waits, in one pass over the sum."""
+        """Folds all waiting uploads in one pass over the sum."""
         start_ns = time.monotonic_ns()
         self.accumulator.fold()
         self._note_folded(start_ns)
 
     def mean(self, out: Tensor) -> Tensor:
-        """The weighted mean of all uploads, in `out` (fp32, [numel]). What waits is folded on the way, past the sum."""
+        """Writes the weighted mean of all uploads to `out` (fp32, [numel]). Uploads that still wait are folded straight
+        into the mean, without a pass over the sum."""
         start_ns = time.monotonic_ns()
         self.accumulator.mean(out)
         self._note_folded(start_ns)
         return out
 
     def _note_folded(self, start_ns: int) -> None:
-        """Gives each of those that waited an equal share of the pass, as if one had followed the other."""
+        """Attributes an equal share of the pass to each waiting upload, as if they had been folded one by one."""
         waited = self.waiting
         share_ns = (time.monotonic_ns() - start_ns) // max(1, len(waited))
         for i, client in enumerate(waited):
@@ -96,16 +99,16 @@ class Round:
         return (end_ns - start_ns) / 1e9
 
     def waited_s(self, client: int, closing_ns: int) -> float:
-        """Seconds, without its folding, from a client's upload's arrival until the round began to close; 0 if it has
-        none."""
+        """Seconds from the arrival of a client's upload until the round began to close, without the time to fold it; 0
+        if the client has no upload."""
         if client not in self.uploads:
             return 0.0
         folded_before = client in self.fold_span_ns and self.fold_span_ns[client][1] <= closing_ns
         return closing_ns / 1e9 - self.arrived_at[client] - (self.fold_s(client) if folded_before else 0.0)
 
     def closed(self, *, bad_groups: int, **of_the_server: Any) -> ClosedRound:
-        """What is to be known of the round, now that it closes. `bad_groups`: of the aggregate that goes down;
-        `of_the_server`: the fields that only the server knows."""
+        """The record of the round as it closes. `bad_groups`: those of the aggregate that the clients get;
+        `of_the_server`: the fields that the round itself does not know."""
         uploads = list(self.uploads.values())
         return ClosedRound(
             round=self.index,
@@ -139,7 +142,7 @@ class Round:
 
 
 class OpenRounds:
-    """The rounds that are not closed yet, made when they are first asked for. Their sums are used again."""
+    """The rounds that are not closed yet, created on first access. Accumulators of closed rounds are reused."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -154,17 +157,18 @@ class OpenRounds:
         return self._rounds[index]
 
     def uploads_of(self, index: int) -> dict[int, Upload]:
-        """What counts in a round, by client."""
+        """The uploads that count in a round, by client."""
         return self._rounds[index].uploads if index in self._rounds else {}
 
     def forget_refusals(self, client: int, first_round: int) -> None:
-        """Somebody else is this client from `first_round` on, and may deliver what was refused of the former one."""
+        """A new holder has the client's seat from `first_round` on; it may deliver although an upload of the former
+        holder was refused."""
         for index, round in self._rounds.items():
             if index >= first_round:
                 round.refused.pop(client, None)
 
     def retire(self, round: Round) -> None:
-        """The round is closed; its sum is emptied for another one."""
+        """Removes a closed round; its accumulator is reset for reuse."""
         del self._rounds[round.index]
         round.accumulator.reset()
         self._spare_sums.append(round.accumulator)

@@ -1,6 +1,6 @@
-"""A server inside a process: `serve` starts it, its own thread runs it, this object watches it.
+"""A server inside a process: `serve` starts it, and a `Server` object controls the thread that runs it.
 
-Owns the transport and the thread; what happens in a round is the coordinator's.
+Owns the transport and the thread; the coordinator decides what happens in a round.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport, check_free, check_protection
 
 _BUDGET_PART, _ELEMENT_BYTES, _MOST_AHEAD = 32, 9, 2**30
-_SUM_BYTES = 16.25  # an element of the sum, and the scales of as many int8 uploads as weigh that much
+_SUM_BYTES = 16.25  # per element: 16 for the sum, 0.25 for the scales of the 16 int8 uploads of the same size
 _EXIT_S = 5.0
 
 
 class Server:
-    """A running server; made by `serve`, used as a context manager. Its methods may be called from any thread."""
+    """A running server, created by `serve`; also a context manager. Any thread may call its methods."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Server:
         claim: Claim,
         state: Checkpoint | None,
     ) -> None:
-        """For `serve`. Starts the thread, which releases the claim on the model at its end."""
+        """Only `serve` calls this. Starts the thread, which releases the claim on the model when it ends."""
         self.address = address
         self._state = state
         self._coordinator = coordinator
@@ -58,28 +58,28 @@ class Server:
         self._claim = claim
         self._error: ParaBlockError | None = None
         self._crash: BaseException | None = None
-        self._ended = threading.Event()  # not Thread.join: before Python 3.13 a Ctrl-C in it makes the thread seem over
+        self._ended = threading.Event()  # not Thread.join: before Python 3.13, Ctrl-C in join marks the thread as ended
         self._thread = threading.Thread(target=self._run, name="pb-server", daemon=True)
         self._thread.start()
         exits.register(self)
 
     @property
     def config(self) -> RunConfig:
-        """The run's settings; those of the saved run when it was resumed."""
+        """The run's settings; for a resumed run, those of the saved run."""
         return self._coordinator.config
 
     @property
     def outcome(self) -> Outcome:
-        """What the run has come to so far."""
+        """The run's results so far."""
         return self._coordinator.outcome
 
     @property
     def timeline(self) -> Timeline:
-        """The server's spans; read it when the run has ended."""
+        """The server's spans. Read it only after the run has ended."""
         return self._coordinator.timeline
 
     def link_stats(self) -> dict[str, _C.LinkStats]:
-        """What the link to each client is like now, by the client's name."""
+        """Current statistics of the link to each client, by the client's name."""
         return self._coordinator.link_stats()
 
     @property
@@ -88,9 +88,10 @@ class Server:
         return not self._ended.is_set()
 
     def wait(self, timeout: float | None = None) -> Outcome:
-        """Returns when every client has applied the last round. `timeout` in seconds.
+        """Waits until every client has applied the last round. `timeout` is in seconds.
 
-        Raises what ended the run early (RoundError, say), and TimeoutError when it goes on after `timeout`.
+        Raises the error that ended the run early, such as RoundError, and TimeoutError when the run has not ended after
+        `timeout`.
         """
         if threading.current_thread() is self._thread:
             raise ParaBlockError("the server's own thread cannot wait for itself; call wait() outside of on_round")
@@ -103,7 +104,7 @@ class Server:
         return self.outcome
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's state: the reference, in the model's own dtype. Call it when the run has ended."""
+        """The model's state: the reference, in the model's own dtype. Raises ParaBlockError while the run goes on."""
         if self.running:
             raise ParaBlockError("the run is still changing the model; call wait() before state_dict()")
         return self._model.state_dict()
@@ -111,7 +112,8 @@ class Server:
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent.
 
-        Called from `on_round`, on the server's own thread, it cannot wait: the run ends when the callback returns.
+        When called from `on_round`, on the server's own thread, it does not wait: the run ends after the callback
+        returns.
         """
         if exits.is_inherited(self):
             return
@@ -120,7 +122,7 @@ class Server:
             self._ended.wait()
 
     def close_at_exit(self) -> None:
-        """For a program that ends without closing it."""
+        """Called at interpreter exit if the program has not closed the server."""
         self._coordinator.stop("its program ended")
         self._ended.wait(_EXIT_S)
         self._thread.join(_EXIT_S)
@@ -171,32 +173,34 @@ def serve(
     The model becomes the reference: its planned parameters are moved into flat buffers and change round by round.
 
     Args:
-        config: the run's settings; or give its fields as keywords.
-        address: "host:port"; port 0 takes a free one, see `Server.address`. None: a free port of 127.0.0.1, or where
-            the resumed run listened before.
+        config: the run's settings; alternatively, give its fields as keywords.
+        address: "host:port"; port 0 takes a free port, see `Server.address`. None: a free port of 127.0.0.1, or the
+            address on which the resumed run listened before.
         plan: the partition; None takes `BlockPlan.from_model(model)`.
         token: clients must prove that they know it.
-        tls: every link is in TLS; with a CA in it, clients show certificates.
-        insecure: allows an address that is not loopback without both TLS and a proof of who the clients are.
-        rate, delay: slow each link down artificially: bytes a second (0: unlimited) and seconds, one way.
-        lanes: the most connections that a client may spread its link over, 1 to 4.
+        tls: encrypts every link with TLS; if it has a CA, clients must show certificates (see `Tls.clients`).
+        insecure: allows a non-loopback address without TLS, or without a proof of who the clients are.
+        rate, delay: slow each link down artificially: bytes per second (0: unlimited) and one-way delay in seconds.
+        lanes: the most connections over which a client may spread its link, 1 to 4.
         idle_timeout: seconds of silence after which a connection counts as broken.
-        durable: a new folder to keep the run's state in, so that it can be resumed if this process is killed. A round
-            then writes about seven bytes a parameter of its block.
-        resume: such a folder: the run goes on with the round that was open; its clients come back by themselves.
+        durable: a new folder for the run's state, so that the run can be resumed if this process is killed. Each round
+            then writes about seven bytes per parameter of its block.
+        resume: the `durable` folder of an earlier run: the run continues with the round that was open, and its clients
+            come back by themselves.
         on_round: called on the server's thread after each closed round.
-        upload_budget: bytes of uploads that are not folded yet, held at once, and one upload more; None: nine bytes
-            per parameter of the largest block, which is eight int8 uploads, or a 32nd of what the model takes if that
-            is more, at most 1 GiB; and a whole round's uploads besides, if they weigh no more than the sum that takes
-            their place otherwise (16 int8 uploads). More lets more clients with slow links send at the same time.
-        trace: record what happens to every chunk, for `RunFolder.write_trace`.
-        settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed;
-            with `resume` none are needed, and others than the run's are an error.
+        upload_budget: the most bytes of uploads that are held at once before they are folded; one upload more is always
+            allowed. None: nine bytes per parameter of the largest block (eight int8 uploads) or a 32nd of the memory
+            that the model takes, whichever is more, at most 1 GiB; plus the uploads of a whole round, if they are no
+            larger than the sum that would otherwise be needed (16 int8 uploads). A larger budget lets more clients with
+            slow links send at the same time.
+        trace: record the events of every chunk, for `RunFolder.write_trace`.
+        settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed.
+            With `resume` they may be omitted; values that differ from the run's are an error.
 
     Raises:
-        ConfigError: a setting that no run can use, or a model that is in use.
-        PlanError: no blocks. TransportError: the address is taken.
-        CheckpointError: the state to resume is damaged, in use, or of another run.
+        ConfigError: a setting is invalid, or the model is in use.
+        PlanError: the model has no blocks. TransportError: the address is taken.
+        CheckpointError: the state to resume is damaged, in use, or belongs to another run.
     """
     if durable is not None and resume is not None:
         raise ConfigError("give either durable, for a new run, or resume, which goes on to keep the run's state")
@@ -241,9 +245,9 @@ def serve(
 
 
 def check_address(address: str, token: str | None, tls: Tls | None, *, insecure: bool) -> None:
-    """What `serve` would refuse of an address, for those who have a model to load first.
+    """Checks an address as `serve` would, for callers that want to find errors before they load a model.
 
-    Raises ConfigError for one that lacks protection, TransportError for one that is taken.
+    Raises ConfigError for an address that lacks protection, TransportError for an address that is taken.
     """
     protected = _proves_clients(token, tls)
     check_protection(address, protected=protected, encrypted=tls is not None, insecure=insecure)
@@ -251,7 +255,7 @@ def check_address(address: str, token: str | None, tls: Tls | None, *, insecure:
 
 
 def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool) -> RunConfig | None:
-    """The run's settings from one source of them; None: those of the run that is resumed."""
+    """The run's settings, either `config` or `fields`. Returns None to use those of the run that is resumed."""
     if config is not None and fields:
         raise ConfigError(f"give a config, or its fields as keywords; found both, with {', '.join(sorted(fields))}")
     if config is not None or (resumes and not fields):
@@ -266,7 +270,7 @@ def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool
 
 
 def _proves_clients(token: str | None, tls: Tls | None) -> bool:
-    """Whether clients must prove who they are. Raises ConfigError for optional certificates with nothing beside."""
+    """Whether clients must prove who they are. Raises ConfigError for optional certificates without a token or CA."""
     certificates_asked = tls is not None and tls.asks_for_certificates
     if tls is not None and tls.clients == "optional" and (token is None or not certificates_asked):
         raise ConfigError(
@@ -279,7 +283,7 @@ def _proves_clients(token: str | None, tls: Tls | None) -> bool:
 def _identity(
     model: nn.Module, plan: BlockPlan, config: RunConfig, token: str | None, tls: Tls | None, past: Past | None
 ) -> Identity:
-    """Of a new run, or of the one that goes on."""
+    """The identity of a new run, or of the run that is resumed."""
     return Identity(
         run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
         token=token,
@@ -313,12 +317,13 @@ def _beginning(identity: Identity, master: Master) -> journal.Begin:
 
 
 def default_upload_budget(plan: BlockPlan, config: RunConfig) -> int:
-    """Bytes of uploads that are not folded yet which a server holds at most, and one upload more.
+    """The most bytes of uploads that a server holds before they are folded; one upload more is always allowed.
 
-    All uploads of a round, if they weigh no more than the sum that is not needed then; and for uploads that come ahead,
-    or wait for a pass over the sum, a small part of what the server holds for the model in any case (an fp32 master and
-    the reference), but nine bytes per parameter of the largest block (eight int8 uploads with their scales, rounded
-    up), at most 1 GiB. So the server's memory does not grow with its clients.
+    The budget has two parts. The first is all uploads of a round, if they are no larger than the sum, which is then not
+    needed. The second is for uploads that come ahead or wait for a pass over the sum: a small part of the memory that
+    the server needs for the model anyway (an fp32 master and the reference), but at least nine bytes per parameter of
+    the largest block (eight int8 uploads with their scales, rounded up), and at most 1 GiB. So the server's memory does
+    not grow with the number of clients.
     """
     model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
     largest = max(block.flat_numel for block in plan.blocks)

@@ -1,4 +1,4 @@
-"""A log that strangers can cause lines in, but not flood."""
+"""A log that strangers can write lines to, but cannot flood."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class ThrottledLog:
-    """At most one warning in `every_s` seconds; the next one says how many were left out."""
+    """Logs at most one warning per `every_s` seconds; the next warning says how many were left out."""
 
     def __init__(self, log: logging.Logger, every_s: float) -> None:
         self._log = log

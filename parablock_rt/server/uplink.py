@@ -1,8 +1,9 @@
-"""What the clients send to the server: complete uploads, checked when they arrive, and folded together.
+"""Complete uploads from the clients: checked when they arrive, and folded several at a time.
 
-The sum is 16 bytes an element, so it is moved for several uploads at once; and not at all if there is room to hold all
-of a round until it closes. Owns the uploads that have arrived and are not folded yet. Decides neither who may send nor
-when a round closes, and says nothing to anybody. The server's thread alone uses it.
+The sum takes 16 bytes per element. To save memory traffic, one pass over it folds several uploads, and there is no pass
+at all if all uploads of a round can be held until the round closes. Owns the uploads that have arrived and are not
+folded yet. Decides neither which client may send nor when a round closes, and sends no messages. Only the server's
+thread may call this module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from parablock_rt.wire.transport import as_tensor
 
 log = logging.getLogger("parablock")
 
-_TOGETHER = 16  # uploads in one pass: there the sum weighs no more than they do
+_TOGETHER = 16  # uploads per pass: so many int8 uploads are as large as the sum
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Taken:
 
 
 class Uplink:
-    """The way up, of all clients. `nbytes`: what has arrived since the run began; a restored run goes on counting."""
+    """The uploads of all clients. `nbytes`: bytes that arrived since the run began; the count survives a resume."""
 
     def __init__(self, intake: Intake, rounds: OpenRounds, timeline: Timeline, format: str) -> None:
-        """`format`: of the uploads' bodies."""
+        """`format`: the wire format of the uploads' bodies."""
         self.nbytes = 0
         self._intake = intake
         self._rounds = rounds
@@ -44,11 +45,12 @@ class Uplink:
         self._held: dict[int, list[tuple[Member, UploadSlot]]] = {}  # by round
 
     def restore(self, nbytes: int) -> None:
-        """Goes on counting where an earlier server ended."""
+        """Sets the byte count to an earlier server's last value."""
         self.nbytes = nbytes
 
     def take(self, member: Member, arrived: _C.Event) -> Taken | None:
-        """Takes in the upload whose last byte has arrived; None if it is not wanted any more, or not announced yet."""
+        """Takes in an upload whose last byte has arrived. Returns None if the upload is no longer wanted, or not yet
+        announced."""
         taken = self._intake.take(member, arrived)
         if taken is None:
             return None
@@ -71,21 +73,22 @@ class Uplink:
         return Taken(posted.round, reason)
 
     def fold(self, *, idle: bool) -> None:
-        """Folds what is held of each round, where that is worth a pass over the sum. `idle`: the server has nothing
-        else to do."""
+        """Folds the held uploads of each round for which a pass over the sum is worthwhile. `idle`: the server has
+        nothing else to do."""
         for index in list(self._held):
             if self.is_worth_a_pass(index, idle=idle):
                 self._rounds[index].fold()
                 self.release(index)
 
     def is_worth_a_pass(self, index: int, *, idle: bool) -> bool:
-        """Whether to fold what is held of a round before it closes: not while all of the round can be held."""
+        """Whether to fold a round's held uploads before the round closes. Not if all its uploads can be held, unless
+        room is short."""
         if self._intake.is_short and self._intake.taken_bytes >= self._intake.budget // 2:
             return True
         return not self._intake.holds_all(index) and (idle or len(self._held[index]) >= _TOGETHER)
 
     def release(self, index: int) -> None:
-        """What was held of a round has been folded."""
+        """Gives back the buffers of a round's held uploads, which have been folded."""
         round = self._rounds[index]
         for member, posted in self._held.pop(index, ()):
             key = {"kind": Kind.UPLOAD, "round": index, "block": posted.block, "bytes": posted.nbytes}

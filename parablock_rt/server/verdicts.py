@@ -1,6 +1,6 @@
-"""What clients are told about their uploads, and what is remembered of that in case they do not hear it.
+"""Tells clients the verdicts on their uploads, and remembers the verdicts in case a connection breaks before delivery.
 
-Decides neither whether an upload counts nor when to say so. The server's thread alone uses it.
+Decides neither whether an upload counts nor when to say so. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Verdicts:
     def __init__(self, roster: Roster, schedule: Schedule, config: RunConfig) -> None:
         self._roster = roster
         self._schedule = schedule
-        self._most = config.staleness + 3  # remembered for each client
+        self._most = config.staleness + 3  # verdicts remembered per client
 
     def say(self, member: Member, index: int, reason: str) -> None:
         """Tells a member what became of its upload for a round. `reason`: why it was refused, or an empty text."""
@@ -34,8 +34,8 @@ class Verdicts:
     def say_late(self, member: Member, index: int) -> None:
         """Tells a member that a round was closed without its upload.
 
-        This is not remembered. It says no more than that there is no verdict, and a member that no longer hears
-        anything gets one per round: they would take the place of a verdict that counts.
+        This message is not remembered: it only says that no verdict was reached. A member that has become unreachable
+        would accumulate such a message per round, and they would displace the verdicts that matter.
         """
         self._roster.say(member, self._made(member, index, rejoin.LATE.format(index)))
 

@@ -1,7 +1,7 @@
-"""Connections that take no seat: those who measure their link, and those who watch how the run stands.
+"""Connections that take no seat: clients that measure their link, and observers that watch the run.
 
-Speaks with them from the moment they have proved themselves. Decides nothing about the run. The server's thread alone
-uses it.
+Serves them once they have proved themselves. Decides nothing about the run. Only the server's thread may call this
+module.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from parablock_rt.wire import protocol
 from parablock_rt.wire.transport import Transport
 
 PURPOSES = ("probe", "observe")
-"""What those come for who want no seat."""
+"""The purposes of connections that take no seat."""
 
 
 class Visitors:
-    """Everybody who is connected, has proved itself and holds no seat."""
+    """All peers that are connected, have proved themselves and hold no seat."""
 
     def __init__(self, transport: Transport, run: int, watch: Watch, status: Callable[[], protocol.Status]) -> None:
-        """`run`: its id. `status`: how the run stands now."""
+        """`run`: the run's id. `status`: returns the run's current status."""
         self._transport = transport
         self._run = run
         self._watch = watch
@@ -40,11 +40,11 @@ class Visitors:
         self._show(candidate.link)
 
     def serves(self, link: int) -> bool:
-        """Whether a visitor is at the other end."""
+        """Whether a visitor is at the other end of the link."""
         return self._watch.serves(link) or self._probes.serves(link)
 
     def take(self, link: int, message: protocol.Message) -> None:
-        """Answers a visitor. Raises HandshakeError for what it may not ask."""
+        """Answers a visitor. Raises HandshakeError for a request that is not allowed."""
         if self._probes.serves(link):
             self._probes.take(message)
         elif isinstance(message, protocol.Observe):
@@ -53,7 +53,7 @@ class Visitors:
             raise HandshakeError(f"expected Observe from an observer, found {type(message).__name__}")
 
     def disconnected(self, link: int) -> None:
-        """A link is gone; no-op if no visitor was there."""
+        """Forgets the visitor whose link has ended; does nothing for other links."""
         self._watch.disconnected(link)
         self._probes.disconnected(link)
 

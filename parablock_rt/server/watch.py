@@ -1,7 +1,8 @@
-"""Who watches a running server and what they are told: the last rounds and clients in figures, at a bounded cost.
+"""The observers of a running server, and the status that they are sent: figures of the last rounds and of the clients,
+at a bounded cost.
 
-Notes durations as they become known and puts them together when somebody looks. Decides nothing about the run and
-touches no socket. The server's thread alone uses it.
+Notes durations as they become known, and computes a status only when an observer asks. Decides nothing about the run
+and touches no socket. Only the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from parablock_rt.wire.protocol import ClientStatus, Status
 
 LAST_ROUNDS = 8
 MOST_CLIENTS = 64
-"""Clients that a status lists, the slowest first; their number is in it in any case."""
+"""The most clients that a status lists, slowest first. `Status.present` counts all of them."""
 
 MOST_OBSERVERS = 8
 YOUNG_S = 0.1
-"""A status that is younger is given again as it is, however often it is asked for."""
+"""A status younger than this is sent again unchanged, so that frequent requests cost nothing."""
 
 
 class Watch:
@@ -38,10 +39,10 @@ class Watch:
         self._uploads: deque[float] = deque(maxlen=most)
         self._updates: deque[float] = deque(maxlen=most)
         self._status: tuple[float, Status] | None = None
-        self._observers: dict[int, bytes] = {}  # by link: the server's proof of itself
+        self._observers: dict[int, bytes] = {}  # the server's proof for each observer, by link
 
     def serves(self, link: int) -> bool:
-        """Whether an observer is at the other end."""
+        """Whether an observer is at the other end of the link."""
         return link in self._observers
 
     def admit(self, link: int, mac: bytes) -> None:
@@ -51,7 +52,7 @@ class Watch:
         self._observers[link] = mac
 
     def disconnected(self, link: int) -> None:
-        """A link is gone; no-op if no observer was there."""
+        """Forgets the observer whose link has ended; does nothing for other links."""
         self._observers.pop(link, None)
 
     def signed(self, link: int, status: Status) -> Status:
@@ -59,18 +60,18 @@ class Watch:
         return msgspec.structs.replace(status, mac=self._observers[link])
 
     def uploaded(self, first_byte_ns: int, last_byte_ns: int) -> None:
-        """Notes an upload that is complete."""
+        """Notes the duration of a complete upload."""
         self._uploads.append((last_byte_ns - first_byte_ns) / 1e9)
 
     def updated(self, first_byte_ns: int, acknowledged_ns: int) -> None:
-        """Notes an update that a client has."""
+        """Notes the duration of an update that a client has acknowledged."""
         self._updates.append((acknowledged_ns - first_byte_ns) / 1e9)
 
     def status(
         self, members: Iterable[Member], outcome: Outcome, started_at: float | None, oldest_since: float
     ) -> Status:
-        """How things stand. `started_at`: when the first round began, None before; `oldest_since`: when the oldest open
-        round did (monotonic seconds)."""
+        """The run's current status. `started_at`: when the first round began, None before; `oldest_since`: when the
+        oldest open round became the oldest (both in monotonic seconds)."""
         now = time.monotonic()
         if self._status is None or now - self._status[0] > YOUNG_S:
             wall_s = None if started_at is None else now - started_at
@@ -79,7 +80,7 @@ class Watch:
 
     def _look(self, members: Iterable[Member], outcome: Outcome, *, wall_s: float | None, open_s: float) -> Status:
         last = outcome.rounds[-LAST_ROUNDS:]
-        waiting = [r for r in last if r.round > self._config.staleness]  # no aggregate is due before the others
+        waiting = [r for r in last if r.round > self._config.staleness]  # earlier rounds never wait for an aggregate
         clients = sorted((self._client(member, outcome) for member in members), key=lambda c: (-c.late_s, c.client))
         return Status(
             round=len(outcome.rounds),
@@ -104,7 +105,7 @@ class Watch:
         )
 
     def _client(self, member: Member, outcome: Outcome) -> ClientStatus:
-        """The member's last part in a round, and what the server waits for from it."""
+        """The member's figures from the last round to which it delivered, and what it is doing now."""
         oldest = len(outcome.rounds)
         parts = (
             part for r in reversed(outcome.rounds[-LAST_ROUNDS:]) for part in r.parts if part.client == member.seat

@@ -1,4 +1,4 @@
-"""What goes over the wire: the native transport's Python face, the handshake, the messages, TLS.
+"""Everything that concerns the wire: the Python interface of the native transport, the handshake, the messages, TLS.
 
-Knows no model, and of rounds only the numbers that messages carry.
+Knows nothing of models, and of rounds only the numbers in the messages.
 """

@@ -1,6 +1,6 @@
-"""Certificates for a first deployment: a CA of its own, one certificate for the server, one for each client.
+"""Certificates for a first deployment: a private CA, one certificate for the server, and one for each client.
 
-Writes files and nothing else. Who already has a CA does not need this.
+Does nothing but write files. A site that already has a CA does not need this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_CLIENTS = 1000
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate with its key, and where both lie. `fingerprint`: SHA-256 in hex."""
+    """A certificate with its key, and the files for both. `fingerprint`: SHA-256 in hex."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
@@ -36,13 +36,13 @@ class Issued:
 
     @property
     def fingerprint(self) -> str:
-        """What `--tls-fingerprint` takes."""
+        """The certificate's SHA-256 in hex, as `--tls-fingerprint` takes it."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Everything that was written."""
+    """All certificates that `create` wrote."""
 
     ca: Issued
     server: Issued
@@ -54,11 +54,11 @@ def create(folder: Path, hosts: Sequence[str], *, clients: int = 0, days: int = 
 
     Args:
         hosts: the names and IP addresses by which clients reach the server.
-        clients: how many client certificates.
-        days: how long server's and clients' certificates are valid; the CA's is for ten years.
-        force: replace files that exist.
+        clients: how many client certificates to make.
+        days: how long the certificates of server and clients are valid; the CA's is valid for ten years.
+        force: replace existing files.
 
-    Raises ConfigError for a host that is none, and when a file exists and `force` is not set; then nothing is written.
+    Raises ConfigError for an invalid host, and when a file exists and `force` is not set; then nothing is written.
     """
     if not hosts:
         raise ConfigError("name at least one host by which clients reach the server")
@@ -97,7 +97,7 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _issue(folder: Path, stem: str, ca: Issued | None, names: Sequence[x509.GeneralName], days: int) -> Issued:
-    """A new key and its certificate, signed by the CA; by itself if there is none yet."""
+    """A new key and its certificate, signed by the CA, or self-signed if `ca` is None."""
     key = ec.generate_private_key(ec.SECP256R1())
     signer = key if ca is None else ca.key
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"parablock {stem}")])
@@ -145,7 +145,7 @@ def _write(issued: Issued) -> None:
     public = issued.certificate.public_bytes(serialization.Encoding.PEM)
     for file, content, mode in ((issued.key_file, private, 0o600), (issued.certificate_file, public, 0o644)):
         try:
-            file.unlink(missing_ok=True)  # a new file, so that nobody has the old one open or linked
+            file.unlink(missing_ok=True)  # a new file: the old one may still be open or hard-linked elsewhere
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as output:
                 output.write(content)
         except OSError as error:
@@ -153,7 +153,7 @@ def _write(issued: Issued) -> None:
 
 
 def as_dict(deployment: Deployment) -> dict[str, Any]:
-    """What was made, for a program."""
+    """The deployment as JSON-compatible data, for programs."""
 
     def one(issued: Issued) -> dict[str, str]:
         return {
@@ -170,7 +170,7 @@ def as_dict(deployment: Deployment) -> dict[str, Any]:
 
 
 def render(deployment: Deployment) -> str:
-    """What was made and how to use it, for a reader."""
+    """The deployment and how to use it, as text for people."""
     ca, server = deployment.ca, deployment.server
     lines = [
         f"The server keeps {server.certificate_file.name} and {server.key_file.name}:",

@@ -1,7 +1,7 @@
-"""One connection to the server, from connecting to the end of the handshake: proving who this is, and that it is the
-right server. Who measures the link or watches the run needs no more than that.
+"""One connection to the server, from connecting to the end of the handshake, in which both sides prove who they are.
+Measuring the link and watching the run need nothing beyond this.
 
-Whoever makes it takes the transport's events meanwhile; afterwards they are the server link's.
+Consumes the transport's events during the handshake; afterwards ServerLink does.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ A = TypeVar("A", protocol.Welcome, protocol.WelcomeBack, protocol.ProbeWelcome, 
 
 
 def pause_before(tries: int) -> float:
-    """Seconds to wait after so many tries to connect. Partly random, so that many clients do not come at once."""
+    """Seconds to back off after `tries` failed tries to connect. Partly random, so that clients do not reconnect all at
+    once."""
     return min(0.05 * 2.0 ** min(tries, 10), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Seat:
-    """A seat that the server has given to this client, and the secret that proves it."""
+    """A seat that the server has given to this client, and the secret with which the client proves that it holds it."""
 
     number: int
     secret: bytes = field(repr=False)
 
 
 class Connection:
-    """A link of the transport's to the server."""
+    """One of the transport's links, connected to the server."""
 
     def __init__(self, transport: Transport, address: str, *, tries: int = 8) -> None:
         """Connects. Raises ConnectError."""
@@ -50,11 +51,12 @@ class Connection:
 
     @property
     def tls(self) -> _C.TlsInfo | None:
-        """What is known of the TLS connection, once the server has answered; None without TLS."""
+        """Details of the TLS connection, once the server has answered; None without TLS."""
         return self.transport.native.tls_info(self.link)
 
     def introduce(self, token: str | None, former: Seat | None = None) -> protocol.Welcome:
-        """Asks for a seat. `former`: one that this client may still hold and gives up, from a connection that broke.
+        """Asks for a seat. `former`: a seat from an earlier, broken connection that this client may still hold, and
+        gives up.
 
         Raises HandshakeError, PeerLostError.
         """
@@ -68,11 +70,11 @@ class Connection:
         return self._introduce(token, "join", protocol.Welcome, claim)[0]
 
     def introduce_probe(self, token: str | None) -> protocol.ProbeWelcome:
-        """Likewise, for a measurement: takes no seat."""
+        """Introduces this side for a measurement, which takes no seat. Raises HandshakeError, PeerLostError."""
         return self._introduce(token, "probe", protocol.ProbeWelcome)[0]
 
     def observe(self, token: str | None) -> protocol.Status:
-        """How the run stands, without taking a seat; may be asked again. Raises HandshakeError, PeerLostError."""
+        """The run's current status; takes no seat and may be called again. Raises HandshakeError, PeerLostError."""
         if not self._observes:
             status = self._introduce(token, "observe", protocol.Status)[0]
             self._observes = True
@@ -81,7 +83,8 @@ class Connection:
         return self._expect(protocol.Status)
 
     def rejoin(self, token: str | None, run: int, seat: int, secret: bytes) -> protocol.WelcomeBack:
-        """Proves that the seat is this client's. Raises HandshakeError when it is not, or the run is another."""
+        """Proves that this client holds the seat. Raises HandshakeError when it does not, or when the server has
+        another run."""
 
         def claim(conversation: Conversation) -> dict[str, Any]:
             if conversation.run != run:
@@ -100,11 +103,12 @@ class Connection:
         self.transport.send_message(self.link, message)
 
     def next_message(self, what: str, timeout: float = _HANDSHAKE_S) -> protocol.Message:
-        """The next message. Raises what the server reports as its failure, PeerLostError when it says nothing."""
+        """Waits for the next message. Raises the failure that the server reports, and PeerLostError when the connection
+        ends or no message comes within `timeout`. `what` names the awaited message in errors."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             event = self.transport.next_event(left)
-            if event is None or event.link != self.link:  # a link that was given up before may still have its say
+            if event is None or event.link != self.link:  # events of a link given up earlier may still arrive
                 continue
             if event.type == _C.Event.Type.CLOSED:
                 if event.permanent:
@@ -120,7 +124,7 @@ class Connection:
         )
 
     def close(self, reason: str) -> None:
-        """Gives the connection up, at once."""
+        """Closes the connection at once."""
         self.transport.native.close_link(self.link, reason, 0.0)
 
     def _introduce(
@@ -130,7 +134,7 @@ class Connection:
         answer: type[A],
         claim: Callable[[Conversation], dict[str, Any]] = lambda conversation: {},
     ) -> tuple[A, Conversation]:
-        """`claim`: what the proof has besides the token's."""
+        """Performs the handshake. `claim`: returns the fields of Proof beyond the token's proof."""
         nonce = handshake.nonce()
         self.send(protocol.Hello(version=protocol.VERSION, release=__version__, nonce=nonce, purpose=purpose))
         challenge = self._expect(protocol.Challenge)
@@ -141,7 +145,7 @@ class Connection:
                 f"{handshake.TOKEN_VARIABLE} or a file for --token-file"
             )
         if token is not None and not challenge.token_required:
-            if not binding:  # else its certificate has told who it is, and ours may have been enough for it
+            if not binding:  # with TLS the server has shown its certificate, and may have accepted ours as proof
                 raise HandshakeError(
                     f"a token is set here, but the server at {self.address} asks for none: it may not be the intended "
                     "one"
@@ -150,8 +154,8 @@ class Connection:
         self.run = challenge.run
         conversation = Conversation(challenge.run, nonce, challenge.nonce, binding)
         proof = protocol.Proof(mac=handshake.proof(token, purpose, conversation), **claim(conversation))
-        # The settings and the plan are larger than what a stranger may send; what they say is checked before use. They
-        # may be here as soon as the proof has left.
+        # The settings and the plan exceed the size limit for unproved peers, and may arrive as soon as the proof is
+        # sent, so the limit is raised first. Their contents are checked before use.
         self.transport.native.trust(self.link, challenge.run, protocol.CONTROL_BYTES)
         self.send(proof)
         welcome = self._expect(answer)
@@ -169,7 +173,7 @@ class Connection:
 
 
 def error_from(failure: protocol.Failure) -> ParaBlockError:
-    """The error that the server names."""
+    """The exception for a failure that the server reports."""
     kind = getattr(errors, failure.error, None)
     if not (isinstance(kind, type) and issubclass(kind, ParaBlockError)):
         kind = ParaBlockError

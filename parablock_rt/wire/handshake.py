@@ -1,9 +1,9 @@
-"""Proof of identity: both sides show that they know the pre-shared token, and neither ever sends it. So does a client
-that comes back to its seat, with the secret that it was given with the seat.
+"""Proof of identity: both sides prove that they know the pre-shared token without ever sending it. In the same way, a
+client that comes back to its seat proves that it knows the secret that it got with the seat.
 
-Each proof is an HMAC-SHA256 over the role, the run, both nonces and the TLS connection it is sent in, so it is worth
-nothing in another conversation, in the other direction, or to someone in the middle who has a TLS connection to each
-side. No I/O here.
+Each proof is an HMAC-SHA256 over the role, the run, both nonces and the TLS connection in which it is sent. So a proof
+is useless in another conversation, in the other direction, and to a man in the middle with a TLS connection to each
+side. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def nonce() -> bytes:
 
 
 def secret() -> bytes:
-    """A new seat's secret."""
+    """A random secret for a new seat."""
     return os.urandom(SECRET_BYTES)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the two sides of one conversation have in common, and nobody else's conversation has.
+    """The values that both sides of a conversation share and that make it unique.
 
     `binding`: the channel binding of their TLS connection (RFC 9266), empty without TLS.
     """
@@ -63,12 +63,12 @@ def _mac(key: bytes, role: str, conversation: Conversation) -> bytes:
 
 
 def is_proof(mac: bytes, token: str | None, role: str, conversation: Conversation) -> bool:
-    """Whether `mac` is that proof, compared in constant time."""
+    """Whether `mac` equals `proof(...)` for the same arguments, compared in constant time."""
     return hmac.compare_digest(mac, proof(token, role, conversation))
 
 
 def is_seat_proof(mac: bytes, secret: bytes, seat: int, role: str, conversation: Conversation) -> bool:
-    """Whether `mac` is that proof, compared in constant time."""
+    """Whether `mac` equals `seat_proof(...)` for the same arguments, compared in constant time."""
     return hmac.compare_digest(mac, seat_proof(secret, seat, role, conversation))
 
 

@@ -1,6 +1,6 @@
-"""The control messages between server and client: typed, MessagePack, sizes checked before anything is decoded.
+"""The control messages between server and client: typed and encoded as MessagePack. Sizes are checked before decoding.
 
-They travel in control frames; payload bytes never do. The conversation:
+The messages travel in control frames; payload bytes never do. The conversation:
 
     Hello → Challenge → Proof → Welcome → Ready → [Snapshot + data]* → Begin
     then, for each round:  Upload + data → Verdict      Update + data → Applied
@@ -9,7 +9,7 @@ They travel in control frames; payload bytes never do. The conversation:
     to measure the link:   Hello ("probe") → Challenge → Proof → ProbeWelcome → [Measure → Measured [+ data]]*
     to watch the run:      Hello ("observe") → Challenge → Proof → Status → [Observe → Status]*
 
-A client whose connection broke comes back on a new one; what the seat holds and what was under way outlives the old:
+A client whose connection broke comes back on a new one; its seat and its transfers in flight outlive the old one:
 
     Hello ("rejoin") → Challenge → Proof → WelcomeBack → Rejoin → [Verdict]* → RejoinAnswer → [Update + data]* …
 
@@ -34,17 +34,17 @@ VERSION: int = _C.PROTOCOL_VERSION
 CONTROL_BYTES_BEFORE_PROOF = 4096
 CONTROL_BYTES = 16 * 2**20
 DIGEST_CHARS = 64
-REASON_CHARS = 500  # of why a client leaves: the server keeps it, and shows it to others
-PROBE_CHUNK = 2**16  # bytes, of what a measurement moves
+REASON_CHARS = 500  # limits the reason why a client leaves: the server keeps it, and shows it to others
+PROBE_CHUNK = 2**16  # bytes per chunk of a measurement's transfers
 
 
 class Kind(IntEnum):
-    """What a transfer carries. With round and block it names the transfer on its link."""
+    """What a transfer carries. Kind, round and block together identify a transfer on its link."""
 
     UPLOAD = 1  # client to server: one client's packed change of a block
     UPDATE = 2  # server to client: the packed change of the reference
     SNAPSHOT = 3  # server to client: a block's reference, raw (round: the version)
-    PROBE = 4  # either way: bytes that mean nothing (round: the index of their Measure)
+    PROBE = 4  # either way: meaningless bytes (round: the index of their Measure)
 
 
 Purpose = Literal["join", "rejoin", "probe", "observe"]
@@ -64,7 +64,7 @@ class Hello(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Challenge(_Message, frozen=True, kw_only=True, tag=True):
-    """The server's part of the challenge; `run` must stand in every later frame."""
+    """The server's part of the challenge. Every later frame must carry `run`."""
 
     run: int
     nonce: bytes
@@ -72,10 +72,10 @@ class Challenge(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Proof(_Message, frozen=True, kw_only=True, tag=True):
-    """HMAC that proves the token without sending it; empty where none is required.
+    """`mac`: the HMAC that proves knowledge of the token without sending it; empty if no token is required.
 
-    `seat`: the one that the sender holds, proved by `seat_mac` with the seat's secret; to rejoin, or to join anew and
-    give it up.
+    `seat`: the seat that the sender holds, either to rejoin it or to give it up and join anew. `seat_mac` proves it
+    with the seat's secret.
     """
 
     mac: bytes
@@ -86,8 +86,8 @@ class Proof(_Message, frozen=True, kw_only=True, tag=True):
 class Welcome(_Message, frozen=True, kw_only=True, tag=True):
     """The seat, the run's settings and the partition. `mac` proves that the server knows the token too.
 
-    `secret`: with it the client proves, on another connection, that the seat is its own. `epoch`: how often the server
-    was restarted.
+    `secret`: lets the client prove on another connection that it holds the seat. `epoch`: how often the server was
+    restarted.
     """
 
     client: int
@@ -99,7 +99,7 @@ class Welcome(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class WelcomeBack(_Message, frozen=True, kw_only=True, tag=True):
-    """The seat is the client's still. Both proofs as in `Proof`, by the server."""
+    """The client still holds its seat. The server's proofs, as in `Proof`."""
 
     mac: bytes
     seat_mac: bytes
@@ -107,9 +107,9 @@ class WelcomeBack(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Rejoin(_Message, frozen=True, kw_only=True, tag=True):
-    """Where the client stands: the last round whose aggregate it applied, and the last one that it handed over.
+    """The client's position: the last round whose aggregate it applied, and the last round that it handed over.
 
-    `held`: later rounds whose body it has. `undecided`: hand-overs on which it has no verdict.
+    `held`: later rounds whose bodies it has completely. `undecided`: hand-overs for which it has no verdict.
     """
 
     applied: int
@@ -119,10 +119,10 @@ class Rejoin(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class RejoinAnswer(_Message, frozen=True, kw_only=True, tag=True):
-    """How it goes on. All rounds before `updates_from` are closed: their aggregates are sent again where they are
-    missing, except those of the blocks in `snapshots`, which come whole.
+    """How the client continues. All rounds before `updates_from` are closed: the server sends the aggregates that the
+    client lacks again, except those of the blocks in `snapshots`, which it sends whole.
 
-    `uploads`: the hand-overs that the server still wants, and the bytes of each that it has.
+    `uploads`: the hand-overs that the server still needs, and how many bytes of each it has.
     """
 
     updates_from: int
@@ -131,14 +131,14 @@ class RejoinAnswer(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Lanes(_Message, frozen=True, kw_only=True, tag=True):
-    """The client may spread its link over up to `most` connections; each further one shows `key` first."""
+    """The client may spread its link over up to `most` connections; each further connection starts by sending `key`."""
 
     most: int
     key: bytes
 
 
 class ProbeWelcome(_Message, frozen=True, kw_only=True, tag=True):
-    """The Welcome of a client that only measures: the most bytes of one transfer, and of all in one direction."""
+    """The Welcome for a client that only measures: the most bytes per transfer, and in total per direction."""
 
     max_bytes: int
     max_total: int
@@ -146,9 +146,9 @@ class ProbeWelcome(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Measure(_Message, frozen=True, kw_only=True, tag=True):
-    """Asks for the server's time and, with `nbytes`, for room for so many bytes ("up") or for the bytes ("down").
+    """Asks for the server's time and, with `nbytes`, asks it to receive ("up") or send ("down") that many bytes.
 
-    `index` grows from message to message and names the transfer.
+    `index` grows from message to message and identifies the transfer.
     """
 
     index: int
@@ -157,14 +157,14 @@ class Measure(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Measured(_Message, frozen=True, kw_only=True, tag=True):
-    """The answer to the Measure of that index. `clock_ns`: the server's wall clock."""
+    """The answer to the Measure with the same index. `clock_ns`: the server's wall clock."""
 
     index: int
     clock_ns: int
 
 
 class Ready(_Message, frozen=True, kw_only=True, tag=True):
-    """What the client holds: its plan, the fingerprint of what is frozen and of each block."""
+    """What the client holds: its plan's digest, and the fingerprints of everything frozen and of each block."""
 
     plan_digest: str
     frozen: str
@@ -180,16 +180,16 @@ class Snapshot(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(_Message, frozen=True, kw_only=True, tag=True):
-    """The client's first round, and the first round whose update it will be sent."""
+    """The client's first round, and the first round whose update the server will send it."""
 
     first_round: int
     updates_from: int
 
 
 class Upload(_Message, frozen=True, kw_only=True, tag=True):
-    """A hand-over: the weight of the contribution (tokens or examples) and how the round went on the client.
+    """A hand-over: the weight of the contribution (tokens or examples), and the client's loss and times in the round.
 
-    `stages`: what ended on the client since its last hand-over.
+    `stages`: time per stage, for everything that ended on the client since its last hand-over.
     """
 
     round: int
@@ -211,10 +211,10 @@ class Verdict(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Update(_Message, frozen=True, kw_only=True, tag=True):
-    """Announces a round's aggregate. `fingerprint`: the reference's bits once it is applied.
+    """Announces a round's aggregate. `fingerprint`: of the block's reference once the aggregate is applied.
 
-    `fold_s`: seconds that folding this client's upload took, if it had one; `wait_s`: those between its arrival and the
-    round's close.
+    If the client had an upload in the round, `fold_s` is the seconds that folding it took, and `wait_s` the seconds
+    from its arrival until the round began to close, without folding.
     """
 
     round: int
@@ -227,17 +227,17 @@ class Update(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Applied(_Message, frozen=True, kw_only=True, tag=True):
-    """The client applied a round's update and got these bits."""
+    """The client applied a round's update. `fingerprint`: of the bits that it then has."""
 
     round: int
     fingerprint: int
 
 
 class Goodbye(_Message, frozen=True, kw_only=True, tag=True):
-    """The last message of a client: its final digest, or why it leaves early. `rounds`: those that it has trained.
+    """A client's last message: its final digest, or why it leaves early. `rounds`: how many rounds it has trained.
 
-    `reconnects`: how often it came back. `resumed_bytes`, `resent_bytes`: of the transfers that broke off meanwhile,
-    what was kept and what had to travel after the break.
+    `reconnects`: how often it came back. `resumed_bytes`, `resent_bytes`: of the transfers that were interrupted, the
+    bytes that were kept and the bytes that were sent after the break.
     """
 
     digest: Annotated[str, Meta(max_length=DIGEST_CHARS)]
@@ -258,8 +258,8 @@ class Farewell(_Message, frozen=True, kw_only=True, tag=True):
 class Failure(_Message, frozen=True, kw_only=True, tag=True):
     """The conversation cannot go on. `error` is the name of a class in `parablock_rt.errors`.
 
-    `resumable`: it is the server's process that ends, and another one may take up the run: a client may wait for it as
-    for one that was killed.
+    `resumable`: only the server's process ends, and another process may resume the run. A client may wait for that
+    process, as it does after a server was killed.
     """
 
     error: str
@@ -268,11 +268,12 @@ class Failure(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Observe(_Message, frozen=True, kw_only=True, tag=True):
-    """Asks again how the run stands; of an observer, which has no seat."""
+    """An observer, which has no seat, asks for the status again."""
 
 
 class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One client in a Status. Seconds are those of its last round; `late_s`: behind that round's first upload."""
+    """One client in a Status. The seconds are those of its last round; `late_s`: how long its upload arrived after that
+    round's first."""
 
     client: int
     state: str  # joining, training, uploading or delivered
@@ -283,11 +284,11 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(_Message, frozen=True, kw_only=True, tag=True):
-    """How the run stands: means over the last rounds, None where there is none yet. `round`: rounds that are closed.
+    """The run's status: means over the last rounds, or None before there are any. `round`: how many rounds are closed.
 
-    `exposed_s`: how long training waited before a round, without the first rounds, which never wait; `others_s`: of it,
-    for other clients. `exchange_s`: how long an upload and an update were on their way. `clients`: the slowest of those
-    present.
+    `exposed_s`: how long training waited before a round, leaving out the first rounds, which never wait; `others_s`:
+    the part of that spent waiting for other clients. `exchange_s`: how long an upload plus an update were in flight.
+    `clients`: the slowest of the connected clients.
     """
 
     round: int
@@ -350,7 +351,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """The message in `data`. Raises HandshakeError when it is none that this version knows."""
+    """The message in `data`. Raises HandshakeError when this version does not know such a message."""
     try:
         message: Message = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""TLS settings of one side: who it is, and how it tells the right peer from another. The native module does the rest.
+"""TLS settings of one side: its identity, and how it recognises the right peer. The native module does the rest.
 
-Nothing here is secret but what the key file holds, and that is read by native code alone.
+The only secret is the content of the key file, which only native code reads.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ class Tls:
     """TLS 1.3 for a server or a client. All files are PEM.
 
     A server needs `certificate` and `key`; with `ca` it asks its clients for certificates signed by that CA. A client
-    needs `ca` or `fingerprint` (or both, then both must hold) to know its server by; with a CA, the certificate must
-    also be for the host it connects to. `certificate` and `key` are for a server that asks for them.
+    needs `ca` or `fingerprint` to recognise its server; if both are given, both must match. With a CA, the server's
+    certificate must also be valid for the host to which the client connects. A client needs `certificate` and `key`
+    only if the server asks for a client certificate.
 
     Args:
-        certificate: this side's certificate, followed by intermediate ones.
-        key: its private key, without a passphrase.
-        ca: the certificates of who must have signed the peer's; "system" means the CAs that this machine trusts.
+        certificate: this side's certificate, followed by intermediate certificates.
+        key: the certificate's private key, without a passphrase.
+        ca: the CA certificates that must have signed the peer's; "system" means the CAs that this machine trusts.
         fingerprint: the SHA-256 of the peer's certificate in hex, with or without colons.
-        clients: on a server with `ca`: "required", or "optional", which lets in who knows the token instead.
+        clients: on a server with `ca`: "required", or "optional", which also admits clients that know the token.
     """
 
     certificate: Path | str | None = None

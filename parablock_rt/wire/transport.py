@@ -1,6 +1,6 @@
-"""The Python face of the native transport: buffers, events, addresses. Payload bytes never pass through here.
+"""The Python interface of the native transport: buffers, events, addresses. Payload bytes never pass through Python.
 
-Every function may be called from any thread; each object is used by one thread at a time.
+Any thread may call any function here, but only one thread may use an object at a time.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from parablock_rt.wire import protocol
 log = logging.getLogger("parablock")
 
 MAX_LANES: int = _C.MAX_LANES
-DEFAULT_LANES = 1  # connections a client opens; measured: `parablock bench links --only lanes`
+DEFAULT_LANES = 1  # connections per client; `parablock bench links --only lanes` measures the effect of more
 _LANE_TIMEOUT_S = 5.0
 
-_RAW_UNIT = 256  # bytes; every flat block is a multiple: 128 elements of at least 2 bytes
+_RAW_UNIT = 256  # bytes; every flat block is a multiple of this: 128 elements of at least 2 bytes
 
-# Ctrl-C reaches a thread that waits in native code only when it comes back to Python.
+# A thread that waits in native code sees Ctrl-C only when it returns to Python.
 _LONGEST_WAIT_S = 0.1
 
 
@@ -52,27 +52,27 @@ def as_tensor(buffer: _C.Buffer, nbytes: int) -> Tensor:
 
 
 def describe(event: _C.Event) -> str:
-    """What an event's transfer is: "upload of round 3"."""
+    """Describes an event's transfer, such as "upload of round 3"."""
     return f"{protocol.Kind(event.kind).name.lower()} of round {event.round}"
 
 
 class BufferPool:
-    """Buffers that are used again, so that a run in steady state allocates nothing.
+    """Buffers that are reused, so that a run in steady state allocates nothing.
 
-    `give_back` may come while native code still reads the buffer (a cancelled transfer drains): it is handed out again
-    only when nobody else owns it. There are never more than were in use at once: one that is too small for what is
-    wanted makes room for one that is not.
+    The caller may give a buffer back while native code still reads it (a cancelled transfer drains): the pool hands a
+    buffer out again only when it is the buffer's only owner. The pool never holds more buffers than were in use at
+    once: if all idle buffers are too small, the smallest is replaced by a larger one.
     """
 
     def __init__(self, allocate: Callable[[int], _C.Buffer] = _C.Buffer) -> None:
-        """`allocate`: makes a buffer of so many bytes."""
+        """`allocate`: returns a new buffer of the given number of bytes."""
         self._allocate = allocate
         self._free: list[_C.Buffer] = []
         self._least = 0
         self.allocated_bytes = 0
 
     def take(self, nbytes: int) -> _C.Buffer:
-        """A buffer of at least `nbytes` bytes; its contents are arbitrary."""
+        """A buffer of at least `nbytes` bytes with arbitrary contents. The caller owns it until `give_back`."""
         idle = self._idle()
         for buffer in idle:
             if buffer.nbytes >= nbytes:
@@ -86,30 +86,31 @@ class BufferPool:
         return buffer
 
     def give_back(self, buffer: _C.Buffer) -> None:
-        """The caller will not touch `buffer` any more."""
+        """Takes back a buffer that the caller will no longer touch."""
         self._free.append(buffer)
 
     def fit(self, nbytes: int) -> None:
-        """From now on every new buffer has `nbytes` at least, so that each serves for any block; unused ones go."""
+        """Makes every new buffer at least `nbytes` long, so that each fits any block, and drops all free buffers."""
         self._least = nbytes
         self.allocated_bytes -= sum(buffer.nbytes for buffer in self._free)
         self._free = []
 
     def _idle(self) -> list[_C.Buffer]:
-        """What nobody uses, the smallest first; of the same size the last that came back, which is warm."""
+        """The buffers that nothing else owns, smallest first; of equal sizes the last returned, which is still in the
+        caches."""
         return sorted((b for b in reversed(self._free) if b.owners == 1), key=lambda b: b.nbytes)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An artificial link: bytes a second (0: unlimited) and one-way delay in seconds, for what this side sends."""
+    """Slows down everything that this side sends: bytes per second (0: unlimited) and one-way delay in seconds."""
 
     rate: float = 0.0
     delay: float = 0.0
 
 
 class Transport:
-    """One native thread with its links. Closing it ends the thread; a context manager does so."""
+    """One native thread with its links. `close`, or leaving the context manager, ends the thread."""
 
     def __init__(
         self,
@@ -119,9 +120,9 @@ class Transport:
         idle_timeout: float = 60.0,
         lanes: int = DEFAULT_LANES,
     ) -> None:
-        """`tls`: every connection is in TLS, see `Tls.for_server` and `Tls.for_client`; None: none is.
+        """`tls`: encrypts every connection, see `Tls.for_server` and `Tls.for_client`; None: no TLS.
 
-        `lanes`: connections a link may have, 1 to MAX_LANES: those opened to a server, or offered to a client.
+        `lanes`: the most connections per link, 1 to MAX_LANES, that a client opens or a server offers.
         """
         if not 1 <= lanes <= MAX_LANES:
             raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes}")
@@ -137,11 +138,11 @@ class Transport:
         self.close()
 
     def listen(self, address: str, *, protected: bool, insecure: bool = False) -> str:
-        """Listens on "host:port" (port 0: any free one) and returns the address with the port taken.
+        """Listens on "host:port" (port 0: any free port) and returns the address with the actual port.
 
-        An address that others can reach takes both TLS and `protected` (clients must prove who they are, by a token or
-        a certificate), or `insecure`. Raises ConfigError otherwise, and TransportError when the port is taken or the
-        host is not this machine's.
+        An address that other machines can reach needs both TLS and `protected` (clients must prove who they are, with a
+        token or a certificate), or `insecure`. Raises ConfigError otherwise, and TransportError when the port is taken
+        or the host is not this machine's.
         """
         host, port = parse_address(address)
         check_protection(address, protected=protected, encrypted=self.encrypted, insecure=insecure)
@@ -152,7 +153,7 @@ class Transport:
         return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
 
     def connect(self, address: str, *, tries: int = 8, timeout: float = 5.0) -> int:
-        """Connects to "host:port" and returns the link. Waits between tries: 0.1 s, doubled up to 5 s.
+        """Connects to "host:port" and returns the link. Backs off between tries: 0.1 s, doubled up to 5 s.
 
         Raises ConnectError with the address when all tries fail.
         """
@@ -172,15 +173,16 @@ class Transport:
         raise ConfigError(f"tries must be at least 1; found {tries}")
 
     def offer_lanes(self, link: int) -> protocol.Lanes | None:
-        """Lets the peer, who has proved who it is, open further lanes: what to tell it. None: one is all."""
+        """Lets a peer that has proved itself open further lanes, and returns the message that offers them; None if the
+        link may have only one."""
         if self._lanes == 1:
             return None
         return protocol.Lanes(most=self._lanes, key=self.native.offer_lanes(link, self._lanes - 1))
 
     def open_lanes(self, link: int, offer: protocol.Lanes) -> None:
-        """Opens as many further lanes as the server offers and this side wants; waits for the connections.
+        """Opens as many further lanes as the server offers and this side wants, and blocks until they are connected.
 
-        A network that allows one connection alone gets a warning: the link works with one.
+        Failures are only logged: the link works with one connection.
         """
         more = min(self._lanes, offer.most) - 1
         if more <= 0:
@@ -193,11 +195,11 @@ class Transport:
             log.warning("no further connections to the server: %s", error)
 
     def send_message(self, link: int, message: protocol.Message) -> None:
-        """Queues a control message; it overtakes data that waits."""
+        """Queues a control message; it overtakes queued data."""
         self.native.send_control(link, protocol.encode(message))
 
     def next_event(self, timeout: float) -> _C.Event | None:
-        """The next event, or None after `timeout` seconds. The GIL is free while waiting, and Ctrl-C is seen."""
+        """The next event, or None after `timeout` seconds. Waiting releases the GIL, and Ctrl-C can interrupt it."""
         deadline = time.monotonic() + timeout
         while True:
             left = deadline - time.monotonic()
@@ -206,13 +208,13 @@ class Transport:
                 return event
 
     def close(self, flush: float = 5.0) -> None:
-        """Lets queued messages leave for at most `flush` seconds, closes every link and ends the thread."""
+        """Sends queued messages for at most `flush` seconds, then closes every link and ends the thread."""
         self.native.close(flush)
 
 
 def check_protection(address: str, *, protected: bool, encrypted: bool, insecure: bool = False) -> None:
-    """Raises ConfigError for an address that others can reach without both TLS (`encrypted`) and a proof of who the
-    clients are (`protected`), unless `insecure`."""
+    """Raises ConfigError for an address that other machines can reach, unless the server uses TLS (`encrypted`) and
+    clients must prove who they are (`protected`), or `insecure` is set."""
     if insecure or (protected and encrypted) or _is_loopback(parse_address(address)[0]):
         return
     if protected:
@@ -232,10 +234,8 @@ def check_protection(address: str, *, protected: bool, encrypted: bool, insecure
 
 
 def check_free(address: str) -> None:
-    """Whether `Transport.listen` would get the address now. Nobody can connect to it meanwhile.
-
-    Raises TransportError as that does.
-    """
+    """Raises TransportError if `Transport.listen` could not listen on the address now. No peer can connect during the
+    check, which binds the address but does not listen."""
     host, port = parse_address(address)
     failure: OSError | None = None
     try:
@@ -267,6 +267,6 @@ def _is_loopback(host: str) -> bool:
 
 
 def _why(error: OSError) -> str:
-    """The reason alone: the native message has the address, and so has ours. A resolver's reason stands in brackets."""
+    """Only the reason of a native error, whose message also has the address. A resolver's reason is in parentheses."""
     _, opened, reason = str(error.strerror).partition("(")
     return reason.partition(")")[0] if opened else os.strerror(error.errno or 0)

@@ -70,8 +70,6 @@ class Link {
   int64_t wake_at() const;
   bool reads_paused() const { return reads_paused_; }
 
-  int64_t due_ns = 0;  // when the loop next services this link; the transport maintains it
-
   // Sends what is queued, then closes, by `deadline_ns` at the latest.
   void close_after_flush(int64_t deadline_ns, std::string reason);
   const std::string& reason() const { return reason_; }

@@ -68,7 +68,7 @@ void Transport::close(int64_t flush_ns) {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
     close_listeners();
     for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
-    swept_ns_ = 0;
+    agenda_.stir_all();
     stopping_ = true;
   });
   thread_.join();
@@ -101,7 +101,7 @@ void Transport::push_on_link(uint64_t id, std::function<void(Link&)> action) {
   commands_.push([this, id, action = std::move(action)] {
     auto found = links_.find(id);
     if (found == links_.end()) return;  // its kClosed event has said so
-    stirred_.insert(id);
+    agenda_.stir(id);
     try {
       action(*found->second);
     } catch (const std::exception& error) {
@@ -322,8 +322,7 @@ void Transport::add_link(uint64_t id, Fd fd, const std::string& host) {
     if (ring_ != nullptr) link->record(ring_.get());
     link->shaper().configure(options_.bytes_per_second, options_.delay_ns);
     loop_.add(link->lane(0).fd(), token_of(id, 0));
-    stirred_.insert(id);
-    due_.emplace(link->due_ns, id);
+    agenda_.stir(id);
     std::lock_guard lock(links_mutex_);
     links_.emplace(id, std::move(link));
     return;
@@ -359,7 +358,7 @@ void Transport::attach(Link& newcomer, const std::string& key, int64_t now_ns) {
   Link& link = *links_.at(*owner);
   add_lane(link, std::move(channel));
   link.session().owe_ping(link.lanes() - 1);  // the peer uses the lane after the first bytes on it
-  stirred_.insert(*owner);
+  agenda_.stir(*owner);
   newcomer.become_lane("it became a lane of link " + std::to_string(*owner));
 }
 
@@ -367,8 +366,7 @@ void Transport::drop(uint64_t id) {
   admission_.leave(id);
   lane_keys_.forget(id);
   auto found = links_.find(id);
-  due_.erase({found->second->due_ns, id});
-  for (std::set<uint64_t>* links : {&stirred_, &sending_, &paused_}) links->erase(id);
+  agenda_.forget(id);
   publish(*found->second);  // events from before the end are not lost
   found->second->session().note_end();
   Event closed;
@@ -423,7 +421,7 @@ void Transport::service_link(Link& link, int64_t now_ns) {
     going_on = going_on && link.write(now_ns);
     close_refused_lanes(link);
     if (going_on) watch(link);
-    if (going_on) schedule(link);
+    if (going_on) agenda_.note(link.id(), link.wake_at(), link.session().sends_data(), link.reads_paused());
   } catch (const std::exception& error) {
     going_on = link.fail(error.what());
   }
@@ -451,48 +449,21 @@ void Transport::watch(Link& link) {
   }
 }
 
-void Transport::schedule(Link& link) {
-  const auto keep = [&link](std::set<uint64_t>& links, bool in) {
-    if (in) {
-      links.insert(link.id());
-    } else {
-      links.erase(link.id());
-    }
-  };
-  keep(sending_, link.session().sends_data());
-  keep(paused_, link.reads_paused());
-  const int64_t due_ns = link.wake_at();
-  if (due_ns == link.due_ns) return;
-  due_.erase({link.due_ns, link.id()});
-  due_.emplace(link.due_ns = due_ns, link.id());
-}
-
-std::set<uint64_t> Transport::links_to_service(int64_t now_ns) {
-  std::set<uint64_t> links = std::exchange(stirred_, {});
-  for (auto at = due_.begin(); at != due_.end() && at->first <= now_ns; ++at) links.insert(at->second);
-  if (waker_->moved.exchange(false)) links.insert(sending_.begin(), sending_.end());
-  links.insert(paused_.begin(), paused_.end());
-  if (now_ns - swept_ns_ >= kHousekeepingNs) {  // looks for stalls
-    swept_ns_ = now_ns;
-    for (const auto& [id, link] : links_) links.insert(id);
-  }
-  return links;
-}
-
 void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
   if (accept_again_ns_ != 0 && now_ns >= accept_again_ns_) accept_again(true);
   readable_.clear();
   for (const Loop::Ready& at : ready) {
     if (at.token < kListenerTokens) {
       if (at.readable) readable_.insert(at.token);
-      stirred_.insert(at.token / kMaxLanes);
+      agenda_.stir(at.token / kMaxLanes);
       continue;
     }
     int listener = static_cast<int>(at.token - kListenerTokens);
     auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // the listener may be closed by now
     if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
   }
-  for (uint64_t id : links_to_service(now_ns)) {
+  agenda_.take(now_ns, waker_->moved.exchange(false), in_turn_);
+  for (uint64_t id : in_turn_) {
     auto found = links_.find(id);
     if (found != links_.end()) service_link(*found->second, now_ns);  // else it was dropped for a newcomer
   }
@@ -512,8 +483,7 @@ void Transport::run() {
   std::vector<Loop::Ready> ready;
   last_turn_ns_ = monotonic_ns();
   while (!(stopping_ && (links_.empty() || monotonic_ns() >= stop_deadline_ns_))) {
-    int64_t wake_at = stirred_.empty() ? monotonic_ns() + kHousekeepingNs : 0;
-    if (!due_.empty()) wake_at = std::min(wake_at, due_.begin()->first);
+    const int64_t wake_at = agenda_.due_ns(monotonic_ns() + kHousekeepingNs);
     const bool busy = std::exchange(moved_, 0) >= kBusyBytes;
     const bool conversing = std::exchange(conversing_, false);
     loop_.wait(wake_at, busy || conversing ? kSpinNs : 0, ready);

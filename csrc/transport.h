@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "admission.h"
+#include "agenda.h"
 #include "attach.h"
 #include "command_queue.h"
 #include "event_queue.h"
@@ -96,9 +97,7 @@ class Transport {
   void add_lane(Link& link, Channel channel);
   void attach(Link& newcomer, const std::string& key, int64_t now_ns);
   void service(int64_t now_ns, const std::vector<Loop::Ready>& ready);
-  std::set<uint64_t> links_to_service(int64_t now_ns);
   void service_link(Link& link, int64_t now_ns);
-  void schedule(Link& link);
   void close_refused_lanes(Link& link);
   void watch(Link& link);
   void drop(uint64_t link);
@@ -126,13 +125,8 @@ class Transport {
   std::shared_ptr<Ring> ring_;
   std::set<uint64_t> readable_;  // tokens of the lanes that are readable in this turn
   std::vector<uint64_t> over_;  // links that ended in this turn
-
-  // The links to service in the next turn. Idle links cost nothing until they are due.
-  std::set<uint64_t> stirred_;  // links that a socket or a command asks to service
-  std::set<std::pair<int64_t, uint64_t>> due_;  // all links, by Link::due_ns
-  std::set<uint64_t> sending_;  // links that may have data to send when a watermark rises
-  std::set<uint64_t> paused_;  // links whose reading is paused until the program takes their events
-  int64_t swept_ns_ = 0;  // when all links were last serviced
+  Agenda agenda_;
+  std::vector<uint64_t> in_turn_;  // the links to look at in this turn
 
   uint64_t moved_ = 0;  // bytes of frames in this turn, in and out
   bool conversing_ = false;  // a control message came or left in this turn

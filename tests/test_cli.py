@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import pytest
 import torch
 import trace_schema
 import transformers
-from processes import WAIT_S, Process, command, start_server, starter
+from cli_cases import Main, Start, join, make_main, make_start, read, serve, wait_for
+from processes import WAIT_S, command, start_server
 
 from parablock_rt import _C, cli, codec, demo
 from parablock_rt.blocks.fingerprint import digest, fingerprint
@@ -37,8 +37,8 @@ from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune.loop import Workload
 from parablock_rt.wire import handshake
 
-Start = Callable[..., Process]
-Main = Callable[..., "Result"]
+main = pytest.fixture(make_main)
+start = pytest.fixture(make_start)
 
 TINY_BLOCK = 172_288  # elements of each of the six decoder layers of the tiny model, padding included
 RUN_KEYS = {
@@ -46,54 +46,6 @@ RUN_KEYS = {
     *("serial_comm_s", "exposed_comm_s", "overlap_efficiency", "bytes_up", "bytes_down", "bad_groups"),
     *("eval_loss_before", "eval_loss_after", "digest"),
 }
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Main:
-    """Calls the program in this process, in an empty folder."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.delenv(handshake.TOKEN_VARIABLE, raising=False)
-        monkeypatch.setattr(sys, "argv", ["parablock", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        printed = capfd.readouterr()
-        return Result(int(end.value.code or 0), printed.out, printed.err)
-
-    return call
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    with starter() as start:
-        yield start
-
-
-def read(path: Path) -> Any:
-    """A JSON file, by a reader that takes no NaN."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{path} has {constant}")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def wait_for(what: Callable[[], Any], process: Callable[[float], None]) -> Any:
-    """What `what` returns once that is something. `process` waits a little, and raises when there is no use in it."""
-    deadline = time.monotonic() + 2 * WAIT_S
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not come in time"
-        process(0.05)
-    return found
 
 
 # ---- Help, usage, exit codes
@@ -463,26 +415,6 @@ def test_ctrl_c_ends_a_demonstration_with_a_partial_summary_and_no_process_left(
 
 
 # ---- Server and clients by hand
-
-
-def serve(start: Start, folder: Path, *arguments: object, die: tuple[str, int] | None = None) -> tuple[Process, str]:
-    """`parablock serve` on a free port, and its address. `die`: as for a server process."""
-    folder.mkdir()
-    flags = ["--model", "tiny", "--address", "127.0.0.1:0", "--run-dir", "run"]
-    process = start(command, ["serve", *flags, *map(str, arguments)], str(folder), die)
-
-    def address() -> str | None:
-        said = (folder / "errors").read_text() if (folder / "errors").exists() else ""
-        line = next((line for line in said.splitlines(keepends=True) if line.startswith("Listening on ")), "")
-        return line.split()[2] if line.endswith("\n") else None
-
-    return process, wait_for(address, process.pause)
-
-
-def join(start: Start, folder: Path, address: str, *arguments: object) -> Process:
-    folder.mkdir()
-    flags = ["--model", "tiny", "--run-dir", "run"]
-    return start(command, ["join", address, *flags, *map(str, arguments)], str(folder))
 
 
 def test_serve_and_three_joins_end_with_a_model_that_has_the_digests_bits(start: Start, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_cases import Main, Start, join, make_main, make_start, read, serve, wait_for
 from processes import Process, command, start_server
-from test_cli import Main, Start, join, main, read, serve, start, wait_for  # noqa: F401 - two are fixtures
 from test_readme import own_model
 
 from parablock_rt import cli, demo, link_check, top
@@ -27,6 +27,9 @@ from parablock_rt.finetune.loop import Workload
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.wire import certs
 from parablock_rt.wire.transport import Transport
+
+main = pytest.fixture(make_main)
+start = pytest.fixture(make_start)
 
 TOKEN = "sixteen-characters"
 
@@ -50,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- Examples
 
 
-def example_of(main: Main, name: str) -> list[str]:  # noqa: F811
+def example_of(main: Main, name: str) -> list[str]:
     """The words of a command's own example, behind the program's name."""
     shown = " ".join(main(name, "--help").out.split())
     return shown.partition("Example: parablock ")[2].split()
@@ -58,7 +61,7 @@ def example_of(main: Main, name: str) -> list[str]:  # noqa: F811
 
 @pytest.mark.parametrize("name", ["demo", "serve", "join", "plan", "top", "doctor"])
 def test_the_example_of_a_command_is_taken_as_it_is_printed(
-    main: Main,  # noqa: F811
+    main: Main,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -86,7 +89,7 @@ def test_the_example_of_a_command_is_taken_as_it_is_printed(
     assert (result.code, result.err.splitlines()[-1]) == (2, "error: far enough"), result.err
 
 
-def test_flags_are_shown_without_a_type(main: Main) -> None:  # noqa: F811
+def test_flags_are_shown_without_a_type(main: Main) -> None:
     for name in ("demo", "serve", "join", "top", "certs"):
         lines = [line for line in main(name, "--help").out.splitlines() if "--help" not in line]
         assert not [line for line in lines if "<bool>" in line or "BOOLEAN" in line]
@@ -95,7 +98,7 @@ def test_flags_are_shown_without_a_type(main: Main) -> None:  # noqa: F811
 # ---- A command that is refused changes nothing
 
 
-def started(start: Start, folder: Path, *flags: object) -> tuple[Process, Path]:  # noqa: F811 - the fixture's value
+def started(start: Start, folder: Path, *flags: object) -> tuple[Process, Path]:
     """A durable server that waits for clients, with something in every file, and its run folder."""
     server, _ = serve(start, folder, "--eval-examples", 0, "--telemetry", 0, *flags)
     run = folder / "run"
@@ -107,8 +110,8 @@ def started(start: Start, folder: Path, *flags: object) -> tuple[Process, Path]:
 @pytest.mark.parametrize("by", ["--run-dir", "--resume"])
 @pytest.mark.usefixtures("no_model")
 def test_a_second_server_of_a_run_folder_is_refused_and_the_first_goes_on(
-    main: Main,  # noqa: F811
-    start: Start,  # noqa: F811
+    main: Main,
+    start: Start,
     tmp_path: Path,
     by: str,
 ) -> None:
@@ -123,7 +126,7 @@ def test_a_second_server_of_a_run_folder_is_refused_and_the_first_goes_on(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_new_run_does_not_replace_one_that_can_be_resumed(main: Main, start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_a_new_run_does_not_replace_one_that_can_be_resumed(main: Main, start: Start, tmp_path: Path) -> None:
     server, run = started(start, tmp_path / "server")
     server.kill()
     before = contents(run)
@@ -134,8 +137,8 @@ def test_a_new_run_does_not_replace_one_that_can_be_resumed(main: Main, start: S
 
 
 def test_a_resume_that_is_refused_changes_nothing_and_the_right_one_goes_on(
-    main: Main,  # noqa: F811
-    start: Start,  # noqa: F811
+    main: Main,
+    start: Start,
     tmp_path: Path,
 ) -> None:
     server, run = started(start, tmp_path / "server", "--rounds", 2, "--clients", 1)
@@ -158,7 +161,7 @@ def test_a_resume_that_is_refused_changes_nothing_and_the_right_one_goes_on(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_an_address_that_cannot_be_served_is_refused_before_a_model_is_loaded(main: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_an_address_that_cannot_be_served_is_refused_before_a_model_is_loaded(main: Main, tmp_path: Path) -> None:
     with start_server() as running:
         for address, code, message in (
             (running.address, 1, f"cannot listen on {running.address}: Address already in use; is another server"),
@@ -172,7 +175,7 @@ def test_an_address_that_cannot_be_served_is_refused_before_a_model_is_loaded(ma
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_that_are_no_table_are_refused_by_name(main: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_settings_that_are_no_table_are_refused_by_name(main: Main, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("[]")
     result = main("serve", "--resume", tmp_path)
     assert result.code == 2
@@ -181,8 +184,8 @@ def test_settings_that_are_no_table_are_refused_by_name(main: Main, tmp_path: Pa
 
 
 def test_a_run_is_resumed_from_another_directory(
-    main: Main,  # noqa: F811
-    start: Start,  # noqa: F811
+    main: Main,
+    start: Start,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -205,7 +208,7 @@ def test_a_run_is_resumed_from_another_directory(
 # ---- Waiting
 
 
-def test_server_and_client_say_who_is_waited_for_and_how_to_go_on(start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_server_and_client_say_who_is_waited_for_and_how_to_go_on(start: Start, tmp_path: Path) -> None:
     server, address = serve(start, tmp_path / "server", "--run-dir", "my run", "--eval-examples", 0)
     client = join(start, tmp_path / "client", address)
     said, heard = tmp_path / "server" / "errors", tmp_path / "client" / "errors"
@@ -223,7 +226,7 @@ def test_server_and_client_say_who_is_waited_for_and_how_to_go_on(start: Start, 
     assert "`parablock serve --resume 'my run'` goes on with it" in said.read_text()
 
 
-def test_a_client_that_is_not_let_in_leaves_no_folder(main: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_a_client_that_is_not_let_in_leaves_no_folder(main: Main, tmp_path: Path) -> None:
     with start_server(token=TOKEN) as running:
         result = main("join", running.address, "--model", "tiny")
     assert result.code == 1
@@ -267,7 +270,7 @@ def unheard(pipe: Connection, arguments: list[str], folder: str) -> None:
     program()
 
 
-def test_closed_pipes_end_neither_server_nor_client(start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_closed_pipes_end_neither_server_nor_client(start: Start, tmp_path: Path) -> None:
     flags = "serve --model tiny --address 127.0.0.1:0 --rounds 3 --clients 2 --eval-examples 0 --json"
     server = start(unheard, [*flags.split(), "--run-dir", "server"], str(tmp_path))
     settings = tmp_path / "server" / "settings.json"
@@ -310,7 +313,7 @@ def on_a_full_disk(pipe: Connection, arguments: list[str], folder: str, *_: obje
     command(pipe, arguments, folder)
 
 
-def test_a_full_disk_costs_the_record_and_not_the_run(start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_a_full_disk_costs_the_record_and_not_the_run(start: Start, tmp_path: Path) -> None:
     def start_on_it(_: object, *rest: Any) -> Process:
         return start(on_a_full_disk, *rest)
 
@@ -347,7 +350,7 @@ def test_saving_a_model_draws_no_bar_and_names_where_there_is_no_room(
 # ---- Questions about shapes
 
 
-def test_a_plan_takes_no_weights_and_measures_a_step_without_a_tokenizer(main: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_a_plan_takes_no_weights_and_measures_a_step_without_a_tokenizer(main: Main, tmp_path: Path) -> None:
     own_model(tmp_path / "checkpoint")
     for file in (tmp_path / "checkpoint").glob("tokenizer*"):
         file.unlink()
@@ -362,7 +365,7 @@ def test_a_plan_takes_no_weights_and_measures_a_step_without_a_tokenizer(main: M
     assert "expected a complete Hugging Face causal language model" in main(*flags).err
 
 
-def test_the_doctor_cuts_and_measures_the_model_as_it_is_told(main: Main) -> None:  # noqa: F811
+def test_the_doctor_cuts_and_measures_the_model_as_it_is_told(main: Main) -> None:
     def heaviest(*flags: object) -> str:
         common = ("doctor", "--peer", running.address, "--model", "tiny", "--step-time", "1e-9", "--json")
         result = main(*common, *flags)

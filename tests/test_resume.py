@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_cases import join, serve
 from deadlines import do_not_wait_for_the_gone
 from deaths import PLACES
 from processes import (
@@ -33,7 +34,6 @@ from processes import (
     starter,
 )
 from relay import relay
-from test_cli import join, serve
 from test_device_rounds import on_a_late_gpu  # noqa: F401 - a fixture
 
 import parablock_rt as pb

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -154,8 +154,8 @@ def show_doctor(
         return
     tell_news()
     asked = {"staleness": staleness, "local_steps": local_steps, "format": format}
-    given = {name: value for name, value in asked.items() if value is not None}
-    config.RunConfig(rounds=1, clients=1, **given)  # type: ignore[arg-type] # raises if invalid
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    config.RunConfig(rounds=1, clients=1, **given)  # raises if one is invalid
     seconds = seconds_of(step_time)
     plan = None
     if model is not None:

@@ -21,9 +21,11 @@ from parablock_rt.observe.run_folder import to_json
 
 def mute(stream: IO[str] | None) -> None:
     """Discards everything still written to the stream, and its buffered output, whose flush would fail at exit."""
+    if stream is None:
+        return
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream is closed, or is not a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 

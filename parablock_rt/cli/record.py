@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from parablock_rt import report
-from parablock_rt.client.run import RoundReport
+from parablock_rt.client.reports import RoundReport
 from parablock_rt.observe import reporters
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.observe.telemetry import Telemetry

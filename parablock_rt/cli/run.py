@@ -57,7 +57,8 @@ from parablock_rt.cli.options import (
 )
 from parablock_rt.cli.output import console, deliver, say_what_is_left, tell_news
 from parablock_rt.cli.record import Record
-from parablock_rt.client.run import RoundReport, Run
+from parablock_rt.client.reports import RoundReport
+from parablock_rt.client.run import Run
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.finetune import loop as finetune
 from parablock_rt.finetune import models

@@ -14,7 +14,8 @@ from parablock_rt.blocks.plan import BlockPlan, combined
 from parablock_rt.client import memory
 from parablock_rt.client.active import OptimizerFactory
 from parablock_rt.client.entry import Entry
-from parablock_rt.client.run import RoundReport, Run
+from parablock_rt.client.reports import RoundReport
+from parablock_rt.client.run import Run
 from parablock_rt.client.server_link import ServerLink
 from parablock_rt.errors import ConfigError
 from parablock_rt.observe.timeline import Timeline

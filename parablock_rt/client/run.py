@@ -31,6 +31,7 @@ from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, re
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
+from parablock_rt.client.reports import RoundReport, StepReport
 from parablock_rt.client.server_link import ServerLink
 from parablock_rt.errors import ConfigError, ParaBlockError
 from parablock_rt.observe import profiling
@@ -47,47 +48,6 @@ _MOST_SKIPPED = 10  # `stream` raises after this many times `accumulate` batches
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One local step.
-
-    `exposed_s`: seconds for which communication blocked this call, usually 0 except at a round boundary.
-    `round_ended`: this step was the last of its round. `finished`: this step was the last of the run.
-    """
-
-    loss_on_device: Tensor | float
-    round: int
-    block: int
-    exposed_s: float
-    round_ended: bool
-    finished: bool
-
-    @property
-    def loss(self) -> float:
-        """The loss. If it is on a GPU, reading it waits until the GPU has computed the step."""
-        return float(self.loss_on_device)
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """One round on this client; times in seconds.
-
-    `exposed_s`: how long communication blocked the start of the round. `bytes_up`, `bytes_down` (payload) and
-    `reconnects` (broken connections that were replaced) count from the start of the run. `stages`: the time in each
-    stage that has ended since the previous report, that is, this round's compute and the transfers during it.
-    """
-
-    round: int
-    block: int
-    loss: float
-    compute_s: float
-    exposed_s: float
-    bytes_up: int
-    bytes_down: int
-    reconnects: int
-    stages: StageSeconds
 
 
 @dataclass
@@ -326,13 +286,13 @@ class Run:
         try:
             weight = check_weight(as_number(weight))
             value = float("nan") if loss is None else as_number(loss)
+            self._look_at_gradients(round)
+            if round.steps == 0:
+                self._exchange.release_handed_over()
+            round.active.step(scaler)
         except BaseException:
             round.active.clear_gradients()
             raise
-        self._look_at_gradients(round)
-        if round.steps == 0:
-            self._exchange.release_handed_over()
-        round.active.step(scaler)
         round.steps += 1
         round.weight = round.weight + weight
         round.loss_sum = round.loss_sum + value

@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-# Where torch comes from, if not from pip's usual index: https://download.pytorch.org/whl/cpu has builds without CUDA.
+# Where torch itself comes from if not from pip's usual index, such as PyTorch's own for builds without CUDA. What torch
+# depends on still comes from the usual index, at the pinned versions.
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ help:  ## this list
 
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) requirements-data.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	$(PIP) install --constraint $(CONSTRAINTS) 'setuptools>=77' wheel pybind11
 	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[finetune,dev,bench]'
 	$(PIP) install --no-deps --requirement requirements-data.txt

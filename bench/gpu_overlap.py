@@ -237,7 +237,7 @@ class Traffic:
             assert connected is not None
             while not self._stop.is_set() or moved == 0:
                 landing = stager.landing(self._numel, "int8", CHUNK)
-                far.native.receive(connected.link, 1, moved, 0, landing.buffer, layout, watermark=landing.watermark)
+                far.native.receive(connected.link, 1, moved, 0, landing.buffer, layout, listener=landing.watermark)
                 encoding = stager.encode([Piece(now, ref, old, new)], "int8", CHUNK, near)
                 near.native.send(link, 1, moved, 0, encoding.source)
                 for transport in (far, near):

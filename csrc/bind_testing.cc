@@ -79,10 +79,11 @@ void bind_session(py::module_& m) {
       .def(
           "receive",
           [](Session& s, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-             const Layout& layout,
-             uint64_t start) { s.receive(key_of(kind, round, block), std::move(buffer), layout, start); },
+             const Layout& layout, uint64_t start, std::shared_ptr<Listener> listener) {
+            s.receive(key_of(kind, round, block), std::move(buffer), layout, start, std::move(listener));
+          },
           py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false), py::arg("layout"),
-          py::arg("start") = 0)
+          py::arg("start") = 0, py::arg("listener") = nullptr)
       .def("cancel_receive", [](Session& s, uint8_t kind, uint32_t round,
                                 uint32_t block) { s.cancel_receive(key_of(kind, round, block)); })
       .def("refuse_receive", [](Session& s, uint8_t kind, uint32_t round,

@@ -11,6 +11,7 @@
 #include "bind.h"
 #include "crc32c.h"
 #include "encoder.h"
+#include "inspector.h"
 #include "transport.h"
 
 namespace parablock {
@@ -56,8 +57,18 @@ void bind_data(py::module_& m) {
     return body_layout(static_cast<Format>(format), numel, chunk_elements);
   });
 
-  py::class_<Watermark, std::shared_ptr<Watermark>>(m, "Watermark")
-      .def_property_readonly("received", &Watermark::received);
+  py::class_<Listener, std::shared_ptr<Listener>>(m, "Listener");
+  py::class_<Watermark, Listener, std::shared_ptr<Watermark>>(m, "Watermark")
+      .def_property_readonly("received", [](const Watermark& w) { return w.received(); });
+  py::class_<Inspector, Listener, std::shared_ptr<Inspector>>(m, "Inspector")
+      .def(py::init([](const Layout& layout, int format) {
+             return std::make_shared<Inspector>(layout, static_cast<Format>(format));
+           }),
+           py::arg("layout"), py::arg("format"))
+      .def("result", [](const Inspector& inspector) {
+        const Inspection found = inspector.result();
+        return std::make_tuple(found.largest, found.bad_groups, found.invalid);
+      });
 
   py::class_<Source, std::shared_ptr<Source>>(m, "Source")
       .def(py::init([](std::shared_ptr<Buffer> buffer, const Layout& layout, bool complete) {
@@ -233,11 +244,11 @@ void bind_transfers(py::class_<Transport>& transport) {
       .def(
           "receive",
           [](Transport& t, uint64_t link, uint8_t kind, uint32_t round, uint32_t block, std::shared_ptr<Buffer> buffer,
-             const Layout& layout, uint64_t start, std::shared_ptr<Watermark> watermark) {
-            t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(watermark));
+             const Layout& layout, uint64_t start, std::shared_ptr<Listener> listener) {
+            t.receive(link, key_of(kind, round, block), std::move(buffer), layout, start, std::move(listener));
           },
           py::arg("link"), py::arg("kind"), py::arg("round"), py::arg("block"), py::arg("buffer").none(false),
-          py::arg("layout"), py::arg("start") = 0, py::arg("watermark") = nullptr)
+          py::arg("layout"), py::arg("start") = 0, py::arg("listener") = nullptr)
       .def("cancel_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,
                                 uint32_t block) { t.cancel_receive(link, key_of(kind, round, block)); })
       .def("refuse_receive", [](Transport& t, uint64_t link, uint8_t kind, uint32_t round,

@@ -34,6 +34,8 @@ const Kernels& vnni_kernels() {
     changed.name = "avx512-vnni";
     changed.accumulate[static_cast<int>(Format::kInt8)] = &internal::accumulate_int8_vnni;
     changed.accumulate[static_cast<int>(Format::kInt4)] = &internal::accumulate_int4_vnni;
+    changed.mean[static_cast<int>(Format::kInt8)] = &internal::mean_int8_vnni;
+    changed.mean[static_cast<int>(Format::kInt4)] = &internal::mean_int4_vnni;
     return changed;
   }();
   return kernels;
@@ -174,6 +176,15 @@ void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int6
 
 void accumulated_mean(const int64_t* hi, const int64_t* lo, bool empty, std::span<const Contribution> in,
                       double total_weight, int64_t numel, float* out, int threads) {
+  const bool alike =
+      std::all_of(in.begin(), in.end(), [&](const Contribution& one) { return one.format == in[0].format; });
+  if (empty && !in.empty() && alike && in.size() <= internal::kMeanTogether) {
+    if (const auto direct = kernels().mean[index(in[0].format)]) {
+      return parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+        direct(in.data(), static_cast<int64_t>(in.size()), total_weight, begin, end, out);
+      });
+    }
+  }
   const auto mean = kernels().accumulated_mean;
   const ByFormat apart = by_format(in);
   parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
@@ -195,11 +206,13 @@ Inspection inspect(ConstPlanes in, int64_t numel, Format format, int threads) {
   parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
     const Inspection here = kernel(at(in, format, begin), end - begin);
     std::lock_guard<std::mutex> lock(mutex);
-    all.largest = std::max(all.largest, here.largest);
-    all.bad_groups += here.bad_groups;
-    all.invalid += here.invalid;
+    all = joined(all, here);
   });
   return all;
+}
+
+Inspection joined(const Inspection& a, const Inspection& b) {
+  return {std::max(a.largest, b.largest), a.bad_groups + b.bad_groups, a.invalid + b.invalid};
 }
 
 uint64_t fingerprint(const void* data, size_t bytes, int threads) {

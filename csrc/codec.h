@@ -96,6 +96,7 @@ struct Inspection {
                     // a negative int8 scale, the int8 code -128
 };
 Inspection inspect(ConstPlanes in, int64_t numel, Format format, int threads);
+Inspection joined(const Inspection& a, const Inspection& b);  // of a block, from those of two parts
 
 // A 64-bit fingerprint of `bytes` (a multiple of 4) that any number of threads or GPU blocks can sum in any order:
 //   sum over i of mix(word_i, i) mod 2^64, where word_i is the i-th little-endian uint32 and

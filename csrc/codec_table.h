@@ -8,6 +8,8 @@
 
 namespace parablock::internal {
 
+constexpr int64_t kMeanTogether = 64;
+
 struct Kernels {
   const char* name;
   // [format][dtype of now][dtype of ref]
@@ -17,6 +19,8 @@ struct Kernels {
   void (*apply[4][3])(void* target, ConstPlanes in, int64_t numel);
   void (*accumulate[4])(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                         bool empty);
+  // Of contributions that are all of this format, kMeanTogether at most, without a sum; null: there is no such way.
+  void (*mean[4])(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end, float* out);
   void (*accumulated_mean)(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out);
   Inspection (*inspect[4])(ConstPlanes in, int64_t numel);
   uint64_t (*fingerprint)(const uint32_t* words, int64_t first_index, int64_t count);
@@ -26,11 +30,13 @@ extern const Kernels kPortableKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
-// The two entries that differ on a machine that also has VNNI.
+// The entries that differ on a machine that also has VNNI.
 void accumulate_int8_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                           bool empty);
 void accumulate_int4_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                           bool empty);
+void mean_int8_vnni(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end, float* out);
+void mean_int4_vnni(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end, float* out);
 #endif
 
 }  // namespace parablock::internal

@@ -1,6 +1,7 @@
-// Adds int8 and int4 bodies to a sum with AVX-512 VNNI; codec_avx512.cc has the rest of the codec. dpbusd multiplies 64
-// signed bytes by 64 unsigned bytes and adds each four neighbouring products to a 32-bit sum. Here the signed bytes are
-// the codes of four contributions, interleaved, and the unsigned bytes are digits of the contributions' factors.
+// Adds up int8 and int4 bodies with AVX-512 VNNI, to a sum or to a mean; codec_avx512.cc has the rest of the codec.
+// dpbusd multiplies 64 signed bytes by 64 unsigned bytes and adds each four neighbouring products to a 32-bit sum. Here
+// the signed bytes are the codes of four contributions, interleaved, and the unsigned bytes are digits of the
+// contributions' factors.
 //
 // A factor, weight * scale, is an integer in units of 2^-72 (see codec_sum.h) with up to 103 bits. Only the bits from
 // the lowest to the highest bit set in any contribution's factor matter. `base` is the number of the lowest; the bits
@@ -126,32 +127,100 @@ enum class Store {
   kStream,  // the same, past the cache
 };
 
-// Adds or stores window * 2^base for eight elements.
-PARABLOCK_INLINE void add_window(int64_t* hi, int64_t* lo, __m512i window, int base, Store store) {
-  const __m512i low = _mm512_sll_epi64(window, _mm_cvtsi32_si128(base));  // 0 from 64 on
-  const __m512i high = base < 64 ? _mm512_sra_epi64(window, _mm_cvtsi32_si128(64 - base))
-                                 : _mm512_sll_epi64(window, _mm_cvtsi32_si128(base - 64));
-  if (store == Store::kOverwrite) {
-    _mm512_storeu_si512(lo, low);
-    _mm512_storeu_si512(hi, high);
-    return;
-  }
-  if (store == Store::kStream) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(lo), low);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(hi), high);
-    return;
-  }
-  const __m512i sum = _mm512_add_epi64(_mm512_loadu_si512(lo), low);
-  const __mmask8 carry = _mm512_cmplt_epu64_mask(sum, low);
-  const __m512i upper = _mm512_add_epi64(_mm512_loadu_si512(hi), high);
-  _mm512_storeu_si512(lo, sum);
-  _mm512_storeu_si512(hi, _mm512_mask_sub_epi64(upper, carry, upper, _mm512_set1_epi64(-1)));
-}
+constexpr int kParts = 8;  // of a block, with eight elements each
 
-// Multiplies one block of all contributions by `kDigits` digits of their factors, and adds or stores the window.
-template <Format kFormat, int kDigits>
-void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative, const Digits& digits,
-               int64_t at, int base, Store store) {
+// Where the windows of one group go: to the sums, as window * 2^base.
+struct IntoSum {
+  PARABLOCK_INLINE void put(int64_t at, const __m512i (&windows)[kParts]) const {
+    for (int i = 0; i < kParts; ++i) put_part(at + 8 * i, windows[i]);
+  }
+
+  PARABLOCK_INLINE void put(int64_t at, const __m256i (&windows)[kParts]) const {
+    for (int i = 0; i < kParts; ++i) put_part(at + 8 * i, _mm512_cvtepi32_epi64(windows[i]));
+  }
+
+  PARABLOCK_INLINE void put_part(int64_t at, __m512i window) const {
+    const __m512i low = _mm512_sll_epi64(window, _mm_cvtsi32_si128(base));  // 0 from 64 on
+    const __m512i high = base < 64 ? _mm512_sra_epi64(window, _mm_cvtsi32_si128(64 - base))
+                                   : _mm512_sll_epi64(window, _mm_cvtsi32_si128(base - 64));
+    if (store == Store::kOverwrite) {
+      _mm512_storeu_si512(lo + at, low);
+      _mm512_storeu_si512(hi + at, high);
+      return;
+    }
+    if (store == Store::kStream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(lo + at), low);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(hi + at), high);
+      return;
+    }
+    const __m512i sum = _mm512_add_epi64(_mm512_loadu_si512(lo + at), low);
+    const __mmask8 carry = _mm512_cmplt_epu64_mask(sum, low);
+    const __m512i upper = _mm512_add_epi64(_mm512_loadu_si512(hi + at), high);
+    _mm512_storeu_si512(lo + at, sum);
+    _mm512_storeu_si512(hi + at, _mm512_mask_sub_epi64(upper, carry, upper, _mm512_set1_epi64(-1)));
+  }
+
+  int64_t* hi;
+  int64_t* lo;
+  int base;
+  Store store;
+};
+
+// Or straight to the mean, where one window is all that there is to a sum. With at most `kMostDigitsOfMean` digits it
+// is exact as a double, and so is its product with a unit, so the mean has the same bits as by way of the sum.
+//
+// A division takes longer than all the rest. The product with the rounded reciprocal is at most three units in the last
+// place off the quotient that is asked for. Both become the same fp32 value unless a bound between two fp32 values lies
+// in between, which the 29 bits that are rounded off tell; only then the block takes divisions.
+struct IntoMean {
+  static constexpr int kMostDigitsOfMean = 5;
+  static_assert(kMeanTogether * 128 * ((int64_t{1} << 8 * kMostDigitsOfMean) - 1) < int64_t{1} << 53);
+
+  IntoMean(float* to, double weight) : out(to), total_weight(weight), reciprocal(1 / weight) {}
+
+  // Returns whether windows at this base can be taken: whether no mean of theirs but zero is subnormal in fp32, nor a
+  // factor in double.
+  PARABLOCK_INLINE bool set_base(int base) {
+    unit = __builtin_bit_cast(double, static_cast<uint64_t>(base - kUnitBits + 1023) << 52);  // 2^(base - kUnitBits)
+    factor = reciprocal * unit;
+    return factor >= 0x1p-125 && factor <= 0x1p127;
+  }
+
+  static PARABLOCK_INLINE __m512d exactly(__m512i window) { return _mm512_cvtepi64_pd(window); }
+  static PARABLOCK_INLINE __m512d exactly(__m256i window) { return _mm512_cvtepi32_pd(window); }
+
+  template <class Window>
+  PARABLOCK_INLINE void put(int64_t at, const Window (&windows)[kParts]) const {
+    constexpr int64_t kRoundedOff = (1 << 29) - 1;
+    constexpr int64_t kHalfway = 1 << 28;
+    constexpr int64_t kClose = 8;  // more than 3, to be safe: a division too many costs nothing
+    __m512d means[kParts];
+    __m512i closest = _mm512_set1_epi64(kRoundedOff);
+    for (int i = 0; i < kParts; ++i) {
+      means[i] = _mm512_mul_pd(exactly(windows[i]), _mm512_set1_pd(factor));
+      const __m512i rest = _mm512_and_si512(_mm512_castpd_si512(means[i]), _mm512_set1_epi64(kRoundedOff));
+      // Below kHalfway - kClose this wraps around to a large number.
+      closest = _mm512_min_epu64(closest, _mm512_sub_epi64(rest, _mm512_set1_epi64(kHalfway - kClose)));
+    }
+    if (__builtin_expect(_mm512_cmple_epu64_mask(closest, _mm512_set1_epi64(2 * kClose)) != 0, 0)) {
+      for (int i = 0; i < kParts; ++i)
+        means[i] =
+            _mm512_div_pd(_mm512_mul_pd(exactly(windows[i]), _mm512_set1_pd(unit)), _mm512_set1_pd(total_weight));
+    }
+    for (int i = 0; i < kParts; ++i) _mm256_storeu_ps(out + at + 8 * i, _mm512_cvtpd_ps(means[i]));
+  }
+
+  float* out;
+  double total_weight;
+  double reciprocal;
+  double unit = 0;
+  double factor = 0;
+};
+
+// Multiplies one block of all contributions by `kDigits` digits of their factors, and hands on the windows.
+template <Format kFormat, int kDigits, class Into>
+void add_block(const Into& into, const Contribution* in, int64_t count, uint64_t negative, const Digits& digits,
+               int64_t at) {
   constexpr int kPairs = (kDigits + 1) / 2;
   __m512i sums[kDigits][kFour];
   for (int j = 0; j < kDigits; ++j)
@@ -179,39 +248,48 @@ void add_block(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, 
     }
     put_in_order(pairs[p]);
   }
-  for (int q = 0; q < kFour; ++q) {
-    for (int half = 0; half < 2; ++half) {
-      __m512i window = _mm512_setzero_si512();
-      for (int p = 0; p < kPairs; ++p) {
-        const __m256i narrow =
-            half == 0 ? _mm512_castsi512_si256(pairs[p][q]) : _mm512_extracti64x4_epi64(pairs[p][q], 1);
-        window = _mm512_add_epi64(window, _mm512_slli_epi64(_mm512_cvtepi32_epi64(narrow), 16 * p));
-      }
-      const int64_t to = at + 16 * q + 8 * half;
-      add_window(hi + to, lo + to, window, base, store);
+  // Part 2q + h of the block is half h of register q.
+  __m256i narrow[kPairs][kParts];
+  for (int p = 0; p < kPairs; ++p) {
+    for (int q = 0; q < kFour; ++q) {
+      narrow[p][2 * q] = _mm512_castsi512_si256(pairs[p][q]);
+      narrow[p][2 * q + 1] = _mm512_extracti64x4_epi64(pairs[p][q], 1);
     }
+  }
+  if constexpr (kPairs == 1) {
+    into.put(at, narrow[0]);
+  } else {
+    __m512i windows[kParts];
+    for (int i = 0; i < kParts; ++i) {
+      windows[i] = _mm512_cvtepi32_epi64(narrow[0][i]);
+      for (int p = 1; p < kPairs; ++p)
+        windows[i] = _mm512_add_epi64(windows[i], _mm512_slli_epi64(_mm512_cvtepi32_epi64(narrow[p][i]), 16 * p));
+    }
+    into.put(at, windows);
   }
 }
 
-using AddBlock = void (*)(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, uint64_t negative,
-                          const Digits& digits, int64_t at, int base, Store store);
+template <class Into>
+using AddBlock = void (*)(const Into& into, const Contribution* in, int64_t count, uint64_t negative,
+                          const Digits& digits, int64_t at);
 
-template <Format kFormat>
-constexpr AddBlock kAddBlock[kMostDigits] = {&add_block<kFormat, 1>, &add_block<kFormat, 2>, &add_block<kFormat, 3>,
-                                             &add_block<kFormat, 4>, &add_block<kFormat, 5>, &add_block<kFormat, 6>};
+template <Format kFormat, class Into>
+constexpr AddBlock<Into> kAddBlock[kMostDigits] = {&add_block<kFormat, 1, Into>, &add_block<kFormat, 2, Into>,
+                                                   &add_block<kFormat, 3, Into>, &add_block<kFormat, 4, Into>,
+                                                   &add_block<kFormat, 5, Into>, &add_block<kFormat, 6, Into>};
 
 PARABLOCK_INLINE int bit_length(Magnitude units) {
   const uint64_t high = static_cast<uint64_t>(units >> 64);
   return high != 0 ? 128 - __builtin_clzll(high) : 64 - __builtin_clzll(static_cast<uint64_t>(units) | 1);
 }
 
-template <Format kFormat>
-PARABLOCK_INLINE void add_windows_of_group(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count,
-                                           const Windows& windows, int64_t at, int digit_count, int base, Store store) {
+template <Format kFormat, class Into>
+PARABLOCK_INLINE void add_windows_of_group(const Into& into, const Contribution* in, int64_t count,
+                                           const Windows& windows, int64_t at, int digit_count) {
   Digits digits;
   cut(windows, count, digits);
   for (int64_t block = at; block < at + group_size(kFormat); block += kBlock)
-    kAddBlock<kFormat>[digit_count - 1](hi, lo, in, count, windows.negative, digits, block, base, store);
+    kAddBlock<kFormat, Into>[digit_count - 1](into, in, count, windows.negative, digits, block);
 }
 
 PARABLOCK_INLINE void clear(int64_t* hi, int64_t* lo, int64_t begin, int64_t end) {
@@ -236,7 +314,7 @@ void add_group_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t co
     for (int64_t i = 0; i < count; ++i) windows.of[i] = static_cast<uint64_t>(factors.of[i].units >> base);
     const bool last = digit_count == wanted;
     const Store store = !empty ? Store::kAdd : last && is_long ? Store::kStream : Store::kOverwrite;
-    add_windows_of_group<kFormat>(hi, lo, in, count, windows, at, digit_count, base, store);
+    add_windows_of_group<kFormat>(IntoSum{hi, lo, base, store}, in, count, windows, at, digit_count);
     empty = false;
     base += 8 * digit_count;
   }
@@ -292,7 +370,7 @@ struct EightGroups {
   PARABLOCK_INLINE void windows_of(int64_t g, int64_t count, Windows& windows) const {
     for (int64_t i = 0; i < count; ++i) {
       windows.of[i] = reinterpret_cast<const uint64_t*>(&frames[i])[g] >> zeros[g];
-      windows.negative |= uint64_t{negative[i] >> g & 1u} << i;
+      if constexpr (kFormat == Format::kInt4) windows.negative |= uint64_t{negative[i] >> g & 1u} << i;
     }
   }
 
@@ -322,7 +400,8 @@ void add_eight_groups(int64_t* hi, int64_t* lo, const Contribution* in, int64_t 
       windows.end_at(count);
       eight.windows_of(g, count, windows);
       const Store store = !empty ? Store::kAdd : is_long ? Store::kStream : Store::kOverwrite;
-      add_windows_of_group<kFormat>(hi, lo, in, count, windows, here, eight.digits[g], eight.base[g], store);
+      const IntoSum into{hi, lo, eight.base[g], store};
+      add_windows_of_group<kFormat>(into, in, count, windows, here, eight.digits[g]);
     } else if (empty) {
       clear(hi, lo, here, here + group_size(kFormat));
     }
@@ -346,7 +425,58 @@ void accumulate_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t c
   for (; at < end; at += group_size(kFormat)) add_all(&add_group_vnni<kFormat>);
 }
 
+// The mean of one group, by way of its sum.
+template <Format kFormat>
+void mean_of_group(const Contribution* in, int64_t count, double total_weight, int64_t at, float* out) {
+  constexpr int64_t kGroup = group_size(kFormat);
+  Contribution moved[kTogether];
+  for (int64_t i = 0; i < count; ++i) {
+    moved[i] = in[i];
+    moved[i].planes.scales += scale_bytes(kFormat, at);
+    moved[i].planes.codes += code_bytes(kFormat, at);
+  }
+  alignas(64) int64_t hi[kGroup];
+  alignas(64) int64_t lo[kGroup];
+  add_group_vnni<kFormat>(hi, lo, moved, count, 0, true, false);
+  mean_range<void>(hi, lo, total_weight, kGroup, out + at);
+}
+
+template <Format kFormat>
+void mean_vnni(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t kGroup = group_size(kFormat);
+  constexpr int64_t kEightGroups = EightGroups<kFormat>::kGroups * kGroup;
+  IntoMean into(out, total_weight);
+  int64_t at = begin;
+  for (; at + kEightGroups <= end; at += kEightGroups) {
+    const EightGroups<kFormat> eight(in, count, at);
+    for (int64_t g = 0; g < eight.kGroups; ++g) {
+      const int64_t here = at + g * kGroup;
+      if (eight.empty[g]) {
+        for (int64_t i = here; i < here + kGroup; ++i) out[i] = 0;
+      } else if (eight.fits[g] && eight.digits[g] <= into.kMostDigitsOfMean && into.set_base(eight.base[g])) {
+        Windows windows;
+        windows.end_at(count);
+        eight.windows_of(g, count, windows);
+        add_windows_of_group<kFormat>(into, in, count, windows, here, eight.digits[g]);
+      } else {
+        mean_of_group<kFormat>(in, count, total_weight, here, out);
+      }
+    }
+  }
+  for (; at < end; at += kGroup) mean_of_group<kFormat>(in, count, total_weight, at, out);
+}
+
 }  // namespace
+
+void mean_int8_vnni(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end,
+                    float* out) {
+  mean_vnni<Format::kInt8>(in, count, total_weight, begin, end, out);
+}
+
+void mean_int4_vnni(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end,
+                    float* out) {
+  mean_vnni<Format::kInt4>(in, count, total_weight, begin, end, out);
+}
 
 void accumulate_int8_vnni(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                           bool empty) {

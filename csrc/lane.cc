@@ -11,7 +11,7 @@ constexpr int kReadsPerTurn = 16;  // then the other lanes have their turn
 constexpr size_t kSegmentsPerFrame = 4;
 constexpr size_t kMostUnsentBytes = 1 << 20;
 constexpr int64_t kRateEveryNs = 4'000'000;
-constexpr int64_t kAheadNs = 1'000'000;
+constexpr int64_t kAheadNs = 4'000'000;
 
 bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
@@ -114,8 +114,10 @@ void Lane::note_sent(const Departing& departed, int64_t now_ns) {
   recorder_.note(Stage::kSend, frame.key, frame.chunk, frame.bytes() - frame.header.size(), start_ns, now_ns, index_);
 }
 
-// Feeds a fast connection in larger batches, which cost both ends less: one millisecond's worth of bytes at the current
-// rate, within limits. A control message waits behind at most one batch.
+// Feeds a fast connection in larger batches, which cost both ends less: a few milliseconds' worth of bytes at the
+// current rate, within limits. A control message waits behind at most one batch. A batch smaller than a chunk cuts each
+// chunk in two, and then both ends wake more often. So the span is long enough that sixteen links that share a path of
+// several GB/s still send whole chunks of the default size.
 
 void Lane::follow_rate(int64_t now_ns) {
   const int64_t span_ns = now_ns - rate_since_ns_;

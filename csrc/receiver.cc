@@ -16,7 +16,7 @@ constexpr uint32_t kMostCorruptChunks = 16;  // per transfer: beyond that, resen
 // ---- Posting and giving up
 
 void Receiver::post(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
-                    std::shared_ptr<Watermark> watermark) {
+                    std::shared_ptr<Listener> listener) {
   layout.check(buffer->size());
   layout.check_start(start);
   if (given_up_.contains(key))
@@ -31,11 +31,11 @@ void Receiver::post(const TransferKey& key, std::shared_ptr<Buffer> buffer, cons
   Sink& sink = at->second;
   sink.buffer = std::move(buffer);
   sink.layout = layout;
-  sink.watermark = std::move(watermark);
+  sink.listener = std::move(listener);
   sink.chunks.resize(layout.chunks());
   sink.next_chunk = start / layout.chunk_bytes(0);
   std::fill_n(sink.chunks.begin(), sink.next_chunk, Chunk::kHere);
-  if (sink.watermark != nullptr) sink.watermark->raise(sink.received());
+  if (sink.listener != nullptr) sink.listener->received(sink.received());
   largest_chunk_ = std::max<uint64_t>(largest_chunk_, layout.chunk_bytes(0));
   acknowledge(key, sink);
 }
@@ -128,14 +128,15 @@ uint64_t Receiver::chunk_at(const FrameHeader& header) const {
 void Receiver::chunk_arrived(const FrameHeader& header, uint32_t crc, int64_t now_ns) {
   auto found = sinks_.find(header.key);
   Sink& sink = found->second;
-  Chunk& chunk = sink.chunks[header.offset / sink.layout.chunk_bytes(0)];
+  const uint64_t chunk = header.offset / sink.layout.chunk_bytes(0);
   if (crc != header.payload_crc) {
-    chunk = Chunk::kMissing;
+    sink.chunks[chunk] = Chunk::kMissing;
     return ask_again(header, sink);
   }
-  chunk = Chunk::kHere;
+  sink.chunks[chunk] = Chunk::kHere;
+  if (sink.listener != nullptr) sink.listener->chunk_arrived(chunk, sink.layout.segments(sink.buffer->data(), chunk));
   while (sink.next_chunk < sink.chunks.size() && sink.chunks[sink.next_chunk] == Chunk::kHere) ++sink.next_chunk;
-  if (sink.watermark != nullptr) sink.watermark->raise(sink.received());
+  if (sink.listener != nullptr) sink.listener->received(sink.received());
   bool complete = sink.next_chunk == sink.chunks.size();
   uint64_t news = sink.received() - sink.acknowledged;
   // The window may have grown since the last acknowledgement, but the sender only knows the credit granted then.

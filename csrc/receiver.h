@@ -22,7 +22,7 @@ class Receiver {
 
   // Throws std::invalid_argument when the transfer is posted already or was cancelled.
   void post(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
-            std::shared_ptr<Watermark> watermark);
+            std::shared_ptr<Listener> listener);
   void cancel(const TransferKey& key);  // no-op when the transfer is complete or was never posted
   // Tells the sender that a transfer will not be posted here, so that it need not wait for credit. No-op for a posted
   // transfer.
@@ -52,7 +52,7 @@ class Receiver {
   struct Sink {
     std::shared_ptr<Buffer> buffer;
     Layout layout;
-    std::shared_ptr<Watermark> watermark;  // null: nobody reads the buffer before the end
+    std::shared_ptr<Listener> listener;  // null: nobody
     std::vector<Chunk> chunks;
     uint64_t next_chunk = 0;  // the first missing chunk
     uint64_t acknowledged = 0;

@@ -59,8 +59,8 @@ void Session::ping(int64_t now_ns) {
 void Session::send(const TransferKey& key, std::shared_ptr<Source> source) { sender_.post(key, std::move(source)); }
 
 void Session::receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start,
-                      std::shared_ptr<Watermark> watermark) {
-  receiver_.post(key, std::move(buffer), layout, start, std::move(watermark));
+                      std::shared_ptr<Listener> listener) {
+  receiver_.post(key, std::move(buffer), layout, start, std::move(listener));
 }
 
 void Session::cancel_send(const TransferKey& key) { sender_.withdraw(key); }

@@ -45,9 +45,9 @@ class Session {
   // under way.
   void send(const TransferKey& key, std::shared_ptr<Source> source);
   // `start`: the bytes that the buffer already has from another link that broke; the first acknowledgement makes the
-  // sender begin there. `watermark` may be null.
+  // sender begin there. `listener` may be null.
   void receive(const TransferKey& key, std::shared_ptr<Buffer> buffer, const Layout& layout, uint64_t start = 0,
-               std::shared_ptr<Watermark> watermark = nullptr);
+               std::shared_ptr<Listener> listener = nullptr);
   // No-ops when the transfer is over or was never posted. Afterwards the session does not touch the buffer; frames that
   // next_frame has returned still refer to it.
   void cancel_send(const TransferKey& key);

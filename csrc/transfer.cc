@@ -30,7 +30,7 @@ Buffer::~Buffer() {
   }
 }
 
-std::array<Segment, 2> Layout::segments(uint8_t* body, uint64_t chunk) const {
+Parts Layout::segments(uint8_t* body, uint64_t chunk) const {
   uint64_t first = chunk * chunk_units;
   uint64_t count = units_in(chunk);
   uint8_t* codes = body + units * scale_bytes;

@@ -36,6 +36,7 @@ struct Segment {
   uint8_t* data = nullptr;
   size_t bytes = 0;
 };
+using Parts = std::array<Segment, 2>;  // of a chunk: its scales and its codes
 
 // How a body is cut into chunks. A body has two planes, all scales and then all codes; a chunk is the scales and the
 // codes of a range of units. Chunks follow each other on the wire, so "offset" counts bytes in that order.
@@ -53,7 +54,7 @@ struct Layout {
   uint32_t chunk_bytes(uint64_t chunk) const {
     return static_cast<uint32_t>(units_in(chunk) * (uint64_t{scale_bytes} + code_bytes));
   }
-  std::array<Segment, 2> segments(uint8_t* body, uint64_t chunk) const;
+  Parts segments(uint8_t* body, uint64_t chunk) const;
 
   // Whether a chunk begins at this offset, so that a transfer can begin there.
   bool is_start(uint64_t offset) const { return offset < bytes() && offset % chunk_bytes(0) == 0; }
@@ -92,18 +93,27 @@ class Source {
   std::vector<uint8_t> crc_known_;  // not vector<bool>: both threads write, to different elements
 };
 
+// Somebody who cannot wait for a receive to be complete. The loop thread makes these calls, so none of them may block.
+class Listener {
+ public:
+  virtual ~Listener() = default;
+  // In any order. The bytes are right and, on a fast link, still in the CPU's cache.
+  virtual void chunk_arrived(uint64_t /*chunk*/, const Parts& /*parts*/) {}
+  // So many bytes are here, contiguous from the start in wire order.
+  virtual void received(uint64_t /*bytes*/) {}
+};
+
 // How much of a receive has arrived, for a thread that uses the first bytes while more arrive. The loop thread raises
 // the watermark; any thread may read it.
-class Watermark {
+class Watermark : public Listener {
  public:
   // The loop thread calls `wake` after each rise; `wake` must not block.
   explicit Watermark(std::function<void()> wake) : wake_(std::move(wake)) {}
 
-  // The bytes that have arrived, contiguous from the start in wire order; never falls.
-  uint64_t received() const { return received_.load(std::memory_order_acquire); }
-  void raise(uint64_t received) {
-    if (received <= received_.load(std::memory_order_relaxed)) return;
-    received_.store(received, std::memory_order_release);
+  uint64_t received() const { return received_.load(std::memory_order_acquire); }  // never falls
+  void received(uint64_t bytes) override {
+    if (bytes <= received_.load(std::memory_order_relaxed)) return;
+    received_.store(bytes, std::memory_order_release);
     wake_();
   }
 

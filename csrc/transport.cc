@@ -123,11 +123,11 @@ void Transport::send(uint64_t link, TransferKey key, std::shared_ptr<Source> sou
 }
 
 void Transport::receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout, uint64_t start,
-                        std::shared_ptr<Watermark> watermark) {
+                        std::shared_ptr<Listener> listener) {
   layout.check(buffer->size());
   layout.check_start(start);
-  push_on_link(link, [key, buffer = std::move(buffer), layout, start, watermark = std::move(watermark)](Link& l) {
-    l.session().receive(key, buffer, layout, start, watermark);
+  push_on_link(link, [key, buffer = std::move(buffer), layout, start, listener = std::move(listener)](Link& l) {
+    l.session().receive(key, buffer, layout, start, listener);
   });
 }
 

@@ -48,9 +48,9 @@ class Transport {
 
   void send_control(uint64_t link, std::string message);
   void send(uint64_t link, TransferKey key, std::shared_ptr<Source> source);
-  // Throws std::invalid_argument when the buffer is too small or no chunk begins at `start`. `watermark` may be null.
+  // Throws std::invalid_argument when the buffer is too small or no chunk begins at `start`. `listener` may be null.
   void receive(uint64_t link, TransferKey key, std::shared_ptr<Buffer> buffer, Layout layout, uint64_t start,
-               std::shared_ptr<Watermark> watermark);
+               std::shared_ptr<Listener> listener);
   void cancel_send(uint64_t link, TransferKey key);
   void cancel_receive(uint64_t link, TransferKey key);
   void refuse_receive(uint64_t link, TransferKey key);  // of a key never posted: the peer need not wait for credit

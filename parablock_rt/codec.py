@@ -238,8 +238,12 @@ class Accumulator:
         self.hold(self.check(body, weight, format))
         self.fold()
 
-    def check(self, body: torch.Tensor, weight: float, format: str = "int8") -> Contribution:
+    def check(
+        self, body: torch.Tensor, weight: float, format: str = "int8", *, inspector: _C.Inspector | None = None
+    ) -> Contribution:
         """Checks all of a body (uint8, [body_bytes]), which may come from an untrusted peer.
+
+        `inspector`: has looked at the whole body while it arrived, so that it need not be read again.
 
         Raises:
             CodecError: the weight is not from 2^-64 to 2^64; the body does not fit or holds values that no encoder
@@ -251,7 +255,10 @@ class Accumulator:
         if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # a NaN fails, too
             raise CodecError(f"expected a weight from 2^-64 to 2^64, such as a count of tokens, found {weight}")
         kind = FORMATS.index(format)
-        largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, _threads(self._threads))
+        if inspector is not None:
+            largest, bad_groups, invalid = inspector.result()
+        else:
+            largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, _threads(self._threads))
         if invalid > 0 or largest > _LARGEST_FP32:
             raise CodecError(
                 f"expected a body that an encoder made, found {invalid} impossible values and a largest magnitude of "

@@ -175,6 +175,23 @@ def test_a_long_block_adds_up_exactly_whatever_its_groups_have_in_common(format:
         assert mean_bits(accumulator) == mean_bits(held)
 
 
+@pytest.mark.parametrize("weights", [(1, 48), (3, 100), (1, 196)])
+def test_a_mean_halfway_between_two_fp32_values_is_rounded_to_even(weights: tuple[int, int]) -> None:
+    """These totals have reciprocals such that a product with them is off by a bit where the division is exact."""
+    numel, shift, unit = 2**17, 19, -20
+    rng = np.random.default_rng(1)
+    codes = [rng.integers(-127, 127, numel, endpoint=True) for _ in weights]
+    held = codec.Accumulator(numel)
+    for exponent, weight, values in zip((unit, unit + shift), weights, codes, strict=True):
+        scale = ((exponent + 127) << 7).to_bytes(2, "little")
+        body = scale * (codec.scale_bytes(numel, "int8") // 2) + values.astype(np.int8).tobytes()
+        hold(held, [(body, float(weight), "int8")])
+    sums = weights[0] * codes[0] + (weights[1] * codes[1] << shift)
+    exact, product = sums / sum(weights), sums * (1 / sum(weights))
+    assert (exact.astype(np.float32) != product.astype(np.float32)).sum() > 10
+    assert mean_bits(held) == statement.bits((exact * 2.0**unit).astype(np.float32)).tolist()
+
+
 def test_a_factor_beyond_all_bounds_counts_nothing_where_all_codes_are_0() -> None:
     largest_scale = (0x7F7F).to_bytes(2, "little")
     adds = [(largest_scale + bytes(BLOCK), 2.0**64, "int8"), (int8_body(0x3F80), 3.0, "int8")]

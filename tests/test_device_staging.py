@@ -285,7 +285,7 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
         expected, applied, addresses = [], [], set()
         for round in range(6):
             landing = here.stager.landing(NUMEL, "int8", CHUNK)
-            client.native.receive(link, 1, round, 0, landing.buffer, landing.layout, watermark=landing.watermark)
+            client.native.receive(link, 1, round, 0, landing.buffer, landing.layout, listener=landing.watermark)
             outgoing = _C.Buffer(layout.nbytes)
             as_tensor(outgoing, layout.nbytes).copy_(torch.arange(layout.nbytes) * (round + 3) % 251)
             server.native.send(there.link, 1, round, 0, server.native.make_source(outgoing, layout, True))
@@ -392,7 +392,7 @@ def test_a_body_goes_from_device_to_device_while_python_holds_its_lock() -> None
         native = here.device.native
         landing = here.stager.landing(NUMEL, "int8", CHUNK)
         target = landing._body
-        server.native.receive(there.link, 1, 0, 0, landing.buffer, layout, watermark=landing.watermark)
+        server.native.receive(there.link, 1, 0, 0, landing.buffer, layout, listener=landing.watermark)
         outgoing = here.stager.buffers.take(layout.nbytes)
         body = (torch.arange(layout.nbytes) % 249 + 1).to(torch.uint8)
         body[-1] = 77
@@ -443,7 +443,7 @@ def test_a_link_that_goes_in_the_middle_of_a_body_leaves_a_landing_that_can_be_c
         assert there is not None
         layout = body_layout("int8", NUMEL, CHUNK)
         landing = here.stager.landing(NUMEL, "int8", CHUNK)
-        client.native.receive(link, 1, 0, 0, landing.buffer, layout, watermark=landing.watermark)
+        client.native.receive(link, 1, 0, 0, landing.buffer, layout, listener=landing.watermark)
         source = server.native.make_source(_C.Buffer(layout.nbytes), layout, False)
         server.native.send(there.link, 1, 0, 0, source)
         source.raise_watermark(3)
@@ -480,7 +480,7 @@ def test_a_copy_to_the_device_that_fails_is_told_when_the_body_is_asked_for() ->
         assert there is not None
         landing = here.stager.landing(NUMEL, "int8", CHUNK)
         fake_device.fail("cuMemcpyHtoDAsync_v2", 2)
-        client.native.receive(link, 1, 0, 0, landing.buffer, landing.layout, watermark=landing.watermark)
+        client.native.receive(link, 1, 0, 0, landing.buffer, landing.layout, listener=landing.watermark)
         outgoing = server.native.make_source(_C.Buffer(landing.layout.nbytes), landing.layout, True)
         server.native.send(there.link, 1, 0, 0, outgoing)
         with pytest.raises(_C.DeviceError, match="copying to the GPU failed: CUDA_ERROR_OUT_OF_MEMORY"):

@@ -156,7 +156,7 @@ def test_what_reads_an_aggregate_late_sees_it_whole_although_the_next_one_arrive
         bodies, addresses = [], set()
         for round, copy in enumerate(copies):
             landing = stager.landing(NUMEL, "int8", CHUNK)
-            client.native.receive(link, 1, round, 0, landing.buffer, layout, watermark=landing.watermark)
+            client.native.receive(link, 1, round, 0, landing.buffer, layout, listener=landing.watermark)
             outgoing = _C.Buffer(layout.nbytes)
             body = as_tensor(outgoing, layout.nbytes).copy_(torch.arange(layout.nbytes) * (round + 3) % 251)
             server.native.send(connected.link, 1, round, 0, server.native.make_source(outgoing, layout, True))

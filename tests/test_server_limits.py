@@ -35,7 +35,7 @@ from parablock_rt.server.members import UploadSlot
 from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
 from parablock_rt.wire import protocol
-from parablock_rt.wire.transport import BufferPool
+from parablock_rt.wire.transport import BufferPool, body_layout, inspector
 
 Start = Callable[..., Process]
 WIDE = 256
@@ -125,7 +125,7 @@ def test_a_client_that_comes_back_and_never_says_where_it_stands_may_come_back_o
 
 def test_a_server_that_was_stopped_takes_nobody_for_silent() -> None:
     """Nor does the time count in which nobody waited for room."""
-    posted = UploadSlot(0, 0, _C.Buffer(1), 1)
+    posted = UploadSlot(0, 0, _C.Buffer(1), 1, inspector("int8", body_layout("int8", 128, 128)))
     holder = SimpleNamespace(link=1, announced={0: None}, posted={0: posted})
     waits = SimpleNamespace(link=2, announced={0: None}, posted={})
     roster: Any = SimpleNamespace(here=[holder, waits])

@@ -3,8 +3,8 @@
 When a connection breaks, the bytes of an upload that have arrived are kept, and the client resumes from there on its
 next connection.
 
-Knows nothing of an upload's contents. Owns the buffers of uploads in flight. Only the server's thread may call this
-module.
+Looks at no upload itself: the transport inspects each one as it arrives. Owns the buffers of uploads in flight. Only
+the server's thread may call this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parablock_rt.server.members import Member, UploadSlot
 from parablock_rt.server.roster import Roster
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
-from parablock_rt.wire.transport import BufferPool, Transport, body_layout
+from parablock_rt.wire.transport import BufferPool, Transport, body_layout, inspector
 
 
 class Intake:
@@ -155,13 +155,17 @@ class Intake:
 
     def _post(self, member: Member, round: int) -> None:
         nbytes = self._schedule.body_bytes(round)
-        member.posted[round] = UploadSlot(round, self._schedule.block(round), self._buffers.take(nbytes), nbytes)
+        buffer, checks = self._buffers.take(nbytes), inspector(self._config.format, self._layout(round))
+        member.posted[round] = UploadSlot(round, self._schedule.block(round), buffer, nbytes, checks)
         member.next_post = round + 1
         self._receive(member, member.posted[round])
 
     def _receive(self, member: Member, posted: UploadSlot) -> None:
         assert member.link is not None
-        layout = body_layout(self._config.format, self._schedule.numel(posted.round), self._config.chunk)
+        layout, start = self._layout(posted.round), posted.received
         self._transport.native.receive(
-            member.link, Kind.UPLOAD, posted.round, posted.block, posted.buffer, layout, posted.received
+            member.link, Kind.UPLOAD, posted.round, posted.block, posted.buffer, layout, start, posted.inspector
         )
+
+    def _layout(self, round: int) -> _C.Layout:
+        return body_layout(self._config.format, self._schedule.numel(round), self._config.chunk)

@@ -121,13 +121,15 @@ class Candidate:
 class UploadSlot:
     """An upload that a member may send, and the server's buffer that is posted for it.
 
-    `received`: the bytes that had arrived when the last connection broke.
+    `inspector`: checks its chunks as they arrive. `received`: the bytes that had arrived when the last connection
+    broke.
     """
 
     round: int
     block: int
     buffer: _C.Buffer
     nbytes: int
+    inspector: _C.Inspector
     received: int = 0
     moved: tuple[int, float] = (-1, 0.0)  # payload bytes that the member's link has moved, and since when that many
     arrived: _C.Event | None = None  # the event for its last byte, if that overtook the upload's announcement

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from parablock_rt import stages
+from parablock_rt import _C, stages
 from parablock_rt.codec import Accumulator
 from parablock_rt.errors import CodecError, RoundError
 from parablock_rt.schedule import Schedule
@@ -23,12 +23,13 @@ from parablock_rt.wire.protocol import Upload
 @dataclass(frozen=True)
 class Delivery:
     """A complete upload of a client: its announcement, its bytes, and when the last byte arrived (seconds of any
-    clock)."""
+    clock). `inspector`: has checked the bytes as they arrived; None: nobody has."""
 
     client: int
     upload: Upload
     body: Tensor
     at: float
+    inspector: _C.Inspector | None = None
 
 
 @dataclass(eq=False)
@@ -59,7 +60,8 @@ class Round:
                 raise RoundError(f"client {client} is not in the cohort of round {self.index}")
             if upload.block != self.block:
                 raise RoundError(f"round {self.index} trains block {self.block}, not {upload.block}")
-            self.accumulator.hold(self.accumulator.check(delivery.body, upload.weight, format))
+            checked = self.accumulator.check(delivery.body, upload.weight, format, inspector=delivery.inspector)
+            self.accumulator.hold(checked)
         except (CodecError, RoundError) as error:
             self.refused[client] = str(error)
             return str(error)

@@ -1,4 +1,4 @@
-"""Complete uploads from the clients: checked when they arrive, and folded several at a time.
+"""Complete uploads from the clients: checked as they arrive, and folded several at a time.
 
 The sum takes 16 bytes per element. To save memory traffic, one pass over it folds several uploads, and there is no pass
 at all if all uploads of a round can be held until the round closes. Owns the uploads that have arrived and are not
@@ -57,7 +57,8 @@ class Uplink:
         posted, upload = taken
         self.nbytes += posted.nbytes
         self._timeline.stages.add("receive", arrived.first_byte_ns, arrived.at_ns)
-        delivery = Delivery(member.seat, upload, as_tensor(posted.buffer, posted.nbytes), arrived.at_ns / 1e9)
+        body = as_tensor(posted.buffer, posted.nbytes)
+        delivery = Delivery(member.seat, upload, body, arrived.at_ns / 1e9, posted.inspector)
         round = self._rounds[posted.round]
         bad_before = round.accumulator.bad_groups
         reason = round.take(delivery, self._format)

@@ -39,6 +39,11 @@ def body_layout(format: str, numel: int, chunk: int) -> _C.Layout:
     return _C.body_layout(FORMATS.index(format), numel, chunk)
 
 
+def inspector(format: str, layout: _C.Layout) -> _C.Inspector:
+    """What checks the chunks of a body as they arrive; pass it to `native.receive`."""
+    return _C.Inspector(layout, FORMATS.index(format))
+
+
 def raw_layout(nbytes: int, chunk: int) -> _C.Layout:
     """How a raw block of `nbytes` bytes (a multiple of 256) is cut, in chunks of about `chunk` bytes."""
     return _C.Layout(

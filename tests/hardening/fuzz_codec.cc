@@ -14,7 +14,8 @@ using namespace parablock;
 
 namespace {
 
-constexpr int64_t kMostGroups = 5;  // of kAlignment elements
+constexpr int64_t kMostGroups = 10;  // of kAlignment elements; there is a way of its own for eight at once
+constexpr int kMostTogether = 5;     // contributions; there is a way of its own for four at once
 constexpr double kSmallestWeight = 0x1p-64;  // what Accumulator.add lets through
 constexpr double kLargestWeight = 0x1p64;
 
@@ -61,46 +62,57 @@ struct Body {
   Block<uint8_t> codes;
 };
 
-// What a server does with an upload: looks at it and, if an encoder may have made it, folds it.
+// An upload: a body that may hold anything, and a weight that the accumulator lets through.
+struct Upload {
+  Upload(Format format, int64_t numel, Input& input) : body(format, numel, input), weight(input.take<double>()) {
+    if (!(weight >= kSmallestWeight && weight <= kLargestWeight)) weight = 1;
+  }
+  Body body;
+  double weight;
+};
+
+// What a server does with uploads: looks at them and, if an encoder may have made them all, folds them.
 struct Folded {
-  Folded(Body& body, int64_t numel, Format format, double weight)
-      : inspection(inspect(body.read(), numel, format, 1)),
-        hi(numel),
-        lo(numel),
-        mean(numel),
-        held(numel),
-        decoded(numel) {
-    decode(body.read(), numel, format, decoded.data.get(), 1);  // must be safe on any bytes, folded or not
-    valid = inspection.invalid == 0 && inspection.largest <= std::numeric_limits<float>::max();
-    folded = valid && weight * inspection.largest < kLargestContribution;
+  Folded(std::vector<Upload>& uploads, int64_t numel, Format format)
+      : hi(numel), lo(numel), mean(numel), held(numel), decoded(numel) {
+    decode(uploads.front().body.read(), numel, format, decoded.data.get(), 1);  // safe on any bytes
+    double total_weight = 0;
+    std::vector<Contribution> in;
+    for (auto& [body, weight] : uploads) {
+      const Inspection found = inspect(body.read(), numel, format, 1);
+      valid = valid && found.invalid == 0 && found.largest <= std::numeric_limits<float>::max();
+      folded = folded && valid && weight * found.largest < kLargestContribution;
+      inspection = joined(inspection, found);
+      total_weight += weight;
+      in.push_back({body.read(), format, weight});
+    }
     if (!folded) return;
-    const Contribution whole{body.read(), format, weight};
-    accumulate(hi.data.get(), lo.data.get(), {&whole, 1}, numel, true, 1);
-    accumulated_mean(hi.data.get(), lo.data.get(), false, {}, weight, numel, mean.data.get(), 1);
-    accumulated_mean(nullptr, nullptr, true, {&whole, 1}, weight, numel, held.data.get(), 1);
+    accumulate(hi.data.get(), lo.data.get(), in, numel, true, 1);
+    accumulated_mean(hi.data.get(), lo.data.get(), false, {}, total_weight, numel, mean.data.get(), 1);
+    accumulated_mean(nullptr, nullptr, true, in, total_weight, numel, held.data.get(), 1);
   }
 
-  Inspection inspection;
+  Inspection inspection{0.0, 0, 0};
   Block<int64_t> hi, lo;
   Block<float> mean, held, decoded;
-  bool valid = false;
-  bool folded = false;
+  bool valid = true;
+  bool folded = true;
 };
 
 void fold(Input& input, Format format, int64_t numel) {
-  Body body(format, numel, input);
-  auto weight = input.take<double>();
-  if (!(weight >= kSmallestWeight && weight <= kLargestWeight)) weight = 1;
+  std::vector<Upload> uploads;
+  for (int left = 1 + input.take<uint8_t>() % kMostTogether; left > 0; --left)
+    uploads.emplace_back(format, numel, input);
   auto target_dtype = static_cast<Dtype>(input.take<uint8_t>() % 3);
   Block<uint8_t> target(static_cast<size_t>(numel) * dtype_bytes(target_dtype), input);
   std::unique_ptr<Folded> first;
   std::unique_ptr<Block<uint8_t>> applied;
   for (const char* name : instruction_sets()) {
     force_instruction_set(name);
-    auto here = std::make_unique<Folded>(body, numel, format, weight);
+    auto here = std::make_unique<Folded>(uploads, numel, format);
     auto moved = std::make_unique<Block<uint8_t>>(target.count);
     std::memcpy(moved->raw(), target.raw(), target.bytes());
-    apply(moved->raw(), target_dtype, body.read(), numel, format, 1);
+    apply(moved->raw(), target_dtype, uploads.front().body.read(), numel, format, 1);
     for (int64_t i = 0; i < numel; ++i) {
       expect(!here->valid || std::isfinite(here->decoded.data[i]), "a valid body decodes to numbers");
       expect(!here->folded || std::isfinite(here->mean.data[i]), "a mean is finite");

@@ -23,10 +23,11 @@ from parablock_rt.config import RunConfig
 from parablock_rt.errors import HandshakeError, ParaBlockError
 from parablock_rt.server.coordinator import Coordinator
 from parablock_rt.server.master import Master, ServerOptimizer
-from parablock_rt.server.members import Identity, Member
+from parablock_rt.server.members import Identity, Member, UploadSlot
 from parablock_rt.server.server import default_upload_budget
 from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.protocol import Kind, Message
+from parablock_rt.wire.transport import body_layout
 
 RUN = 12345
 TOKEN = "a token of the fuzzer's own"
@@ -122,6 +123,7 @@ class Conversation:
         )
         blocks = plan.materialise(model)
         identity = Identity(RUN, self._token, config, plan.spec(), plan.digest, plan.frozen_fingerprint(model))
+        self._plan = plan
         self._identity = identity
         self._transport = FakeTransport()
         optimizer = ServerOptimizer(config.server_optimizer, config.server_lr)
@@ -234,8 +236,22 @@ class Conversation:
         posted = min(waiting, key=lambda posted: posted.round)
         content = self._input.bytes(self._input.byte())
         repeated = (content * (posted.nbytes // max(1, len(content)) + 1))[: posted.nbytes]
-        memoryview(posted.buffer)[: posted.nbytes] = repeated.ljust(posted.nbytes, b"\0")
+        self._carry(posted, repeated.ljust(posted.nbytes, b"\0"))
         self._event("RECEIVED", link, kind=Kind.UPLOAD, round=posted.round, block=posted.block)
+
+    def _carry(self, posted: UploadSlot, content: bytes) -> None:
+        """Brings the bytes to where the server wants them, and past its inspector, as a link would."""
+        key = Kind.UPLOAD, posted.round, posted.block
+        numel = self._plan.blocks[posted.block].flat_numel
+        layout = body_layout(self._identity.config.format, numel, self._identity.config.chunk)
+        source = _C.Buffer(len(content))
+        memoryview(source)[:] = content
+        sender, receiver = _C.Session(), _C.Session()
+        receiver.receive(*key, posted.buffer, layout, 0, posted.inspector)
+        sender.feed(receiver.next_frame() or b"")
+        sender.send(*key, _C.Source(source, layout, True))
+        while frame := sender.next_frame():
+            receiver.feed(frame)
 
     def _event(self, type: str, link: int, **fields: Any) -> None:
         if link in self._transport.native.closed and type != "CLOSED":

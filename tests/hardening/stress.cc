@@ -14,6 +14,7 @@
 
 #include "codec.h"
 #include "encoder.h"
+#include "inspector.h"
 #include "ring.h"
 #include "thread_pool.h"
 #include "transport.h"
@@ -170,6 +171,7 @@ class Transfers {
   // `cancelled`: at any moment, before, in the middle of, or after its bytes.
   void receive(TransferKey key, bool cancelled) {
     auto buffer = std::make_shared<Buffer>(layout_.bytes());
+    if (key.round % 2 == 0) return inspect_upload(key, buffer);
     auto watermark = std::make_shared<Watermark>([] {});
     server_.transport.receive(server_.link, key, buffer, layout_, 0, watermark);
     if (cancelled) {
@@ -189,6 +191,15 @@ class Transfers {
     }
     server_.expect([&](const Event& event) { return event.key == key && event.type == Event::Type::kReceived; });
     check(std::equal(expected_.begin(), expected_.end(), buffer->data()), "the bytes that were encoded arrive");
+  }
+
+  // The loop thread inspects, and this thread reads the result once the upload is complete.
+  void inspect_upload(TransferKey key, const std::shared_ptr<Buffer>& buffer) {
+    auto inspector = std::make_shared<Inspector>(layout_, Format::kInt8);
+    server_.transport.receive(server_.link, key, buffer, layout_, 0, inspector);
+    server_.expect([&](const Event& event) { return event.key == key && event.type == Event::Type::kReceived; });
+    const Inspection found = inspector->result();
+    check(found.invalid == 0 && found.largest > 0, "an inspector has seen the bytes that were encoded");
   }
 
   const Layout layout_ = body_layout(Format::kInt8, kNumel, kChunk);

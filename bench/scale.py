@@ -1,17 +1,17 @@
-"""How a server grows with its clients: 1 to 256 light clients that replay recorded uploads.
+"""How a server grows with its clients: 1 to 256 clients that replay recorded uploads.
 
-The server runs in a process of its own, a new one for each number of clients. A light client speaks the real client's
-protocol without a model: it uploads bodies recorded once, from one local step on each block, and acknowledges what it
-receives. So a round has no computation, and the benchmark measures only the server and the loopback. It checks two
-statements: more than sixteen clients take at most 5 % more of the server's memory than up to sixteen do, and with the
-most clients a byte takes no longer than with the fewest. Up to sixteen clients may take less memory: the server holds
-their uploads until a round closes and needs no sum.
+The server runs in a process of its own, a new one for each run. The clients speak the real protocol without a model:
+they upload bodies recorded once, from one local step on each block, and acknowledge what they receive. So a round has
+no computation, and the benchmark measures only the server and the loopback. A row has medians of several runs, because
+the peak memory of a process varies by a few percent from run to run. It checks two statements: more than sixteen
+clients take at most 5 % more of the server's memory than up to sixteen do, and with the most clients a byte takes no
+longer than with the fewest. Up to sixteen clients may take less memory: the server holds their uploads until a round
+closes and needs no sum.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
 import multiprocessing
@@ -36,9 +36,9 @@ from parablock_rt.report import folder
 from parablock_rt.schedule import block_of
 from parablock_rt.wire.transport import body_layout
 
-from .light_client import DEADLINE_S, LightClient, buffer_of, ready_of
 from .process import answer
 from .result import Result, columns
+from .swarm import DEADLINE_S, Swarm, buffer_of, ready_of
 from .transport import memory_bytes
 
 BLOCKS = 4
@@ -63,18 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=int, default=2**20, help=f"of each of the {BLOCKS} blocks; a multiple of 128")
     parser.add_argument("--format", default="int8")
     parser.add_argument("--rounds", type=int, default=8, help="at least 3; the first is not counted")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs with each number of clients")
 
 
 def run(options: argparse.Namespace) -> Result:
     """One row per number of clients, and the two statements about the growth."""
-    if options.rounds < 3 or options.params < 128 or options.params % 128 or min(options.clients) < 1:
+    least = min(*options.clients, options.repetitions)
+    if options.rounds < 3 or options.params < 128 or options.params % 128 or least < 1:
         raise ConfigError(
-            "expected at least 3 rounds, at least 1 client, and params that are a multiple of 128; found "
-            f"{options.rounds}, {min(options.clients)}, {options.params}"
+            "expected at least 3 rounds, 1 client and 1 repetition, and params that are a multiple of 128; found "
+            f"{options.rounds}, {min(options.clients)}, {options.repetitions}, {options.params}"
         )
-    rows = [_measure(clients, options) for clients in sorted(set(options.clients))]
-    settings = {name: getattr(options, name) for name in ("clients", "params", "format", "rounds")}
+    rows = []
+    for clients in sorted(set(options.clients)):
+        runs = [_measure(clients, options) for _ in range(options.repetitions)]
+        rows.append({name: _median([one[name] for one in runs]) for name in runs[0]})
+    settings = {name: getattr(options, name) for name in ("clients", "params", "format", "rounds", "repetitions")}
     return {"settings": settings, "rows": rows, "growth": growth(rows)}
+
+
+def _median(values: list[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,7 +171,7 @@ def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# ---- The light clients
+# ---- The clients
 
 
 def _record(model: Stack, options: argparse.Namespace) -> list[Any]:
@@ -180,25 +190,21 @@ def _record(model: Stack, options: argparse.Namespace) -> list[Any]:
 
 
 def _replay(address: str, clients: int, options: argparse.Namespace) -> None:
-    """All light clients, from joining to goodbye."""
+    """All clients, from joining to goodbye."""
     model = Stack(options.params)
     plan = _plan(model)
     ready = ready_of(model, plan)
     fingerprints = list(ready.fingerprints)
     layout = body_layout(options.format, options.params, CHUNK)
     bodies = _record(model, options)
-    with contextlib.ExitStack() as stack:
-        swarm = [stack.enter_context(LightClient(address, ready)) for _ in range(clients)]
-        for client in swarm:
-            client.begin()
+    with Swarm(address, ready, clients) as swarm:
+        swarm.begin()
         for index in range(options.rounds):
             block = block_of("cyclic", 0, index, BLOCKS)
-            for client in swarm:
-                client.expect(index, block, layout)
-                client.upload(index, block, bodies[block], layout)
-            (fingerprints[block],) = {client.apply(index) for client in swarm}
-        for client in swarm:
-            client.end(digest(plan, fingerprints))
+            swarm.expect(index, block, layout)
+            swarm.upload(index, block, bodies[block], layout)
+            fingerprints[block] = swarm.apply(index)
+        swarm.end(digest(plan, fingerprints))
 
 
 # ---- The result
@@ -215,7 +221,7 @@ def tables(result: Result) -> list[Table]:
         "server's peak memory, MiB",
         "fold, MiB/s",
     )
-    table = columns("scale (medians of the rounds after the first)", *names)
+    table = columns("scale (medians of the runs, and of the rounds after the first)", *names)
     for row in result["rows"]:
         rate = row["bytes_a_round"] / 1e6 / row["round_s"]
         fold = "–" if row["fold_mib_per_s"] is None else f"{row['fold_mib_per_s']:.0f}"
@@ -270,7 +276,7 @@ def plot(result: Result, figure: Any) -> None:
     memory.set_ylabel("server's peak memory, MiB")
     for axis in (times, memory):
         axis.set_xlabel("clients")
-    figure.suptitle("one server, light clients")
+    figure.suptitle("one server, clients without computation")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cc csrc/*.h)
 FUZZ_SECONDS ?= 60
+# Most tests wait for timeouts, links and other processes most of the time. To see one fail: ARGS="-n 0 --pdb tests/…".
+PYTEST := python -m pytest -n 3 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: help install demo test test-oldest test-gpu lint sanitize fuzz bench bench-gpu bench-peers clean
@@ -31,11 +33,11 @@ demo: install  ## fine-tune a real model over a slow link, without and with over
 	$(BIN)/parablock demo $(ARGS)
 
 test: install lint  ## lint, types and all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 test-oldest:  ## all tests with the oldest versions that are supported; takes a CUDA build of torch where there is no other
 	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	.venv-oldest/bin/$(PYTEST) $(ARGS)
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_kernels_gpu.py tests/test_gpu_runtime.py tests/test_memory_gpu.py $(ARGS)

@@ -10,13 +10,18 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
 from parablock_rt.errors import ConfigError
 from parablock_rt.observe.run_folder import to_json
+
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler  # takes no parameter before Python 3.11
 
 
 def mute(stream: IO[str] | None) -> None:
@@ -44,7 +49,7 @@ class Progress(Console):
         mute(self.file)
 
 
-class LogHandler(logging.StreamHandler[TextIO]):
+class LogHandler(_Handler):
     """Logs warnings with their level and news without, to standard error. Once that fails, logs nothing more."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -166,7 +166,7 @@ def test_who_only_passes_bytes_on_sees_nothing_and_stops_nothing() -> None:
     assert len(middle.sent) > 400
 
 
-def test_a_server_that_vanishes_in_a_run_is_reported_as_lost_and_not_as_a_misfit() -> None:
+def test_a_server_that_vanishes_in_a_run_is_reported_as_lost_and_not_as_refusing() -> None:
     with start_server(token=TOKEN, tls=server_tls(), clients=2) as running:
         host, port = running.address.split(":")
         middle = Middle(int(port), cut_when(lambda seen: seen > 900))

@@ -226,7 +226,9 @@ def test_a_round_below_its_quorum_waits_for_clients_that_were_given_up(away: boo
         assert running._coordinator._progress.deadline._seen == []
 
 
-def test_a_client_that_comes_back_after_the_deadline_has_time_to_deliver_what_the_quorum_needs() -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_client_that_comes_back_after_the_deadline_has_time_to_deliver_what_the_quorum_needs(stopped: bool) -> None:
+    """Also if the server's process was stopped meanwhile."""
     gone: set[int] = set()
     with start_server(clients=1) as running:
         running._coordinator._progress.deadline = PatientDeadline(running, lambda index: gone)
@@ -237,9 +239,23 @@ def test_a_client_that_comes_back_after_the_deadline_has_time_to_deliver_what_th
             gone.add(0)
             come_back(returning, welcome)
             returning.hear(protocol.RejoinAnswer)
+            if stopped:
+                seem_stopped(running)
             loop_turns(running)
             deliver(returning, 0)
             assert returning.hear(protocol.Update).contributions == 1
+
+
+def seem_stopped(running: pb.Server) -> None:
+    """Returns when the server has found that its last turn took an hour."""
+    progress = running._coordinator._progress
+    before = progress.oldest_since
+
+    def has_noticed() -> bool:
+        progress._turn_at -= 3600.0  # again, because the server's thread may have written at the same time
+        return progress.oldest_since > before
+
+    assert settles(has_noticed)
 
 
 def third_is_of_the_first_two(cohorts: list[frozenset[int]]) -> bool:

@@ -78,7 +78,7 @@ class Closing:
         longer for a client that is away, or that has come back and may still have to send its upload."""
         missing = self._attendance.missing(round)
         lost = {member.seat for member in self._attendance.lost}
-        back = {member.seat for member in self._roster.here if member.seated_at > self._progress.oldest_since}
+        back = {member.seat for member in self._roster.here if member.seated_at > self._progress.opened_at}
         deadline = self._progress.deadline
         limit = deadline.without_quorum if missing & (lost | back) else deadline.seconds
         return bool(missing) and self._progress.open_s < limit

@@ -54,12 +54,13 @@ class Deadline:
 
 
 class Progress:
-    """The timing of one run. `oldest`: the oldest open round, which equals the number of closed rounds; `oldest_since`:
-    when it became the oldest (monotonic seconds); `started_at`: when the first round began, None before."""
+    """The timing of one run, in monotonic seconds. `oldest`: the oldest open round, which equals the number of closed
+    rounds; `opened_at`: when it became the oldest; `oldest_since`: the same, later by the time for which this process
+    was stopped; `started_at`: when the first round began, None before."""
 
     def __init__(self, config: RunConfig) -> None:
         self.oldest = 0
-        self.oldest_since = time.monotonic()
+        self.opened_at = self.oldest_since = time.monotonic()
         self.started_at: float | None = None
         self.deadline = Deadline(config.deadline)
         self._rounds = config.rounds
@@ -88,7 +89,7 @@ class Progress:
 
     def start(self) -> None:
         """Notes that the first round begins."""
-        self.started_at = self.oldest_since = time.monotonic()
+        self.started_at = self.opened_at = self.oldest_since = time.monotonic()
 
     def restore(self, closed: int, open_s: Iterable[float], *, started: bool) -> None:
         """Continues after an earlier server that had closed `closed` rounds. `open_s`: how long each of its complete
@@ -105,7 +106,7 @@ class Progress:
         if complete:
             self.deadline.saw(open_s)
         self.oldest += 1
-        self.oldest_since = time.monotonic()
+        self.opened_at = self.oldest_since = time.monotonic()
 
     def turn(self, longest: float) -> None:
         """Notes that another turn of the server's loop begins, normally at most `longest` seconds after the last one.

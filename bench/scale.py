@@ -77,12 +77,14 @@ def run(options: argparse.Namespace) -> Result:
     rows = []
     for clients in sorted(set(options.clients)):
         runs = [_measure(clients, options) for _ in range(options.repetitions)]
-        rows.append({name: _median([one[name] for one in runs]) for name in runs[0]})
+        medians = {name: _median([one[name] for one in runs]) for name in runs[0]}
+        body = codec.body_bytes(options.params, options.format)
+        rows.append({"clients": clients, "bytes_a_round": 2 * clients * body, **medians})
     settings = {name: getattr(options, name) for name in ("clients", "params", "format", "rounds", "repetitions")}
     return {"settings": settings, "rows": rows, "growth": growth(rows)}
 
 
-def _median(values: list[Any]) -> Any:
+def _median(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -148,6 +150,7 @@ def _plan(model: nn.Module) -> BlockPlan:
 
 
 def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What one run takes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as scratch:
@@ -164,8 +167,6 @@ def _measure(clients: int, options: argparse.Namespace) -> dict[str, Any]:
     body = codec.body_bytes(options.params, options.format)
     folded = [entry["server_stages"]["fold"] for entry in recorded.rounds]
     return {
-        "clients": clients,
-        "bytes_a_round": 2 * clients * body,
         **row,
         "fold_mib_per_s": clients * body / MIB / statistics.median(folded[1:]) if folded[1:] else None,
     }

@@ -89,7 +89,6 @@ ByFormat by_format(std::span<const Contribution> in) {
 // A piece of a sum that fits the first-level cache, so that a sum that only serves a mean never goes to memory.
 struct SumTile {
   static constexpr int64_t kElements = 1024;
-  static constexpr size_t kAtOnce = 64;
 
   // Starts from an existing sum; null: from an empty one.
   void start(const int64_t* old_hi, const int64_t* old_lo, int64_t count) {
@@ -100,9 +99,9 @@ struct SumTile {
   }
 
   void add(std::span<const Contribution> alike, int64_t from, int64_t count) {
-    for (size_t first = 0; first < alike.size(); first += kAtOnce) {
-      const size_t here = std::min(alike.size() - first, kAtOnce);
-      std::array<Contribution, kAtOnce> moved;
+    for (size_t first = 0; first < alike.size(); first += internal::kTogether) {
+      const size_t here = std::min<size_t>(alike.size() - first, internal::kTogether);
+      std::array<Contribution, internal::kTogether> moved;
       for (size_t i = 0; i < here; ++i) {
         moved[i] = alike[first + i];
         moved[i].planes = at(moved[i].planes, moved[i].format, from);
@@ -176,17 +175,15 @@ void accumulate(int64_t* hi, int64_t* lo, std::span<const Contribution> in, int6
 
 void accumulated_mean(const int64_t* hi, const int64_t* lo, bool empty, std::span<const Contribution> in,
                       double total_weight, int64_t numel, float* out, int threads) {
-  const bool alike =
-      std::all_of(in.begin(), in.end(), [&](const Contribution& one) { return one.format == in[0].format; });
-  if (empty && !in.empty() && alike && in.size() <= internal::kMeanTogether) {
-    if (const auto direct = kernels().mean[index(in[0].format)]) {
-      return parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
-        direct(in.data(), static_cast<int64_t>(in.size()), total_weight, begin, end, out);
-      });
-    }
+  const ByFormat apart = by_format(in);
+  const bool alike = !in.empty() && apart[index(in[0].format)].size() == in.size();
+  const auto direct = alike ? kernels().mean[index(in[0].format)] : nullptr;
+  if (empty && direct != nullptr && in.size() <= internal::kTogether) {
+    return parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
+      direct(in.data(), static_cast<int64_t>(in.size()), total_weight, begin, end, out);
+    });
   }
   const auto mean = kernels().accumulated_mean;
-  const ByFormat apart = by_format(in);
   parallel_for(numel, threads, [&](int64_t begin, int64_t end) {
     if (in.empty()) return mean(hi + begin, lo + begin, total_weight, end - begin, out + begin);
     SumTile sum;

@@ -12,8 +12,6 @@ namespace {
 
 typedef unsigned __int128 Magnitude;
 
-constexpr int64_t kTogether = 64;  // contributions whose products fit into the sums of digits without overflow
-static_assert(kMeanTogether <= kTogether);
 constexpr double kRounder = 0x1.8p52;  // in units; rounds magnitudes up to 2^51 units, see fold
 constexpr int kCoarseBits = 52;        // a coarse unit, the first step of rounding a single value, has 2^52 units
 constexpr double kCoarseUnit = 0x1p-20;

@@ -8,7 +8,8 @@
 
 namespace parablock::internal {
 
-constexpr int64_t kMeanTogether = 64;
+// Contributions that a kernel takes together: their products fit into the sums of digits without overflow.
+constexpr int64_t kTogether = 64;
 
 struct Kernels {
   const char* name;
@@ -19,7 +20,7 @@ struct Kernels {
   void (*apply[4][3])(void* target, ConstPlanes in, int64_t numel);
   void (*accumulate[4])(int64_t* hi, int64_t* lo, const Contribution* in, int64_t count, int64_t begin, int64_t end,
                         bool empty);
-  // Of contributions that are all of this format, kMeanTogether at most, without a sum; null: there is no such way.
+  // Of contributions that are all of this format, kTogether at most, without a sum; null: there is no such way.
   void (*mean[4])(const Contribution* in, int64_t count, double total_weight, int64_t begin, int64_t end, float* out);
   void (*accumulated_mean)(const int64_t* hi, const int64_t* lo, double total_weight, int64_t numel, float* out);
   Inspection (*inspect[4])(ConstPlanes in, int64_t numel);

@@ -174,7 +174,7 @@ struct IntoSum {
 // in between, which the 29 bits that are rounded off tell; only then the block takes divisions.
 struct IntoMean {
   static constexpr int kMostDigitsOfMean = 5;
-  static_assert(kMeanTogether * 128 * ((int64_t{1} << 8 * kMostDigitsOfMean) - 1) < int64_t{1} << 53);
+  static_assert(kTogether * 128 * ((int64_t{1} << 8 * kMostDigitsOfMean) - 1) < int64_t{1} << 53);
 
   IntoMean(float* to, double weight) : out(to), total_weight(weight), reciprocal(1 / weight) {}
 
@@ -336,7 +336,7 @@ struct EightGroups {
       const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(scales)), 16);
       const __m512d value = _mm512_mul_pd(_mm512_set1_pd(in[i].weight), _mm512_cvtps_pd(_mm256_castsi256_ps(bits)));
       const __m512d size = _mm512_abs_pd(value);
-      negative[i] = _mm512_cmp_pd_mask(value, _mm512_setzero_pd(), _CMP_LT_OQ);
+      if constexpr (kFormat == Format::kInt4) negative[i] = _mm512_cmp_pd_mask(value, _mm512_setzero_pd(), _CMP_LT_OQ);
       const __mmask8 counts = _mm512_cmp_pd_mask(size, _mm512_set1_pd(kFactorLimit), _CMP_LT_OQ);  // false for NaN
       const __m512i exponent = _mm512_srli_epi64(_mm512_maskz_mov_epi64(counts, _mm512_castpd_si512(size)), 52);
       const __mmask8 normal = _mm512_test_epi64_mask(exponent, exponent);
@@ -379,7 +379,7 @@ struct EightGroups {
 
   __m512i exponents[kTogether];
   __m512i frames[kTogether];  // by contribution: the bits of its factors, aligned to each group's largest factor
-  __mmask8 negative[kTogether];
+  __mmask8 negative[kTogether];  // only for int4
   bool empty[kGroups];
   bool fits[kGroups];
   int zeros[kGroups];

@@ -1,12 +1,12 @@
 #include "inspector.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 namespace parablock {
 
-Inspector::Inspector(const Layout& layout, Format format)
-    : format_(format), found_(layout.chunks()), is_inspected_(layout.chunks()) {
+Inspector::Inspector(const Layout& layout, Format format) : format_(format), found_(layout.chunks()) {
   const int64_t group = group_size(format);
   if (layout.scale_bytes != scale_bytes(format, group) || layout.code_bytes != code_bytes(format, group))
     throw std::invalid_argument("the layout is not one of a body in this format");
@@ -18,17 +18,15 @@ void Inspector::chunk_arrived(uint64_t chunk, const Parts& parts) {
   const int64_t group = group_size(format_);
   const auto elements = static_cast<int64_t>(codes.bytes / code_bytes(format_, group)) * group;
   found_.at(chunk) = inspect({scales.data, codes.data}, elements, format_, 1);
-  if (is_inspected_[chunk]) return;
-  is_inspected_[chunk] = true;
-  ++inspected_;
 }
 
 Inspection Inspector::result() const {
-  if (inspected_ != found_.size())
+  const auto missing = std::count_if(found_.begin(), found_.end(), [](const auto& found) { return !found; });
+  if (missing > 0)
     throw std::logic_error("expected " + std::to_string(found_.size()) + " inspected chunks, found " +
-                           std::to_string(inspected_));
+                           std::to_string(found_.size() - static_cast<size_t>(missing)));
   Inspection all{0.0, 0, 0};
-  for (const Inspection& found : found_) all = joined(all, found);
+  for (const std::optional<Inspection>& found : found_) all = joined(all, *found);
   return all;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "codec.h"
@@ -23,9 +24,7 @@ class Inspector : public Listener {
 
  private:
   Format format_;
-  std::vector<Inspection> found_;  // by chunk
-  std::vector<bool> is_inspected_;  // by chunk
-  uint64_t inspected_ = 0;
+  std::vector<std::optional<Inspection>> found_;  // by chunk
 };
 
 }  // namespace parablock

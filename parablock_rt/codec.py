@@ -254,11 +254,11 @@ class Accumulator:
         weight = float(weight)
         if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # a NaN fails, too
             raise CodecError(f"expected a weight from 2^-64 to 2^64, such as a count of tokens, found {weight}")
-        kind = FORMATS.index(format)
         if inspector is not None:
             largest, bad_groups, invalid = inspector.result()
         else:
-            largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, _threads(self._threads))
+            kind, count = FORMATS.index(format), _threads(self._threads)
+            largest, bad_groups, invalid = _C.inspect(scales, codes, self.numel, kind, count)
         if invalid > 0 or largest > _LARGEST_FP32:
             raise CodecError(
                 f"expected a body that an encoder made, found {invalid} impossible values and a largest magnitude of "

@@ -198,11 +198,12 @@ def test_a_rate_that_is_none_is_a_clear_error() -> None:
 
 
 def test_scale_counts_every_byte_and_states_how_memory_and_time_grow(tmp_path: Path) -> None:
-    flags = "--clients 3 1 --params 65536 --rounds 3"
+    flags = "--clients 3 1 --params 65536 --rounds 3 --repetitions 2"
     code, result = bench(tmp_path, "scale", *flags.split())
     assert code == 0
     body = 65536 + 65536 // 128 * 2
     assert [(row["clients"], row["bytes_a_round"]) for row in result["rows"]] == [(1, 2 * body), (3, 6 * body)]
+    assert all(isinstance(row["clients"], int) for row in result["rows"])
     assert all(row["round_s"] > 0 and row["peak_memory_mib"] > 0 for row in result["rows"])
     assert result["growth"].keys() >= {"memory_bounded", "time_no_faster_than_bytes"}
 

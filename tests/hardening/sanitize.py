@@ -23,6 +23,7 @@ SHORT_TESTS = [
     "test_session.py",
     "test_session_lanes.py",
     "test_session_peers.py",
+    "test_inspector.py",
     "test_transport.py",
     "test_tls.py",
     "test_codec_golden.py",

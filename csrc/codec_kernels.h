@@ -244,36 +244,71 @@ uint64_t fingerprint_range(const uint32_t* words, int64_t first_index, int64_t c
 }
 
 template <class V, Format kFormat>
-Inspection inspect_groups(ConstPlanes in, int64_t numel) {
-  constexpr int kBytes = static_cast<int>(code_bytes(kFormat, group_size(kFormat)));
-  Inspection found{0.0, 0, 0};
-  const uint8_t* scales = in.scales;
-  const uint8_t* codes = in.codes;
-  for (int64_t at = 0; at < numel; at += group_size(kFormat), scales += 2, codes += kBytes) {
-    uint8_t largest = 0;
-    uint8_t below_range = 0;
-    for (int i = 0; i < kBytes; ++i) {
-      if constexpr (kFormat == Format::kInt8) {
-        const uint8_t negated = static_cast<uint8_t>(-codes[i]);
-        const uint8_t size = codes[i] < negated ? codes[i] : negated;  // |code|: of x and -x as unsigned, the smaller
-        largest = size > largest ? size : largest;
-        below_range = static_cast<uint8_t>(below_range + (codes[i] == 0x80));
-      } else {
-        const uint8_t low = codes[i] & 15;
-        const uint8_t high = codes[i] >> 4;
-        const uint8_t low_size = low < 8 ? low : static_cast<uint8_t>(16 - low);
-        const uint8_t high_size = high < 8 ? high : static_cast<uint8_t>(16 - high);
-        const uint8_t size = low_size > high_size ? low_size : high_size;
-        largest = size > largest ? size : largest;
-      }
+void inspect_group(const uint8_t* scales, const uint8_t* codes, Inspection& found) {
+  uint8_t largest = 0;
+  uint8_t below_range = 0;
+  for (int i = 0; i < static_cast<int>(code_bytes(kFormat, group_size(kFormat))); ++i) {
+    if constexpr (kFormat == Format::kInt8) {
+      const uint8_t negated = static_cast<uint8_t>(-codes[i]);
+      const uint8_t size = codes[i] < negated ? codes[i] : negated;  // |code|: of x and -x as unsigned, the smaller
+      largest = size > largest ? size : largest;
+      below_range = static_cast<uint8_t>(below_range + (codes[i] == 0x80));
+    } else {
+      const uint8_t low = codes[i] & 15;
+      const uint8_t high = codes[i] >> 4;
+      const uint8_t low_size = low < 8 ? low : static_cast<uint8_t>(16 - low);
+      const uint8_t high_size = high < 8 ? high : static_cast<uint8_t>(16 - high);
+      const uint8_t size = low_size > high_size ? low_size : high_size;
+      largest = size > largest ? size : largest;
     }
-    const uint16_t scale = load_u16(scales);
-    const bool finite = (scale & 0x7F80) != 0x7F80;
-    const double step = finite ? float_of(static_cast<int32_t>((scale & 0x7FFFu) << 16)) : 0.0;
-    found.largest = step * largest > found.largest ? step * largest : found.largest;
-    found.bad_groups += scale == kBadGroup;
-    found.invalid += below_range + (!finite && scale != kBadGroup);
-    found.invalid += kFormat == Format::kInt8 && finite && (scale & 0x8000) != 0;
+  }
+  const uint16_t scale = load_u16(scales);
+  const bool finite = (scale & 0x7F80) != 0x7F80;
+  const double step = finite ? float_of(static_cast<int32_t>((scale & 0x7FFFu) << 16)) : 0.0;
+  found.largest = step * largest > found.largest ? step * largest : found.largest;
+  found.bad_groups += scale == kBadGroup;
+  found.invalid += below_range + (!finite && scale != kBadGroup);
+  found.invalid += kFormat == Format::kInt8 && finite && (scale & 0x8000) != 0;
+}
+
+// Whether inspecting these groups one by one would change nothing in `found`. Takes a tenth of the time, and answers
+// yes for almost all groups: the largest code of a group nearly always has the largest magnitude, so the scale says how
+// large the elements are. In int4, the codes need not even be read.
+template <class V, Format kFormat>
+bool is_unremarkable(const uint8_t* scales, const uint8_t* codes, int64_t groups, const Inspection& found) {
+  constexpr uint16_t kNotCounted = kFormat == Format::kInt4 ? 0x8000 : 0;  // an int4 scale may be negative
+  uint16_t top = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint16_t scale = load_u16(scales + g * 2) & static_cast<uint16_t>(~kNotCounted);
+    top = scale > top ? scale : top;
+  }
+  constexpr double kLargestCode = kFormat == Format::kInt4 ? 8 : 127;
+  if (top >= 0x7F80) return false;  // not finite, or negative
+  if (float_of(static_cast<int32_t>(uint32_t{top} << 16)) * kLargestCode > found.largest) return false;
+  int8_t least = 0;
+  if constexpr (kFormat == Format::kInt8) {
+    for (int64_t i = 0; i < groups * group_size(kFormat); ++i) {
+      const int8_t code = static_cast<int8_t>(codes[i]);
+      least = code < least ? code : least;
+    }
+  }
+  return least != -128;
+}
+
+template <class V, Format kFormat>
+Inspection inspect_groups(ConstPlanes in, int64_t numel) {
+  constexpr int64_t kRun = 32;  // groups whose scales fill a register
+  constexpr int64_t kGroup = group_size(kFormat);
+  Inspection found{0.0, 0, 0};
+  for (int64_t at = 0; at < numel; at += kRun * kGroup) {
+    const int64_t left = (numel - at) / kGroup;
+    const int64_t groups = left < kRun ? left : kRun;
+    const uint8_t* scales = in.scales + scale_bytes(kFormat, at);
+    const uint8_t* codes = in.codes + code_bytes(kFormat, at);
+    if (is_unremarkable<V, kFormat>(scales, codes, groups, found)) continue;
+    for (int64_t g = 0; g < groups; ++g) {
+      inspect_group<V, kFormat>(scales + g * 2, codes + code_bytes(kFormat, g * kGroup), found);
+    }
   }
   return found;
 }

@@ -153,6 +153,24 @@ def decode(body: bytes, numel: int, format: str) -> Array:
     return np.where(bad[:, None], np.float32(0), values).reshape(-1)
 
 
+def inspect(body: bytes, numel: int, format: str) -> tuple[float, int, int]:
+    """The largest |code * scale| of groups with a finite scale (fp32, bf16: of finite elements), in double; the bad
+    groups; and how many scales, codes or elements no encoder makes."""
+    if format not in GROUP:
+        values = decode(body, numel, format)
+        finite = np.isfinite(values)
+        return float(np.abs(values[finite]).max(initial=0)), 0, int((~finite).sum())
+    scales, codes = split(body, numel, format)
+    values = widen(scales.astype(np.uint16))
+    finite, bad = np.isfinite(values), scales == BAD_SCALE
+    sizes = np.abs(codes.astype(np.int64)).reshape(-1, GROUP[format]).max(axis=1)
+    invalid = (~finite & ~bad).sum()
+    if format == "int8":
+        invalid += (codes == -128).sum() + (finite & (scales >= 0x8000)).sum()
+    largest = np.where(finite, np.abs(values), np.float32(0)).astype(np.float64) * sizes
+    return float(largest.max(initial=0)), int(bad.sum()), int(invalid)
+
+
 def apply(target: Array, body: bytes, format: str) -> Array:
     """round(float(target) + decode(body)) in the dtype of `target`."""
     with np.errstate(all="ignore"):

@@ -28,7 +28,7 @@ from codec_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parablock_rt import codec
+from parablock_rt import _C, codec
 
 THREADS = (1, 2, 3)
 FINITE_KINDS = tuple(kind for kind in KINDS if kind not in ("raw", "one_nan", "one_inf"))
@@ -198,6 +198,56 @@ def test_decode_equals_the_statement_for_any_scale_and_code(format: str) -> None
         body, numel = case
         decoded = codec.decode(to_body(body), numel, format=format, threads=threads)
         assert_same_bits(decoded, statement.decode(body, numel, format))
+
+    check()
+
+
+def inspected(body: bytes, numel: int, format: str, threads: int = 1) -> tuple[float, int, int]:
+    packed = to_body(body)
+    codes_at = packed.data_ptr() + codec.scale_bytes(numel, format)
+    return _C.inspect(packed.data_ptr(), codes_at, numel, FORMATS.index(format), threads)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [0x7F80, 0x7FC0, 0x7FC1, 0xFF80, 0xBF80, 0x8000, 0x4080, 0x3F80])
+@pytest.mark.parametrize("code", [0x80, 0x88, 0x01])
+def test_inspect_finds_one_wrong_group_after_many_that_are_smaller_than_the_first(
+    format: str, scale: int, code: int
+) -> None:
+    numel = 40 * BLOCK
+    groups = numel // statement.GROUP[format]
+    for at in range(1, groups):
+        scales = np.full(groups, 0x3F00, dtype=np.uint16)
+        scales[0], scales[at] = 0x4000, scale
+        codes = np.ones(codec.body_bytes(numel, format) - 2 * groups, dtype=np.uint8)
+        codes[0], codes[at * codes.size // groups + at % 7] = 0x77, code
+        body = scales.tobytes() + codes.tobytes()
+        assert inspected(body, numel, format) == statement.inspect(body, numel, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inspect_finds_what_the_statement_finds_wherever_something_is_wrong(format: str) -> None:
+    """In many groups, because runs of groups in which nothing is wrong or larger than before are passed over."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        bodies(format, longest=100),
+        st.lists(
+            st.tuples(st.booleans(), st.floats(0, 1, exclude_max=True), st.sampled_from([0x80, 0x7F, 0xFF])), max_size=3
+        ),
+        st.integers(0, 127),
+        st.sampled_from(THREADS),
+    )
+    def check(case: tuple[bytes, int], wrong: list[tuple[bool, float, int]], exponent: int, threads: int) -> None:
+        body, numel = bytearray(case[0]), case[1]
+        codes_at = codec.scale_bytes(numel, format)
+        if format in statement.GROUP:  # scales of one order of magnitude, as in a real body
+            for at in range(1, 2 * numel // statement.GROUP[format], 2):
+                body[at] = body[at] & 0x80 | exponent
+        for in_codes, where, value in wrong:
+            first, last = (codes_at, len(body)) if in_codes or not codes_at else (0, codes_at)
+            body[first + int(where * (last - first))] = value
+        assert inspected(bytes(body), numel, format, threads) == statement.inspect(bytes(body), numel, format)
 
     check()
 

@@ -25,6 +25,25 @@ std::system_error failure(int error, const std::string& what) {
   return std::system_error(error, std::generic_category(), what);
 }
 
+// The address of one end without its port: 4 bytes of IPv4 or 16 of IPv6; empty if there is none.
+std::string address_bytes(int fd, decltype(&getpeername) name_of) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  if (name_of(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return {};
+  if (address.ss_family == AF_INET) {
+    const in_addr& v4 = reinterpret_cast<sockaddr_in&>(address).sin_addr;
+    return std::string(reinterpret_cast<const char*>(&v4), sizeof v4);
+  }
+  const in6_addr& v6 = reinterpret_cast<sockaddr_in6&>(address).sin6_addr;
+  const std::string bytes(reinterpret_cast<const char*>(v6.s6_addr), sizeof v6);
+  return IN6_IS_ADDR_V4MAPPED(&v6) ? bytes.substr(12) : bytes;
+}
+
+bool is_own_machine(int fd) {
+  const std::string own = address_bytes(fd, &getsockname);
+  return !own.empty() && own == address_bytes(fd, &getpeername);
+}
+
 std::string endpoint(const std::string& host, uint16_t port) { return host + ":" + std::to_string(port); }
 
 using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
@@ -154,6 +173,10 @@ void set_link_options(int fd) {
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   // Do not set the buffer sizes: the kernel adapts them to bandwidth x delay, but only while they are not set.
   set_unsent_limit(fd, kLeastUnsentBytes);
+  // Within one machine nothing can be congested. An algorithm that spaces its segments, such as BBR, sets a timer for
+  // each of them there, which costs more than the checksum. Reno does not, and every kernel has it.
+  constexpr char kReno[] = "reno";
+  if (is_own_machine(fd)) setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, kReno, sizeof kReno - 1);
 }
 
 void set_unsent_limit(int fd, size_t bytes) {
@@ -191,16 +214,8 @@ std::string peer_address(int fd) {
 }
 
 std::string peer_network(int fd) {
-  sockaddr_storage address{};
-  socklen_t length = sizeof address;
-  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return "unknown";
-  if (address.ss_family == AF_INET) {
-    const in_addr& v4 = reinterpret_cast<sockaddr_in&>(address).sin_addr;
-    return std::string(reinterpret_cast<const char*>(&v4), sizeof v4);
-  }
-  const in6_addr& v6 = reinterpret_cast<sockaddr_in6&>(address).sin6_addr;
-  const char* bytes = reinterpret_cast<const char*>(v6.s6_addr);
-  return IN6_IS_ADDR_V4MAPPED(&v6) ? std::string(bytes + 12, 4) : std::string(bytes, 6);
+  const std::string address = address_bytes(fd, &getpeername);
+  return address.empty() ? "unknown" : address.substr(0, address.size() == 4 ? 4 : 6);
 }
 
 }  // namespace parablock

@@ -10,6 +10,7 @@ import os
 import random
 import select
 import socket
+import stat
 import struct
 import threading
 import time
@@ -255,6 +256,36 @@ def test_bytes_move_while_the_gil_is_held(listening: tuple[_C.Transport, int]) -
 
 
 # ---- Shaping
+
+
+def congestion_controls(port: int) -> list[str]:
+    """The algorithms of this process's connections from or to this port, sorted."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it is closed by now, is no socket, or has no peer
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as one:
+                    if one.family == socket.AF_INET and port in (one.getsockname()[1], one.getpeername()[1]):
+                        found.append(congestion_control(one))
+    return sorted(found)
+
+
+def congestion_control(one: socket.socket) -> str:
+    return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+@pytest.mark.parametrize("own", ["127.0.0.1", "127.0.0.2"])
+def test_only_within_one_machine_the_systems_congestion_control_is_replaced(
+    listening: tuple[_C.Transport, int], own: str
+) -> None:
+    server, port = listening
+    with socket.socket() as fresh:
+        usual = congestion_control(fresh)
+    with socket.socket() as stranger:  # what the transport sets, it sets at its own end
+        stranger.bind((own, 0))
+        stranger.connect(("127.0.0.1", port))
+        expect(server, T.CONNECTED)
+        assert congestion_controls(port) == sorted([usual, "reno" if own == "127.0.0.1" else usual])
 
 
 def test_the_shaper_charges_every_byte_and_adds_the_delay() -> None:

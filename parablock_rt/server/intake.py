@@ -39,6 +39,7 @@ class Intake:
         self._schedule = schedule
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers have not been given back yet
+        self._held_bytes = 0  # of these and of the uploads that may still come
         self._looked_at = 0.0  # when `silent` last checked the links
         self.is_short = False  # whether the last `let_in` had no room for some upload of the oldest round
 
@@ -52,25 +53,25 @@ class Intake:
         One announced upload of the oldest open round is always let in, however full the budget is: the round can
         always make progress.
         """
-        held = sum(posted.nbytes for member in self._roster.members for posted in member.posted.values())
-        held += self.taken_bytes
-        next_in_line = self._next_in_line(oldest)
-        left_out: set[Member] = set()  # a later block may be smaller and fit, but must not go before an earlier one
-        for index in range(oldest, min(oldest + self._config.staleness + 2, self._config.rounds)):
+        last = min(oldest + self._config.staleness + 1, self._config.rounds - 1)
+        waiting = [member for member in self._roster.here if member.begun and member.next_post <= last]
+        self.is_short = False
+        next_in_line = self._next_in_line(oldest) if waiting else None
+        for index in range(oldest, last + 1):
             cohort, nbytes = self._schedule.cohort(index), self._schedule.body_bytes(index)
-            for member in self._roster.here:
-                if not member.begun or member.next_post > index or member.seat not in cohort or member in left_out:
+            for member in waiting:
+                if member.next_post > index or member.seat not in cohort:
                     continue
-                full = held + nbytes > self.budget
-                if full and not (index == oldest and member is next_in_line):
-                    left_out.add(member)
-                    continue
-                self._post(member, index)
                 if member is next_in_line:
                     next_in_line = None
-                held += nbytes
-            if index == oldest:
-                self.is_short = bool(left_out)
+                elif self._held_bytes + nbytes > self.budget:
+                    self.is_short = index == oldest
+                    if next_in_line is None:
+                        return
+                    continue
+                self._post(member, index)
+            if self.is_short:
+                return  # the room that there is belongs to this round
 
     def resume(self, member: Member) -> None:
         """Resumes on a new connection the uploads that were in flight on the old one."""
@@ -97,7 +98,7 @@ class Intake:
     def give_back(self, posted: UploadSlot) -> None:
         """Takes back the buffer of an upload that the caller no longer needs."""
         self.taken_bytes -= posted.nbytes
-        self._buffers.give_back(posted.buffer)
+        self._let_go(posted)
 
     def refuse(self, member: Member, round: int) -> bool:
         """Refuses the member's upload for a round, if it may still come. Returns whether that was so."""
@@ -114,13 +115,13 @@ class Intake:
         if member.here:
             assert member.link is not None
             self._transport.native.cancel_receive(member.link, Kind.UPLOAD, round, posted.block)
-        self._buffers.give_back(posted.buffer)
+        self._let_go(posted)
         return True
 
     def forget(self, member: Member) -> None:
         """Gives back the buffers of a member that will send nothing more."""
         for posted in member.posted.values():
-            self._buffers.give_back(posted.buffer)
+            self._let_go(posted)
         member.posted.clear()
 
     def silent(self, oldest: int, now: float, limit_s: float) -> list[Member]:
@@ -158,7 +159,12 @@ class Intake:
         buffer, checks = self._buffers.take(nbytes), inspector(self._config.format, self._layout(round))
         member.posted[round] = UploadSlot(round, self._schedule.block(round), buffer, nbytes, checks)
         member.next_post = round + 1
+        self._held_bytes += nbytes
         self._receive(member, member.posted[round])
+
+    def _let_go(self, posted: UploadSlot) -> None:
+        self._held_bytes -= posted.nbytes
+        self._buffers.give_back(posted.buffer)
 
     def _receive(self, member: Member, posted: UploadSlot) -> None:
         assert member.link is not None

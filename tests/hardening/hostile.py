@@ -135,13 +135,13 @@ class Conversation:
 
     def run(self) -> None:
         """Carries out the whole program."""
-        for _ in range(MOST_STEPS):
+        for step in range(MOST_STEPS):
             if self._input.empty:
                 return
             self._step()
             self._check_bounds()
             try:
-                self._coordinator._after_events()
+                self._coordinator._after_events(idle=step % 2 == 0)
                 self._coordinator._over()
             except ParaBlockError:
                 return  # a round without its quorum ends the run, with a reason

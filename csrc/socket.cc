@@ -25,23 +25,20 @@ std::system_error failure(int error, const std::string& what) {
   return std::system_error(error, std::generic_category(), what);
 }
 
-// The address of one end without its port: 4 bytes of IPv4 or 16 of IPv6; empty if there is none.
-std::string address_bytes(int fd, decltype(&getpeername) name_of) {
-  sockaddr_storage address{};
-  socklen_t length = sizeof address;
-  if (name_of(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return {};
-  if (address.ss_family == AF_INET) {
-    const in_addr& v4 = reinterpret_cast<sockaddr_in&>(address).sin_addr;
+// Without its port: 4 bytes of IPv4 or 16 of IPv6.
+std::string address_bytes(const sockaddr* address) {
+  if (address->sa_family == AF_INET) {
+    const in_addr& v4 = reinterpret_cast<const sockaddr_in*>(address)->sin_addr;
     return std::string(reinterpret_cast<const char*>(&v4), sizeof v4);
   }
-  const in6_addr& v6 = reinterpret_cast<sockaddr_in6&>(address).sin6_addr;
+  const in6_addr& v6 = reinterpret_cast<const sockaddr_in6*>(address)->sin6_addr;
   const std::string bytes(reinterpret_cast<const char*>(v6.s6_addr), sizeof v6);
   return IN6_IS_ADDR_V4MAPPED(&v6) ? bytes.substr(12) : bytes;
 }
 
-bool is_own_machine(int fd) {
-  const std::string own = address_bytes(fd, &getsockname);
-  return !own.empty() && own == address_bytes(fd, &getpeername);
+bool is_loopback(const sockaddr* address) {
+  const std::string bytes = address_bytes(address);
+  return bytes.size() == 4 ? bytes[0] == 127 : bytes == std::string(15, '\0') + '\1';
 }
 
 std::string endpoint(const std::string& host, uint16_t port) { return host + ":" + std::to_string(port); }
@@ -61,8 +58,15 @@ AddressList resolve(const std::string& host, uint16_t port, int flags) {
   return AddressList(found, &freeaddrinfo);
 }
 
-Fd open_socket(const addrinfo& address) {
-  return Fd(socket(address.ai_family, address.ai_socktype | SOCK_NONBLOCK | SOCK_CLOEXEC, address.ai_protocol));
+// To listen at this address or connect to it.
+Fd open_socket(const sockaddr* address) {
+  Fd fd(socket(address->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  // Nothing can be congested there. An algorithm that spaces its segments, such as BBR, sets a timer for each of them,
+  // which costs more than the checksum, and once it is in use it goes on with that under any other. Every kernel has
+  // Reno.
+  constexpr char kReno[] = "reno";
+  if (fd.get() >= 0 && is_loopback(address)) setsockopt(fd.get(), IPPROTO_TCP, TCP_CONGESTION, kReno, sizeof kReno - 1);
+  return fd;
 }
 
 // Waits for a non-blocking connect; returns its error, 0 for success.
@@ -106,7 +110,7 @@ Fd listen_tcp(const std::string& host, uint16_t port) {
   AddressList addresses = resolve(host, port, AI_PASSIVE);
   int error = EADDRNOTAVAIL;
   for (const addrinfo* at = addresses.get(); at != nullptr; at = at->ai_next) {
-    Fd fd = open_socket(*at);
+    Fd fd = open_socket(at->ai_addr);
     if (fd.get() < 0) {
       error = errno;
       continue;
@@ -126,7 +130,7 @@ Fd connect_tcp(const std::string& host, uint16_t port, int64_t timeout_ns) {
   int64_t addresses_left = 0;
   for (const addrinfo* at = addresses.get(); at != nullptr; at = at->ai_next) ++addresses_left;
   for (const addrinfo* at = addresses.get(); at != nullptr; at = at->ai_next, --addresses_left) {
-    Fd fd = open_socket(*at);
+    Fd fd = open_socket(at->ai_addr);
     if (fd.get() < 0) {
       error = errno;
       continue;
@@ -159,7 +163,7 @@ Fd connect_to_peer_of(int fd, int64_t timeout_ns) {
   sockaddr_storage address{};
   socklen_t length = sizeof address;
   if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) throw failure(errno, "getpeername");
-  Fd other(socket(address.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  Fd other = open_socket(reinterpret_cast<sockaddr*>(&address));
   if (other.get() < 0) throw failure(errno, "socket");
   int error = connect(other.get(), reinterpret_cast<sockaddr*>(&address), length) == 0 ? 0 : errno;
   if (error == EINPROGRESS) error = finish_connect(other.get(), monotonic_ns() + timeout_ns);
@@ -173,10 +177,6 @@ void set_link_options(int fd) {
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   // Do not set the buffer sizes: the kernel adapts them to bandwidth x delay, but only while they are not set.
   set_unsent_limit(fd, kLeastUnsentBytes);
-  // Within one machine nothing can be congested. An algorithm that spaces its segments, such as BBR, sets a timer for
-  // each of them there, which costs more than the checksum. Reno does not, and every kernel has it.
-  constexpr char kReno[] = "reno";
-  if (is_own_machine(fd)) setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, kReno, sizeof kReno - 1);
 }
 
 void set_unsent_limit(int fd, size_t bytes) {
@@ -214,8 +214,11 @@ std::string peer_address(int fd) {
 }
 
 std::string peer_network(int fd) {
-  const std::string address = address_bytes(fd, &getpeername);
-  return address.empty() ? "unknown" : address.substr(0, address.size() == 4 ? 4 : 6);
+  sockaddr_storage peer{};
+  socklen_t length = sizeof peer;
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return "unknown";
+  const std::string address = address_bytes(reinterpret_cast<sockaddr*>(&peer));
+  return address.substr(0, address.size() == 4 ? 4 : 6);
 }
 
 }  // namespace parablock

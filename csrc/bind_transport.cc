@@ -172,7 +172,8 @@ void bind_stats(py::module_& m) {
       .def_readonly("cwnd", &LaneStats::cwnd)
       .def_readonly("bytes_in", &LaneStats::bytes_in)
       .def_readonly("bytes_out", &LaneStats::bytes_out)
-      .def_readonly("unsent_bytes", &LaneStats::unsent_bytes);
+      .def_readonly("unsent_bytes", &LaneStats::unsent_bytes)
+      .def_readonly("congestion_control", &LaneStats::congestion_control);
 
   py::class_<LinkStats>(m, "LinkStats")
       .def_readonly("bytes_in", &LinkStats::bytes_in)

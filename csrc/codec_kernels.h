@@ -271,9 +271,8 @@ void inspect_group(const uint8_t* scales, const uint8_t* codes, Inspection& foun
   found.invalid += kFormat == Format::kInt8 && finite && (scale & 0x8000) != 0;
 }
 
-// Whether inspecting these groups one by one would change nothing in `found`. Takes a tenth of the time, and answers
-// yes for almost all groups: the largest code of a group nearly always has the largest magnitude, so the scale says how
-// large the elements are. In int4, the codes need not even be read.
+// Whether inspecting these groups one by one would change nothing in `found`, so that it can be left out. True for
+// almost all groups of a body, whose scales are of one order of magnitude; in int4, the codes need not even be read.
 template <class V, Format kFormat>
 bool is_unremarkable(const uint8_t* scales, const uint8_t* codes, int64_t groups, const Inspection& found) {
   constexpr uint16_t kNotCounted = kFormat == Format::kInt4 ? 0x8000 : 0;  // an int4 scale may be negative
@@ -282,22 +281,25 @@ bool is_unremarkable(const uint8_t* scales, const uint8_t* codes, int64_t groups
     const uint16_t scale = load_u16(scales + g * 2) & static_cast<uint16_t>(~kNotCounted);
     top = scale > top ? scale : top;
   }
-  constexpr double kLargestCode = kFormat == Format::kInt4 ? 8 : 127;
   if (top >= 0x7F80) return false;  // not finite, or negative
-  if (float_of(static_cast<int32_t>(uint32_t{top} << 16)) * kLargestCode > found.largest) return false;
-  int8_t least = 0;
+  int largest = 8;  // an int4 group nearly always has the code -8
   if constexpr (kFormat == Format::kInt8) {
+    int8_t least = 0;
+    int8_t most = 0;
     for (int64_t i = 0; i < groups * group_size(kFormat); ++i) {
       const int8_t code = static_cast<int8_t>(codes[i]);
       least = code < least ? code : least;
+      most = code > most ? code : most;
     }
+    if (least == -128) return false;
+    largest = -least > most ? -least : most;
   }
-  return least != -128;
+  return float_of(static_cast<int32_t>(uint32_t{top} << 16)) * static_cast<double>(largest) <= found.largest;
 }
 
 template <class V, Format kFormat>
 Inspection inspect_groups(ConstPlanes in, int64_t numel) {
-  constexpr int64_t kRun = 32;  // groups whose scales fill a register
+  constexpr int64_t kRun = 32;  // groups that are looked at together
   constexpr int64_t kGroup = group_size(kFormat);
   Inspection found{0.0, 0, 0};
   for (int64_t at = 0; at < numel; at += kRun * kGroup) {

@@ -168,7 +168,8 @@ LaneStats Lane::stats() const {
           .cwnd = tcp.cwnd,
           .bytes_in = bytes_in_.load(std::memory_order_relaxed),
           .bytes_out = bytes_out_.load(std::memory_order_relaxed),
-          .unsent_bytes = tcp.unsent_bytes};
+          .unsent_bytes = tcp.unsent_bytes,
+          .congestion_control = congestion_control(fd())};
 }
 
 }  // namespace parablock

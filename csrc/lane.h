@@ -26,6 +26,7 @@ struct LaneStats {
   uint64_t bytes_in = 0;
   uint64_t bytes_out = 0;
   uint32_t unsent_bytes = 0;  // handed to the socket, not yet sent
+  std::string congestion_control;
 };
 
 // TLS has failed. `permanent`: see TlsStream::permanent.

@@ -61,9 +61,8 @@ AddressList resolve(const std::string& host, uint16_t port, int flags) {
 // To listen at this address or connect to it.
 Fd open_socket(const sockaddr* address) {
   Fd fd(socket(address->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  // Nothing can be congested there. An algorithm that spaces its segments, such as BBR, sets a timer for each of them,
-  // which costs more than the checksum, and once it is in use it goes on with that under any other. Every kernel has
-  // Reno.
+  // On loopback nothing can be congested, and timers that space the segments cost more than their CRC-32C. BBR sets
+  // such timers, and a connection that began with BBR keeps them. Reno sets none, and every kernel has it.
   constexpr char kReno[] = "reno";
   if (fd.get() >= 0 && is_loopback(address)) setsockopt(fd.get(), IPPROTO_TCP, TCP_CONGESTION, kReno, sizeof kReno - 1);
   return fd;
@@ -199,6 +198,13 @@ TcpInfo tcp_info(int fd) {
           .cwnd = kernel.tcpi_snd_cwnd,
           .unsent_bytes = kernel.tcpi_notsent_bytes,
           .delivery_rate = kernel.tcpi_delivery_rate};
+}
+
+std::string congestion_control(int fd) {
+  char name[16] = {};  // the kernel's TCP_CA_NAME_MAX
+  socklen_t length = sizeof name;
+  if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length) != 0) return {};
+  return std::string(name, strnlen(name, sizeof name));
 }
 
 std::string peer_address(int fd) {

@@ -37,6 +37,7 @@ uint16_t local_port(const Fd& fd);
 void set_link_options(int fd);              // non-blocking, TCP_NODELAY, little unsent data in the kernel
 void set_unsent_limit(int fd, size_t bytes);  // most unsent bytes in the kernel, which later data queues behind
 void set_user_timeout(int fd, int64_t ns);  // the kernel ends a connection whose data is unacknowledged for this long
+std::string congestion_control(int fd);  // the algorithm's name; empty if the kernel gives none
 std::string peer_address(int fd);  // "host:port"; "unknown" when the peer is gone
 std::string peer_network(int fd);  // the addresses that one user controls: an IPv4 address, or 48 bits of IPv6
 

@@ -164,6 +164,8 @@ class LaneStats:
     def bytes_out(self) -> int: ...
     @property
     def unsent_bytes(self) -> int: ...
+    @property
+    def congestion_control(self) -> str: ...  # of this end
 
 class LinkStats:
     @property

@@ -29,7 +29,7 @@ _PATIENCE_S = 30.0
 @dataclass(frozen=True)
 class LinkReport:
     """Times in seconds, rates (`up`, `down`) in bytes per second. `clock_offset_s`: how far the server's clock is ahead
-    of this machine's; `clock_error_s`: its error bound."""
+    of this machine's; `clock_error_s`: its error bound; `congestion_control`: the algorithm that paces `up`."""
 
     address: str
     round_trip_s: float
@@ -38,6 +38,7 @@ class LinkReport:
     down: float
     clock_offset_s: float
     clock_error_s: float
+    congestion_control: str
     tls: dict[str, str] | None
 
 
@@ -57,6 +58,7 @@ def check_link(address: str, *, token: str | None = None, tls: Tls | None = None
             down=check.rate("down", median),
             clock_offset_s=offset,
             clock_error_s=trips[0] / 2,
+            congestion_control=transport.native.stats(link.link).lanes[0].congestion_control,
             tls=None if link.tls is None else _describe(link.tls),
         )
 
@@ -152,7 +154,7 @@ def render(report: LinkReport) -> str:
     lines = [
         f"server          {report.address}",
         f"round trip      {report.round_trip_s * 1e3:.2f} ms median, {report.round_trip_p99_s * 1e3:.2f} ms p99",
-        f"up              {report.up * 8 / 1e6:.1f} Mbit/s",
+        f"up              {report.up * 8 / 1e6:.1f} Mbit/s, congestion control {report.congestion_control}",
         f"down            {report.down * 8 / 1e6:.1f} Mbit/s",
         f"clock           the server's is {abs(report.clock_offset_s) * 1e3:.1f} ms "
         f"{'ahead' if report.clock_offset_s > 0 else 'behind'} (± {report.clock_error_s * 1e3:.1f} ms)",

@@ -34,6 +34,7 @@ def test_a_measurement_sees_the_link_s_delay_and_rate_and_takes_no_seat() -> Non
         )  # the server's side alone is slowed down; when it was read moves it by that much
         assert report.up > report.down
         assert abs(report.clock_offset_s) <= 0.05 + report.clock_error_s  # the same clock, seen over one-sided delay
+        assert report.congestion_control == "reno"  # on loopback, whatever the system's choice is
         assert report.tls is None
         digest = start(client, running.address, token=TOKEN).expect("done")["digest"]
         assert running.wait(WAIT_S).digest == digest

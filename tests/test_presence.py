@@ -34,10 +34,10 @@ Clients: TypeAlias = dict[int, tuple[RawClient, protocol.Welcome]]
 
 def loop_turns(running: pb.Server) -> None:
     """Returns when the server has looked at its clock after this call."""
-    progress = running._coordinator._progress
+    coordinator = running._coordinator
     for _ in range(2):
-        before = progress._turn_at
-        assert settles(lambda before=before: progress._turn_at > before or not running.running)
+        before = coordinator._clock_at
+        assert settles(lambda before=before: coordinator._clock_at > before or not running.running)
 
 
 @contextlib.contextmanager

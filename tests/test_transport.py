@@ -10,7 +10,6 @@ import os
 import random
 import select
 import socket
-import stat
 import struct
 import threading
 import time
@@ -258,33 +257,17 @@ def test_bytes_move_while_the_gil_is_held(listening: tuple[_C.Transport, int]) -
 # ---- Shaping
 
 
-def congestion_controls(port: int) -> list[str]:
-    """The algorithms of this process's connections from or to this port, sorted."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # it is closed by now, is no socket, or has no peer
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as one:
-                    if one.family == socket.AF_INET and port in (one.getsockname()[1], one.getpeername()[1]):
-                        found.append(congestion_control(one))
-    return sorted(found)
-
-
-def congestion_control(one: socket.socket) -> str:
-    return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
-
-
 def test_only_on_loopback_the_systems_congestion_control_is_replaced(make: Make) -> None:
+    """At each end by the address that it was given: who listens everywhere does not know who will come."""
     with socket.socket() as fresh:
-        usual = congestion_control(fresh)
+        usual = fresh.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
     server, public, client = make(), make(), make()
-    port, anywhere = server.listen("127.0.0.1", 0), public.listen("0.0.0.0", 0)
-    client.connect("127.0.0.1", port, DEADLINE_S)
-    client.connect("127.0.0.1", anywhere, DEADLINE_S)
-    expect(server, T.CONNECTED)
-    expect(public, T.CONNECTED)
-    assert congestion_controls(port) == ["reno", "reno"]
-    assert congestion_controls(anywhere) == sorted([usual, "reno"])
+    far = [(at, at.listen(address, 0)) for at, address in ((server, "127.0.0.1"), (public, "0.0.0.0"))]
+    near = [client.connect("127.0.0.1", port, DEADLINE_S) for _, port in far]
+    accepted = [expect(at, T.CONNECTED)[0].link for at, _ in far]
+    assert [client.stats(link).lanes[0].congestion_control for link in near] == ["reno", "reno"]
+    found = [at.stats(link).lanes[0].congestion_control for (at, _), link in zip(far, accepted, strict=True)]
+    assert found == ["reno", usual]
 
 
 def test_the_shaper_charges_every_byte_and_adds_the_delay() -> None:

@@ -159,11 +159,12 @@ class Coordinator:
         return digest(self._plan, self._master.fingerprints)
 
     def _after_events(self, *, idle: bool = False) -> None:
-        """Folds, checks the clocks, closes rounds and lets uploads in. `idle`: the last wait brought no event."""
+        """Folds, checks the clocks if that is due, closes rounds and lets uploads in. `idle`: the last wait brought no
+        event."""
         self._participants.uplink.fold(idle=idle)
         now = time.monotonic()
-        # A check looks at all clients, so not after every few events. A client may have fallen too far behind with
-        # each round that closes.
+        # A check looks at all clients, so not after every few events. But with each round that closes a client may have
+        # fallen too far behind.
         if idle or now - self._clock_at >= _TURN_S or self._progress.oldest > self._clock_rounds:
             self._clock_at, self._clock_rounds = now, self._progress.oldest
             self._check_clock(now)
@@ -189,6 +190,7 @@ class Coordinator:
         elif event.type == kinds.CLOSED:
             self._visitors.disconnected(event.link)
             self._participants.gone(event, time.monotonic())
+            self._clock_at = 0.0  # somebody may wait for the seat
             if not self.timeline.on:  # a trace needs to know until the end whose link this was
                 self.timeline.seats.pop(event.link, None)
         elif event.type == kinds.CONTROL:

@@ -48,7 +48,8 @@ class Intake:
         return len(self._schedule.cohort(round)) * self._schedule.body_bytes(round) <= self.budget
 
     def let_in(self, oldest: int) -> None:
-        """Posts buffers within the byte budget: for uploads of the oldest open round first, then for later rounds.
+        """Posts buffers within the byte budget: for uploads of the oldest open round first, then for later rounds. If
+        there is no room for an upload of some round, nothing of later rounds is let in either, however small.
 
         One announced upload of the oldest open round is always let in, however full the budget is: the round can
         always make progress.
@@ -71,7 +72,7 @@ class Intake:
                     continue
                 self._post(member, index)
             if self.is_short:
-                return  # the room that there is belongs to this round
+                return
 
     def resume(self, member: Member) -> None:
         """Resumes on a new connection the uploads that were in flight on the old one."""

@@ -135,13 +135,14 @@ class Conversation:
 
     def run(self) -> None:
         """Carries out the whole program."""
-        for step in range(MOST_STEPS):
+        for _ in range(MOST_STEPS):
             if self._input.empty:
                 return
             self._step()
             self._check_bounds()
             try:
-                self._coordinator._after_events(idle=step % 2 == 0)
+                self._coordinator._clock_at = 0.0  # the clock is checked after every step, on any machine
+                self._coordinator._after_events()
                 self._coordinator._over()
             except ParaBlockError:
                 return  # a round without its quorum ends the run, with a reason
@@ -270,7 +271,9 @@ class Conversation:
             proved = self._token is None or member.link is None or member.link in self._transport.challenges
             assert proved, "a member has proved itself"
             assert len(member.announced) <= coordinator._config.staleness + 2, "announcements are bounded"
-        roster = coordinator._roster
+        roster, intake = coordinator._roster, coordinator._participants.intake
+        posted = sum(slot.nbytes for member in roster.members for slot in member.posted.values())
+        assert intake._held_bytes == posted + intake.taken_bytes, "every upload's room is given back"
         assert not any(roster.candidate(member.link) for member in roster.members if member.link is not None)
         # Two rounds of the largest values may add up to more; one round's mean is always a number.
         if len(coordinator.outcome.rounds) == 1 and coordinator._config.server_optimizer == "average":

@@ -50,6 +50,7 @@ def check_link(address: str, *, token: str | None = None, tls: Tls | None = None
         trips, offset = check.round_trips()
         trips.sort()
         median = statistics.median(trips)
+        lanes = transport.native.stats(link.link).lanes
         return LinkReport(
             address=address,
             round_trip_s=median,
@@ -58,7 +59,7 @@ def check_link(address: str, *, token: str | None = None, tls: Tls | None = None
             down=check.rate("down", median),
             clock_offset_s=offset,
             clock_error_s=trips[0] / 2,
-            congestion_control=transport.native.stats(link.link).lanes[0].congestion_control,
+            congestion_control=lanes[0].congestion_control if lanes else "unknown",  # the link ends just now
             tls=None if link.tls is None else _describe(link.tls),
         )
 

@@ -265,6 +265,7 @@ def test_only_on_loopback_the_systems_congestion_control_is_replaced(make: Make)
     far = [(at, at.listen(address, 0)) for at, address in ((server, "127.0.0.1"), (public, "0.0.0.0"))]
     near = [client.connect("127.0.0.1", port, DEADLINE_S) for _, port in far]
     accepted = [expect(at, T.CONNECTED)[0].link for at, _ in far]
+    assert settles(lambda: all(client.stats(link).lanes for link in near))
     assert [client.stats(link).lanes[0].congestion_control for link in near] == ["reno", "reno"]
     found = [at.stats(link).lanes[0].congestion_control for (at, _), link in zip(far, accepted, strict=True)]
     assert found == ["reno", usual]

@@ -117,6 +117,10 @@ bool Link::read(Lane& lane, int64_t now_ns) {
 
 bool Link::is_full(const Lane& lane) const { return lane.full(shaper_.active() ? kBytesOnLine : lane.batch_bytes()); }
 
+// Nothing is written to a lane any more that the peer refused or has ended. A write could fail, which would end the
+// link before the program has taken what the other lanes still hold.
+bool Link::is_over(const Lane& lane) const { return lane.dropped() || (lane.ended() && !closing_); }
+
 // Puts the next frame on a lane; false when there is no frame or no room.
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
@@ -128,7 +132,7 @@ bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   }
   std::optional<OutFrame> frame = session_.next_frame(now_ns, lane.index());
   if (!frame) {
-    if (lane.index() == 0) line_was_busy_ = false;
+    if (lane.index() == 0 || is_over(*lanes_[0])) line_was_busy_ = false;  // nothing else waits for the shaper
     return false;
   }
   int64_t ready_at = shaper_.active() ? shaper_.transmit(frame->bytes(), now_ns, line_was_busy_) : now_ns;
@@ -162,11 +166,11 @@ bool Link::flush(int64_t now_ns) {
     ++first_lane_;
     // With a shaper all lanes share one queue, and a message must not wait behind the other lanes' chunks.
     for (auto& lane : lanes_)
-      while (shaper_.active() && !lane->dropped() && session_.control_waits(lane->index()) && pull_frame(*lane, now_ns))
+      while (shaper_.active() && !is_over(*lane) && session_.control_waits(lane->index()) && pull_frame(*lane, now_ns))
         moved = true;
     for (size_t i = 0; i < lanes_.size(); ++i) {
       Lane* lane = lanes_[(first_lane_ + i) % lanes_.size()].get();
-      if (lane->blocked() || lane->dropped()) continue;
+      if (lane->blocked() || is_over(*lane)) continue;
       Lane::End end = lane->write(now_ns);
       if (end && lane->unanswered()) {
         lane->drop();
@@ -258,7 +262,7 @@ int64_t Link::wake_at() const {
   for (const auto& lane : lanes_) {
     blocked = blocked || lane->blocked();
     full = full && is_full(*lane);
-    if (!lane->blocked() && !lane->empty()) at = std::min(at, lane->next_ready_ns());
+    if (!lane->blocked() && !lane->empty() && !is_over(*lane)) at = std::min(at, lane->next_ready_ns());
   }
   if (line_was_busy_ && shaper_.active() && !blocked && !full) at = std::min(at, shaper_.free_at());
   return at;

@@ -89,6 +89,7 @@ class Link {
   bool flush(int64_t now_ns);
   bool pull_frame(Lane& lane, int64_t now_ns);
   bool is_full(const Lane& lane) const;
+  bool is_over(const Lane& lane) const;
   void shut_write(int64_t now_ns);
   bool all_lanes_ended() const;
 

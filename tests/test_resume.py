@@ -433,6 +433,7 @@ def test_what_a_killed_server_had_sent_to_a_gpu_is_replaced_by_what_its_successo
     for thread in threads:
         thread.start()
     assert host.expect("dying") == where
+    assert host.wait() == -signal.SIGKILL
     host = resume(start, tmp_path / "state")
     for thread in threads:
         thread.join(WAIT_S)

@@ -335,8 +335,9 @@ def pass_time(make: Make, seconds: float) -> None:
 
 
 def test_a_lane_that_ends_while_the_program_is_behind_loses_nothing_of_the_others(make: Make) -> None:
-    """What the program has not taken stops the reading; what lies in the sockets then is no less sent."""
-    transport = make()
+    """What the program has not taken stops the reading; what lies in the sockets then is no less sent. Meanwhile pings
+    are due, also on the lane that has ended."""
+    transport = make(idle_timeout=3.0)
     port = transport.listen("127.0.0.1", 0)
     message = frame_of(1, payload=bytes(4096))
     count = 2 * MIB // 4096  # half of it is more than the program may leave lying

@@ -42,9 +42,10 @@ def next_event(transport: _C.Transport) -> Event:
 
 def expect(transport: _C.Transport, *types: Event.Type, count: int = 1) -> list[Event]:
     """The next `count` events, which must be of these types, in any order."""
-    events = [next_event(transport) for _ in range(count)]
-    for event in events:
-        assert event.type in types, (event.type, event.text)
+    events = []
+    for _ in range(count):
+        events.append(next_event(transport))
+        assert events[-1].type in types, (events[-1].type, events[-1].text)
     return events
 
 

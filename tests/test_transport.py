@@ -254,7 +254,7 @@ def test_bytes_move_while_the_gil_is_held(listening: tuple[_C.Transport, int]) -
         peer.join()
 
 
-# ---- Shaping
+# ---- Opening and closing
 
 
 def test_only_on_loopback_the_systems_congestion_control_is_replaced(make: Make) -> None:
@@ -269,61 +269,6 @@ def test_only_on_loopback_the_systems_congestion_control_is_replaced(make: Make)
     assert [client.stats(link).lanes[0].congestion_control for link in near] == ["reno", "reno"]
     found = [at.stats(link).lanes[0].congestion_control for (at, _), link in zip(far, accepted, strict=True)]
     assert found == ["reno", usual]
-
-
-def test_the_shaper_charges_every_byte_and_adds_the_delay() -> None:
-    shaper = _C.Shaper(bytes_per_second=1e6, delay_ns=7_000_000)
-    assert shaper.active
-    assert shaper.transmit(500, now_ns=10, waited=False) == 10 + 500_000 + 7_000_000
-    assert shaper.free_at == 10 + 500_000
-    # The line is busy until then: a frame that comes earlier queues behind.
-    assert shaper.transmit(1000, now_ns=400_000, waited=False) == 10 + 1_500_000 + 7_000_000
-    # The timer fired late, the frame had waited: no gap on the line.
-    assert shaper.transmit(1000, now_ns=2_000_000, waited=True) == 10 + 2_500_000 + 7_000_000
-    # The line was idle: the frame starts now.
-    assert shaper.transmit(1000, now_ns=9_000_000, waited=False) == 9_000_000 + 1_000_000 + 7_000_000
-
-
-def test_a_shaper_without_limits_lets_everything_through_at_once() -> None:
-    shaper = _C.Shaper(bytes_per_second=0.0, delay_ns=0)
-    assert not shaper.active
-    assert shaper.transmit(10**9, now_ns=5, waited=False) == 5
-    delayed = _C.Shaper(bytes_per_second=0.0, delay_ns=100)
-    assert delayed.active
-    assert [delayed.transmit(10**9, now_ns=now, waited=False) for now in (5, 5, 6)] == [105, 105, 106]
-
-
-@pytest.mark.parametrize("rate", [1e-9, 1e-300])
-def test_a_rate_at_which_nothing_ever_leaves_is_a_time_in_the_far_future(rate: float) -> None:
-    shaper = _C.Shaper(bytes_per_second=rate, delay_ns=0)
-    day_ns = 86_400 * 10**9
-    assert shaper.transmit(44, now_ns=10, waited=False) > 365 * day_ns
-    first = shaper.free_at
-    assert shaper.transmit(44, now_ns=first, waited=True) > first + 365 * day_ns
-
-
-@pytest.mark.parametrize(
-    "options", [{"bytes_per_second": 50e6}, {"delay": 0.003}, {"bytes_per_second": 50e6, "delay": 0.003}]
-)
-def test_a_shaped_link_delivers_the_same_bytes_no_faster_than_its_shape(make: Make, options: dict[str, float]) -> None:
-    a, b = make(**options), make()
-    link, other = join(a, b)
-    buffer, content = filled(MIB)
-    target = Buffer(MIB)
-    layout = flat(MIB, 65536)
-    begin = _C.monotonic_ns()
-    b.receive(other, 1, 0, 0, target, layout)
-    a.send(link, 1, 0, 0, a.make_source(buffer, layout, True))
-    expect(b, T.RECEIVED)
-    end = _C.monotonic_ns()  # an event's own time is that at which the thread looked, and bytes may come while it reads
-    expect(a, T.SENT)
-    assert bytes(memoryview(target)) == content
-    rate, delay = options.get("bytes_per_second"), options.get("delay", 0.0)
-    on_the_line = 0.0 if rate is None else (MIB + 16 * HEADER_BYTES) / rate
-    assert end - begin >= int(1e9 * (on_the_line + delay)) - 16  # a rounding a frame
-
-
-# ---- Opening and closing
 
 
 def test_a_port_in_use_is_refused_with_the_address(listening: tuple[_C.Transport, int]) -> None:

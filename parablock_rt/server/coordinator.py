@@ -105,8 +105,7 @@ class Coordinator:
         )
         self._visitors = Visitors(transport, identity.run, self._watch, self._status)
         self._stop_reason: str | None = None
-        self._clock_at = 0.0  # when the clock was last checked, and how many rounds were closed then
-        self._clock_rounds = 0
+        self._clock_at = 0.0  # when the clock was last checked; 0: it is due
         if past is not None and state is not None:
             self._participants.restore(past, state)
 
@@ -165,8 +164,8 @@ class Coordinator:
         now = time.monotonic()
         # A check looks at all clients, so not after every few events. But with each round that closes a client may have
         # fallen too far behind.
-        if idle or now - self._clock_at >= _TURN_S or self._progress.oldest > self._clock_rounds:
-            self._clock_at, self._clock_rounds = now, self._progress.oldest
+        if idle or now - self._clock_at >= _TURN_S or self._progress.opened_at > self._clock_at:
+            self._clock_at = now
             self._check_clock(now)
         self._closing.close_due()
         if self._progress.started:

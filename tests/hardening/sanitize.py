@@ -25,6 +25,7 @@ SHORT_TESTS = [
     "test_session_peers.py",
     "test_inspector.py",
     "test_transport.py",
+    "test_shaper.py",
     "test_tls.py",
     "test_codec_golden.py",
 ]

@@ -12,6 +12,7 @@ import torch
 
 LEAST_CYCLES = 2_000_000  # a millisecond or so
 MOST_CYCLES = 256_000_000
+LATE = "more launches than the device can queue: times may include some of them"  # what to note if `queue` is False
 
 
 class Ahead:

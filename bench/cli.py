@@ -21,7 +21,7 @@ from parablock_rt.errors import ConfigError
 from parablock_rt.observe.run_folder import to_json
 
 from .machine import gpu, machine
-from .result import Benchmark, Result, compare, comparison_table, kept_by, read, unlike_settings
+from .result import Benchmark, Result, compare, comparison_table, kept_by, notes, read, unlike_settings
 
 WIDTH = 150  # of a table; a narrower terminal wraps the table instead of losing figures
 NAMES = ("codec", "transport", "links", "overlap", "scale", "telemetry")
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str], program: str = "parablock bench") -> int:
         for table in benchmark.tables(result):
             if table.row_count:
                 console.print(table)
+        for note in notes(result):
+            console.print(escape(note))
         _write(benchmark, result, options.out, console)
         so_far.unlink(missing_ok=True)
         if each in older:

@@ -63,8 +63,13 @@ class Work:
     arguments: Callable[[int], tuple[object, ...]]  # of `eager`
 
     def by(self, name: str, run: Callable[[int], object]) -> Case:
-        """The case for one implementation."""
-        return Case(self.name, name, self.bytes_per_param, self.sets, run)
+        """The case for one implementation. Each set keeps its last result: what a pass allocates rotates, too."""
+        kept: list[object] = [None] * self.sets
+
+        def keeping(i: int) -> None:
+            kept[i] = run(i)
+
+        return Case(self.name, name, self.bytes_per_param, self.sets, keeping)
 
     def cases(self, beside_torch: bool, tiles: Tiles) -> Iterator[Case]:
         """The kernel in its default tile and in `tiles`; with `beside_torch` also torch, eager and (on a GPU) compiled

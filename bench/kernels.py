@@ -14,15 +14,16 @@ import argparse
 import contextlib
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import count, product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from . import roofline
-from .ahead import Ahead
+from .ahead import LATE, Ahead
 from .result import Result, columns, keep, shown
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ FIGURES = ("seconds_median", "seconds_min", "seconds_max", "gb_per_s", "ratio_to
 # For torch eager: a pass has some forty launches, and a stream can queue about a thousand. With more the host would
 # wait for the GPU, and the times would include launches.
 EAGER_REPETITIONS = 10
+WARM_S = 0.05
 TILES = tuple(product((1024, 2048, 4096, 8192), (4, 8)))
 
 
 def measure(case: Case, repetitions: int) -> tuple[list[float], str]:
     """Seconds of every repetition on the device, after warm passes over all buffers; and a note about them, or ""."""
-    for i in range(max(3, case.sets)):
-        case.run(i % case.sets)
+    warm_up(case)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
 
     def passes() -> None:
@@ -54,8 +55,17 @@ def measure(case: Case, repetitions: int) -> tuple[list[float], str]:
 
     in_time = Ahead(torch.cuda.current_stream()).queue(passes, events[0][0])
     torch.cuda.synchronize()
-    note = "" if in_time else "more launches than the device can queue: times may include some of them"
-    return [start.elapsed_time(end) / 1e3 for start, end in events], note
+    return [start.elapsed_time(end) / 1e3 for start, end in events], "" if in_time else LATE
+
+
+def warm_up(case: Case) -> None:
+    """Runs the case over all of its buffers, and on until the clocks of a GPU that idled have risen."""
+    warm_at = time.monotonic() + WARM_S
+    for i in count():
+        if i >= max(3, case.sets) and time.monotonic() > warm_at:
+            return
+        case.run(i % case.sets)
+        torch.cuda.synchronize()
 
 
 def row(case: Case, params: int, seconds: list[float] | None, note: str = "") -> dict[str, Any]:

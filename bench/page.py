@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from .cli import NAMES, load
-from .result import Result
+from .result import Result, notes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -56,7 +56,7 @@ def section(name: str, results: Path) -> str:
     result: Result = json.loads(file.read_text())
     benchmark = import_module(APART[name]) if name in APART else load(name)
     tables = [_markdown(table) for table in benchmark.tables(result) if table.row_count]
-    return "\n".join([_about(result["machine"]), *tables])
+    return "\n".join([_about(result["machine"]), *tables, *(f"{note}\n" for note in notes(result))])
 
 
 def filled(text: str, results: Path) -> str:

@@ -130,6 +130,19 @@ def comparison_table(comparisons: list[Comparison], threshold: float) -> Table:
     return table
 
 
+def notes(result: Result) -> list[str]:
+    """What rows say of their own figures, such as that a case was left out: a line for each different note."""
+    noted: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if note := row.get("note"):
+            name = ", ".join(str(row[key]) for key in ("case", "by", "params", "body_bytes") if row.get(key))
+            noted.setdefault(note, []).append(name or "all")
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more rows' if len(names) > 1 else ''}: {note}"
+        for note, names in noted.items()
+    ]
+
+
 def columns(title: str, *names: str) -> Table:
     """An empty table whose first column is text and the others numbers."""
     table = Table(title=title, title_justify="left")

@@ -32,7 +32,7 @@ from parablock_rt.staging.device_stager import SLICE, aligned
 from parablock_rt.staging.stager import Piece, Stager
 from parablock_rt.wire.transport import Transport, body_layout
 
-from .ahead import Ahead
+from .ahead import LATE, Ahead
 from .result import Result, columns, keep, shown
 
 GPU = torch.cuda.is_available()
@@ -48,14 +48,19 @@ HAND_OVER = ("queued_s", "total_s", "encode_s", "body_copy_s", "residual_copies_
 
 
 class Timer:
-    """The seconds of work queued on one stream, between two events on that stream."""
+    """The seconds of work queued on one stream, between two events on that stream.
+
+    `note`: what to know about these seconds, or "".
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.note = ""
         self._ahead = Ahead(stream)
         self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def __call__(self, work: Callable[[], object]) -> float:
-        self._ahead.queue(lambda: self._between_marks(work), self._marks[0])
+        if not self._ahead.queue(lambda: self._between_marks(work), self._marks[0]):
+            self.note = LATE
         return self._elapsed()
 
     def waited_for(self, work: Callable[[], object]) -> float:
@@ -133,6 +138,7 @@ def copies(
         "chunked_gb_per_s": layout.nbytes / seconds["chunked"] / 1e9,
         "chunked_over_whole": seconds["whole"] / seconds["chunked"],
         "pageable_over_pinned": seconds["whole"] / seconds["pageable"],
+        "note": timer.note,
     }
 
 
@@ -201,6 +207,7 @@ def hand_over(stager: Any, device: Any, numel: int, repetitions: int, transport:
         "queued_s": statistics.median(queued[1:]),
         **seconds,
         "total_over_longest": seconds["total_s"] / longest,
+        "note": down.note or training.note,
     }
 
 

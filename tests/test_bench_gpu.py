@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
 from bench import cli, gpu_overlap, kernels, page, staging
-from bench.result import keep
+from bench.result import keep, notes
 from parablock_rt import codec
 from parablock_rt.errors import ParaBlockError
 from parablock_rt.staging import pinned
@@ -140,7 +141,11 @@ def test_work_that_the_host_waits_for_is_timed_all_the_same_and_said_to_be(monke
         gpu.launch(1e-3)
         gpu.synchronize()
 
-    assert staging.Timer(torch.cuda.current_stream()).waited_for(waited_for) == pytest.approx(1e-3, abs=1e-4)
+    timer = staging.Timer(torch.cuda.current_stream())
+    assert timer.waited_for(waited_for) == pytest.approx(1e-3, abs=1e-4)
+    assert timer.note == ""
+    assert timer(waited_for) == pytest.approx(1e-3, abs=1e-4)
+    assert "times may include" in timer.note
     seconds, note = kernels.measure(SimpleNamespace(sets=1, run=waited_for), 5)
     assert seconds == pytest.approx([1e-3] * 5, abs=1e-4)
     assert "times may include" in note
@@ -168,6 +173,7 @@ class HostTimer:
     """In the place of `staging.Timer`, for a stream of the fake driver; None: what runs at once."""
 
     def __init__(self, stream: int | None) -> None:
+        self.note = ""
         self._stream = stream
 
     def __call__(self, work: Callable[[], object]) -> float:
@@ -219,6 +225,44 @@ def test_kernels_are_shown_beside_the_copy_beside_torch_and_by_tile() -> None:
     assert cells(torch_beside) == [["encode bf16 int8", "100.0", "20.0", "2.0"]]
     assert cells(tiles) == [["encode bf16 int8", "0.500"]]
     assert kernels.metrics(result) == {"encode bf16 int8 100000000": pytest.approx(640)}
+
+
+def test_what_was_left_out_is_said_below_the_tables_and_once_for_each_reason(tmp_path: Path) -> None:
+    rows = [kernel_row("copy fp32", "copy", 0.001, 1.0)]
+    rows += [{"params": i, "case": f"case {i}", "by": "", "note": "left out: not enough GPU memory"} for i in (1, 2, 3)]
+    rows.append({"note": "no GPU"})
+    told = ["case 1, 1 and 2 more rows: left out: not enough GPU memory", "all: no GPU"]
+    assert notes({"rows": rows}) == told
+    machine = {"date": "2026-01-01", "cpu": "a CPU", "cores": 2, "revision": "0", "command": "bench"}
+    (tmp_path / "kernels.json").write_text(json.dumps({"rows": rows, "machine": machine}))
+    assert page.section("kernels", tmp_path).splitlines()[-3::2] == told
+
+
+def test_a_case_runs_until_the_clocks_have_risen_and_over_all_of_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(monotonic=lambda: len(passes) * kernels.WARM_S / 10))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for sets, expected in ((1, 11), (40, 40)):
+        passes.clear()
+        kernels.warm_up(cast(Any, SimpleNamespace(sets=sets, run=passes.append)))
+        assert passes == [i % sets for i in range(expected)]
+
+
+def test_each_set_of_buffers_keeps_the_result_that_its_pass_made() -> None:
+    from bench import kernel_cases
+
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def fresh(_: int) -> torch.Tensor:
+        result = torch.zeros(1)
+        made.append(weakref.ref(result))
+        return result
+
+    work = kernel_cases.Work("decode", "decode int8", 128, 5, 2, fresh, fresh, lambda i: (i,))
+    case = work.by("kernel", work.kernel)
+    for i in range(4):
+        case.run(i % case.sets)
+    assert [result() is not None for result in made] == [False, False, True, True]
 
 
 def three_cases(*errors: Exception | None) -> Iterator[Any]:

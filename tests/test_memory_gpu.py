@@ -101,6 +101,7 @@ def test_what_is_predicted_is_what_torch_reports(
 
 
 def test_a_gpu_that_others_have_filled_is_refused_with_the_prediction() -> None:
+    gc.collect()
     torch.cuda.empty_cache()
     model = make_model("cuda")
     free, _ = torch.cuda.mem_get_info()

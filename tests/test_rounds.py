@@ -197,7 +197,7 @@ def test_uploads_that_take_half_of_the_budget_do_not_wait_while_others_want_thei
 def test_by_default_the_sum_and_the_uploads_that_wait_take_no_more_memory_with_more_clients(
     clients: int, format: str
 ) -> None:
-    layers = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 64))
+    layers = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Linear(2048, 64)).to("meta")
     plan = pb.BlockPlan.from_model(layers, ["0", "1"])
     config = pb.RunConfig(rounds=1, clients=clients, format=format)
     largest = max(block.flat_numel for block in plan.blocks)
@@ -206,6 +206,12 @@ def test_by_default_the_sum_and_the_uploads_that_wait_take_no_more_memory_with_m
     sum_ = 0 if round <= budget else 16 * largest
     assert 9 * largest <= budget + sum_ <= (16.25 + 9) * largest
     assert (sum_ == 0) == (clients <= {"fp32": 4, "bf16": 8, "int8": 16, "int4": 30}[format])
+
+
+def test_the_default_has_room_for_all_of_many_tiny_uploads_at_once() -> None:
+    plan = pb.BlockPlan.from_model(torch.nn.Linear(128, 128, bias=False, device="meta"), [["weight"]])
+    config = pb.RunConfig(rounds=1, clients=256)
+    assert default_upload_budget(plan, config) >= 2 * 256 * codec.body_bytes(128 * 128, "int8")
 
 
 def test_the_default_has_an_upper_bound_for_what_comes_ahead() -> None:

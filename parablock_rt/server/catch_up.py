@@ -16,7 +16,7 @@ from parablock_rt.server.attendance import Attendance
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.members import Identity, Member
+from parablock_rt.server.members import Identity, Member, Phase
 from parablock_rt.server.outcome import Outcome
 from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
@@ -63,7 +63,7 @@ class CatchUp:
         """Begins to send a newcomer the blocks that it lacks. Raises PlanMismatchError when it cannot take part."""
         here = self._downlink.fingerprints
         member.check(message, self._identity, len(here))
-        member.ready = member.catching_up = True
+        member.phase, member.catching_up = Phase.READY, True
         member.updates_from = self._progress.oldest
         member.applied = self._progress.oldest - 1
         member.to_send = [block for block, value in enumerate(here) if value != message.fingerprints[block]]
@@ -79,7 +79,7 @@ class CatchUp:
             version = self._progress.oldest
             self._roster.say(member, protocol.Snapshot(block=member.sending, version=version, fingerprint=value))
         elif not member.begun:
-            member.synced = True
+            member.phase = Phase.SYNCED
             if self._progress.started:
                 self._let_in_late(member)
             else:
@@ -121,7 +121,7 @@ class CatchUp:
     def _let_begin(self, member: Member, *, first_round: int) -> None:
         member.first_round = first_round
         member.next_post = first_round
-        member.begun = True
+        member.phase = Phase.BEGUN
         self._rounds.forget_refusals(member.seat, first_round)  # of the seat's former holder
         self.has_caught_up(member)
         self._attendance.takes_part(member)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from parablock_rt import _C
 from parablock_rt.blocks.layout import PlanSpec
@@ -135,6 +136,15 @@ class UploadSlot:
     arrived: _C.Event | None = None  # the event for its last byte, if that overtook the upload's announcement
 
 
+class Phase(IntEnum):
+    """How far a member has come on its way into the run. It only moves forward, also across connections."""
+
+    SEATED = 0  # it has a seat, and its Ready has not been checked yet
+    READY = 1  # its model fits; it is being sent the blocks that it lacks
+    SYNCED = 2  # it holds the whole reference, and waits for its first round
+    BEGUN = 3
+
+
 @dataclass(eq=False)
 class Member:
     """A client with a seat. The seat outlives the connection: `link` is None while the connection is broken."""
@@ -148,11 +158,9 @@ class Member:
     anew: bool = False  # it had this seat before, and its connection broke before it could begin
     seated_at: float = 0.0  # when it got the seat, or came back to it
     rejoining: bool = False  # connected again, but its Rejoin has not come yet
-    ready: bool = False  # its Ready was checked
+    phase: Phase = Phase.SEATED
     to_send: list[int] = field(default_factory=list)  # blocks of the snapshot not sent yet
     sending: int | None = None  # the block in flight
-    synced: bool = False  # it holds the whole reference: no block of the snapshot is in flight any more
-    begun: bool = False
     first_round: int = 0
     updates_from: int = 0
     applied: int = -1
@@ -169,6 +177,21 @@ class Member:
     def here(self) -> bool:
         """Whether messages and transfers of the run may go to it now."""
         return self.link is not None and not self.rejoining
+
+    @property
+    def ready(self) -> bool:
+        """Whether its model was found to fit."""
+        return self.phase >= Phase.READY
+
+    @property
+    def synced(self) -> bool:
+        """Whether it got all the blocks that it lacked before its first round."""
+        return self.phase >= Phase.SYNCED
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was told its first round."""
+        return self.phase is Phase.BEGUN
 
     def left_lying(self, oldest: int) -> range:
         """The closed rounds whose aggregates were sent to the member as they closed but that it has not applied yet.

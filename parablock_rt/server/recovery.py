@@ -16,7 +16,7 @@ from parablock_rt.server.backlog import Kept
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.journal import Past
 from parablock_rt.server.master import Master
-from parablock_rt.server.members import Member
+from parablock_rt.server.members import Member, Phase
 from parablock_rt.wire import protocol
 from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
 
@@ -68,7 +68,7 @@ def _member(seat: int, past: Past) -> Member:
     state = past.seats[seat]
     assert state.first_round is not None
     member = Member(seat, state.secret, None, "", time.monotonic(), "the server was restarted")
-    member.ready = member.synced = member.begun = True
+    member.phase = Phase.BEGUN
     member.first_round = member.next_post = state.first_round
     member.goodbye = state.finished
     for round, reason in state.verdicts.items():

@@ -32,7 +32,7 @@ from parablock_rt.version import __version__
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport, check_free, check_protection
 
-_BUDGET_PART, _ELEMENT_BYTES, _MOST_AHEAD = 32, 9, 2**30
+_BUDGET_PART, _ELEMENT_BYTES, _LEAST_AHEAD, _MOST_AHEAD = 32, 9, 2**24, 2**30
 _SUM_BYTES = 16.25  # per element: 16 for the sum, 0.25 for the scales of the 16 int8 uploads of the same size
 _EXIT_S = 5.0
 
@@ -190,9 +190,9 @@ def serve(
         on_round: called on the server's thread after each closed round.
         upload_budget: the most bytes of uploads that are held at once before they are folded; one upload more is always
             allowed. None: nine bytes per parameter of the largest block (eight int8 uploads) or a 32nd of the memory
-            that the model takes, whichever is more, at most 1 GiB; plus the uploads of a whole round, if they are no
-            larger than the sum that would otherwise be needed (16 int8 uploads). A larger budget lets more clients with
-            slow links send at the same time.
+            that the model takes, whichever is more, from 16 MiB to 1 GiB; plus the uploads of a whole round, if they
+            are no larger than the sum that would otherwise be needed (16 int8 uploads). A larger budget lets more
+            clients with slow links send at the same time.
         trace: record the events of every chunk, for `RunFolder.write_trace`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed.
             With `resume` they may be omitted; values that differ from the run's are an error.
@@ -322,11 +322,11 @@ def default_upload_budget(plan: BlockPlan, config: RunConfig) -> int:
     The budget has two parts. The first is all uploads of a round, if they are no larger than the sum, which is then not
     needed. The second is for uploads that come ahead or wait for a pass over the sum: a small part of the memory that
     the server needs for the model anyway (an fp32 master and the reference), but at least nine bytes per parameter of
-    the largest block (eight int8 uploads with their scales, rounded up), and at most 1 GiB. So the server's memory does
-    not grow with the number of clients.
+    the largest block (eight int8 uploads with their scales, rounded up) and 16 MiB, and at most 1 GiB. So the server's
+    memory does not grow with the number of clients.
     """
     model = sum(segment.length * (4 + segment.dtype.itemsize) for block in plan.blocks for segment in block.segments)
     largest = max(block.flat_numel for block in plan.blocks)
-    ahead = min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest), _MOST_AHEAD)
+    ahead = min(max(model // _BUDGET_PART, _ELEMENT_BYTES * largest, _LEAST_AHEAD), _MOST_AHEAD)
     round = config.cohort_size * codec.body_bytes(largest, config.format)
     return ahead + (round if round <= _SUM_BYTES * largest else 0)

@@ -116,7 +116,13 @@ void bind_shaper(py::module_& m) {
            py::arg("bytes_per_second"), py::arg("delay_ns"))
       .def_property_readonly("active", &Shaper::active)
       .def_property_readonly("free_at", &Shaper::free_at)
-      .def("transmit", &Shaper::transmit, py::arg("bytes"), py::arg("now_ns"), py::arg("waited"));
+      .def(
+          "transmit",
+          [](Shaper& shaper, size_t bytes, int64_t now_ns, bool waited) {
+            Passage passage = shaper.transmit(bytes, now_ns, waited);
+            return std::pair(passage.first_ns, passage.last_ns);
+          },
+          py::arg("bytes"), py::arg("now_ns"), py::arg("waited"));
 }
 
 }  // namespace

@@ -61,12 +61,20 @@ Lane::End Lane::read(Session& session, int64_t now_ns) {
 
 // ---- Out
 
-void Lane::put(OutFrame frame, int64_t ready_at_ns) {
+void Lane::put(OutFrame frame, Passage passage) {
   departing_bytes_ += frame.bytes();
-  departing_.push_back({std::move(frame), ready_at_ns, recorder_ ? monotonic_ns() : 0});
+  if (frame.bytes() == frame.header.size()) passage.first_ns = passage.last_ns;
+  departing_.push_back({std::move(frame), passage, recorder_ ? monotonic_ns() : 0});
 }
 
-// Collects the segments of the frames that may leave, in order. Returns the number of segments and of bytes.
+int64_t Lane::next_ready_ns() const {
+  if (departing_.empty()) return 0;
+  const Departing& next = departing_.front();
+  return front_written_ < next.frame.header.size() ? next.passage.first_ns : next.passage.last_ns;
+}
+
+// Collects the segments of the frames that may leave, in order; of the last one perhaps only the header. Returns the
+// number of segments and of bytes.
 std::pair<size_t, size_t> Lane::gather(Vectors& out, int64_t now_ns) const {
   size_t skip = front_written_;
   size_t count = 0;
@@ -81,9 +89,10 @@ std::pair<size_t, size_t> Lane::gather(Vectors& out, int64_t now_ns) const {
     skip = 0;
   };
   for (const Departing& departing : departing_) {
-    if (departing.ready_at_ns > now_ns || count + kSegmentsPerFrame > out.size()) break;
+    if (departing.passage.first_ns > now_ns || count + kSegmentsPerFrame > out.size()) break;
     const OutFrame& frame = departing.frame;
     add(frame.header.data(), frame.header.size());
+    if (departing.passage.last_ns > now_ns) break;
     add(frame.inline_payload.data(), frame.inline_payload.size());
     for (const Segment& part : frame.payload) add(part.data, part.bytes);
   }

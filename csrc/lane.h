@@ -13,6 +13,7 @@
 #include "channel.h"
 #include "loop.h"
 #include "session.h"
+#include "shaper.h"
 
 namespace parablock {
 
@@ -53,13 +54,14 @@ class Lane {
   uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
   uint64_t bytes_out() const { return bytes_out_.load(std::memory_order_relaxed); }
 
-  void put(OutFrame frame, int64_t ready_at_ns);  // the frame leaves no earlier than the shaper's `ready_at_ns`
+  // The frame leaves no earlier than the shaper allows. Its header goes ahead, so that the peer sees when it begins.
+  void put(OutFrame frame, Passage passage);
   void record(Recorder recorder) { recorder_ = recorder; }
   bool empty() const { return departing_.empty() && (dropped_ || !channel_.unsent()); }
   bool full(size_t bytes) const { return departing_bytes_ >= bytes; }
   // Bytes to hand to the socket at once; also the limit of unsent bytes in the socket.
   size_t batch_bytes() const { return batch_bytes_; }
-  int64_t next_ready_ns() const { return departing_.empty() ? 0 : departing_.front().ready_at_ns; }
+  int64_t next_ready_ns() const;
 
   bool opening() const { return channel_.opening(); }
   int64_t since_ns() const { return since_ns_; }
@@ -76,7 +78,7 @@ class Lane {
   // answer.
   void ask(OutFrame attach) {
     asked_ = true;
-    put(std::move(attach), 0);
+    put(std::move(attach), {});
   }
   bool unanswered() const { return asked_ && bytes_in() == 0; }
   // The peer refused this lane or never answered: the link goes on without it.
@@ -95,7 +97,7 @@ class Lane {
   using Vectors = std::array<iovec, 16>;
   struct Departing {
     OutFrame frame;
-    int64_t ready_at_ns;
+    Passage passage;
     int64_t put_ns;  // only while recording
   };
 

@@ -135,8 +135,9 @@ bool Link::pull_frame(Lane& lane, int64_t now_ns) {
     if (lane.index() == 0 || is_over(*lanes_[0])) line_was_busy_ = false;  // nothing else waits for the shaper
     return false;
   }
-  int64_t ready_at = shaper_.active() ? shaper_.transmit(frame->bytes(), now_ns, line_was_busy_) : now_ns;
-  lane.put(std::move(*frame), ready_at);
+  Passage passage;  // at once
+  if (shaper_.active()) passage = shaper_.transmit(frame->bytes(), now_ns, line_was_busy_);
+  lane.put(std::move(*frame), passage);
   return true;
 }
 

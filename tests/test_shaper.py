@@ -14,32 +14,47 @@ make = pytest.fixture(make_transports)
 def test_the_shaper_charges_every_byte_and_adds_the_delay() -> None:
     shaper = _C.Shaper(bytes_per_second=1e6, delay_ns=7_000_000)
     assert shaper.active
-    assert shaper.transmit(500, now_ns=10, waited=False) == 10 + 500_000 + 7_000_000
+    assert shaper.transmit(500, now_ns=10, waited=False) == (10 + 7_000_000, 10 + 500_000 + 7_000_000)
     assert shaper.free_at == 10 + 500_000
     # The line is busy until then: a frame that comes earlier queues behind.
-    assert shaper.transmit(1000, now_ns=400_000, waited=False) == 10 + 1_500_000 + 7_000_000
+    assert shaper.transmit(1000, now_ns=400_000, waited=False) == (10 + 7_500_000, 10 + 1_500_000 + 7_000_000)
     # The timer fired late, the frame had waited: no gap on the line.
-    assert shaper.transmit(1000, now_ns=2_000_000, waited=True) == 10 + 2_500_000 + 7_000_000
+    assert shaper.transmit(1000, now_ns=2_000_000, waited=True) == (10 + 8_500_000, 10 + 2_500_000 + 7_000_000)
     # The line was idle: the frame starts now.
-    assert shaper.transmit(1000, now_ns=9_000_000, waited=False) == 9_000_000 + 1_000_000 + 7_000_000
+    assert shaper.transmit(1000, now_ns=9_000_000, waited=False) == (16_000_000, 9_000_000 + 1_000_000 + 7_000_000)
 
 
 def test_a_shaper_without_limits_lets_everything_through_at_once() -> None:
     shaper = _C.Shaper(bytes_per_second=0.0, delay_ns=0)
     assert not shaper.active
-    assert shaper.transmit(10**9, now_ns=5, waited=False) == 5
+    assert shaper.transmit(10**9, now_ns=5, waited=False) == (5, 5)
     delayed = _C.Shaper(bytes_per_second=0.0, delay_ns=100)
     assert delayed.active
-    assert [delayed.transmit(10**9, now_ns=now, waited=False) for now in (5, 5, 6)] == [105, 105, 106]
+    assert [delayed.transmit(10**9, now_ns=now, waited=False) for now in (5, 5, 6)] == [
+        (at, at) for at in (105, 105, 106)
+    ]
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-300])
 def test_a_rate_at_which_nothing_ever_leaves_is_a_time_in_the_far_future(rate: float) -> None:
     shaper = _C.Shaper(bytes_per_second=rate, delay_ns=0)
     day_ns = 86_400 * 10**9
-    assert shaper.transmit(44, now_ns=10, waited=False) > 365 * day_ns
+    assert shaper.transmit(44, now_ns=10, waited=False)[1] > 365 * day_ns
     first = shaper.free_at
-    assert shaper.transmit(44, now_ns=first, waited=True) > first + 365 * day_ns
+    assert shaper.transmit(44, now_ns=first, waited=True)[1] > first + 365 * day_ns
+
+
+def test_the_peer_sees_when_a_chunk_begins_to_arrive_not_only_when_it_is_there(make: Make) -> None:
+    """A transfer of one chunk takes the receiver as long as the line, as on a real slow link."""
+    a, b = make(bytes_per_second=1e6), make()
+    link, other = join(a, b)
+    buffer, content = filled(100_000)
+    target, layout = Buffer(100_000), flat(100_000, 100_000)
+    b.receive(other, 1, 0, 0, target, layout)
+    a.send(link, 1, 0, 0, a.make_source(buffer, layout, True))
+    received = expect(b, T.RECEIVED)[-1]
+    assert bytes(memoryview(target)) == content
+    assert received.at_ns - received.first_byte_ns >= 90_000_000
 
 
 @pytest.mark.parametrize(

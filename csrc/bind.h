@@ -17,8 +17,10 @@ namespace py = pybind11;
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
-// At most thirty years, so that adding it to a time cannot overflow.
-inline int64_t nanoseconds(double seconds) { return static_cast<int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
+// At most thirty years, so that adding it to a time cannot overflow; 0 for NaN.
+inline int64_t nanoseconds(double seconds) {
+  return seconds > 0 ? static_cast<int64_t>(std::min(seconds, 1e9) * 1e9) : 0;
+}
 
 inline TransferKey key_of(uint8_t kind, uint32_t round, uint32_t block) { return {kind, round, block}; }
 

@@ -207,7 +207,8 @@ void bind_links(py::class_<Transport>& transport) {
           },
           ReleaseGil())
       .def("send_control", [](Transport& t, uint64_t link, const py::bytes& message) { t.send_control(link, message); })
-      .def("trust", &Transport::trust)
+      .def("trust", &Transport::trust, py::arg("link"), py::arg("run"), py::arg("control_bytes"),
+           py::arg("queue_bytes") = 1 << 20)
       .def(
           "offer_lanes",
           [](Transport& t, uint64_t link, size_t count, double within) {

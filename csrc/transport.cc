@@ -22,7 +22,6 @@ constexpr int kAcceptsPerTurn = 64;
 // thread also busy-polls after a control message: messages are rare, and many are answered at once.
 constexpr uint64_t kBusyBytes = 64 << 10;
 constexpr int64_t kSpinNs = 50'000;
-constexpr size_t kQueueBytes = 1 << 20;  // least queue limit for control frames to a trusted peer
 constexpr size_t kRememberedKeys = 4096;  // for a trusted peer
 constexpr size_t kUnreadBytes = 1 << 20;             // of a link's events, above which reading from the link stops
 constexpr size_t kUnreadBytesOfStranger = 16 << 10;  // the same for a peer that has not proved its identity
@@ -143,10 +142,10 @@ void Transport::cancel_receive(uint64_t link, TransferKey key) {
   push_on_link(link, [key](Link& l) { l.session().cancel_receive(key); });
 }
 
-void Transport::trust(uint64_t link, uint64_t run, size_t control_bytes) {
-  push_on_link(link, [this, run, control_bytes](Link& l) {
+void Transport::trust(uint64_t link, uint64_t run, size_t control_bytes, size_t queue_bytes) {
+  push_on_link(link, [this, run, control_bytes, queue_bytes](Link& l) {
     l.session().set_limits({.control_bytes = control_bytes,
-                            .queue_bytes = std::max(kQueueBytes, 2 * control_bytes),
+                            .queue_bytes = queue_bytes,
                             .window_bytes = options_.window_bytes,
                             .remembered_keys = kRememberedKeys});
     l.session().set_run(run);

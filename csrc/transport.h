@@ -54,8 +54,9 @@ class Transport {
   void cancel_send(uint64_t link, TransferKey key);
   void cancel_receive(uint64_t link, TransferKey key);
   void refuse_receive(uint64_t link, TransferKey key);  // of a key never posted: the peer need not wait for credit
-  // The peer has proved its identity: its control messages may be larger, and every frame must carry `run`.
-  void trust(uint64_t link, uint64_t run, size_t control_bytes);
+  // The peer has proved its identity: each of its control messages may have up to `control_bytes`, up to `queue_bytes`
+  // of those to it may wait until it reads them, and every frame must carry `run`.
+  void trust(uint64_t link, uint64_t run, size_t control_bytes, size_t queue_bytes);
   // Lets the peer add up to `count` lanes to the link, for `within_ns`; returns the key that the peer must present.
   std::string offer_lanes(uint64_t link, size_t count, int64_t within_ns);
   // Opens `count` further lanes to the peer of the link; blocks. Throws std::system_error, and std::invalid_argument

@@ -106,8 +106,8 @@ def _require(holds: bool, name: str, expected: str, found: object) -> None:
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of "host:port", "[::1]:port" or ":port" (all interfaces). Raises ConfigError."""
-    host, separator, port = text.rpartition(":")
-    if not separator or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
+    host, separator, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    if not separator or "/" in host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"expected an address such as host:7070 or [::1]:7070, found {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 

@@ -133,20 +133,32 @@ def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_
 
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_latecomer_gets_the_reference_and_ends_on_the_same_bits(staleness: int, dtype: torch.dtype) -> None:
-    """One client leaves once round 3 is closed. The other waits in round 4 for the vacant seat, the latecomer takes it
-    and trains from round 5 on, with weights of its own to begin with that the snapshot replaces."""
+def test_a_latecomer_gets_the_reference_and_ends_on_the_same_bits(
+    staleness: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client leaves once round 3 is closed. While the other trains round 4, a latecomer takes the vacant seat. It
+    trains from round 5 on, with weights of its own to begin with that the snapshot replaces."""
     last = 3
-    closed, vacant = threading.Event(), threading.Event()
+    closed, vacant, taken = threading.Event(), threading.Event(), threading.Event()
     gone: list[int] = []
+    let_begin = CatchUp._let_begin
+
+    def note_begin(self: CatchUp, member: Member, *, first_round: int) -> None:
+        let_begin(self, member, first_round=first_round)
+        if gone:
+            taken.set()
 
     def leave(run: Run, step: int) -> None:
+        if run.client == 0 and step == 2 * (last + 1) + 1:
+            assert taken.wait(WAIT_S)
         if run.client == 1 and not gone and step == 2 * (last + 1):
             assert closed.wait(WAIT_S)
             gone.append(run.client)
             run.close()
             vacant.set()
             raise Leave
+
+    monkeypatch.setattr(CatchUp, "_let_begin", note_begin)
 
     case = Case(dtype=dtype, clients=2, settings={"staleness": staleness, "rounds": 12})
     result = case.run(

@@ -75,6 +75,18 @@ def test_what_is_no_host_is_an_error(tmp_path: Path, host: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_one_host_as_text_is_not_taken_for_the_hosts_of_its_letters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected a list of at least one host .* found 'localhost'"):
+        certs.create(tmp_path, "localhost")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot make the folder .*/file/tls: Not a directory"):
+        certs.create(tmp_path / "file" / "tls", ["localhost"])
+
+
 def test_the_text_for_a_reader_names_the_commands_to_type(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["certs", str(tmp_path), "--host", "localhost", "--clients", "1"])
     for flag in ("--tls-cert", "--tls-key", "--tls-ca", "--tls-fingerprint", "--tls-client-ca", "ca.key signs all"):

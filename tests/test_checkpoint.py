@@ -266,6 +266,17 @@ def test_a_run_whose_file_is_gone_or_of_another_round_is_not_resumed(finished: P
 # ---- What is kept for clients that are behind
 
 
+def test_who_claims_to_have_missed_millions_of_rounds_costs_no_look_at_each() -> None:
+    looked_at: list[int] = []
+
+    def block_of(round: int) -> int:
+        looked_at.append(round)
+        return round % 3
+
+    assert Backlog([1, 1, 1]).missed(range(10**12), block_of) == ([], [0, 1, 2])
+    assert looked_at == [0, 1, 2]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=40), st.integers(-1, 40))
 def test_what_somebody_missed_comes_once_and_never_weighs_more_than_the_blocks(
     rounds: list[tuple[int, int]], applied: int

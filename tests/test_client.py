@@ -7,14 +7,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import parablock_rt as pb
+from parablock_rt.blocks.layout import PlanSpec
 from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
+from parablock_rt.server import journal
+from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.wire import protocol
 
 WIDTH = 32
 
@@ -82,6 +87,14 @@ def test_a_weight_that_nothing_can_be_multiplied_by_is_refused_before_the_step(w
         with pytest.raises(ConfigError, match=r"expected a weight from 2\^-64 to 2\^64, .*, found"):
             one_step(run, weight=weight)
         assert all(torch.equal(now, old) for now, old in zip(run.block_parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"weight": torch.ones(2)}, {"loss": torch.ones(3)}])
+def test_a_weight_or_loss_of_several_elements_is_an_error_that_says_so(wrong: dict[str, Any]) -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        run.model(torch.ones(2, WIDTH)).sum().backward()
+        with pytest.raises(ConfigError, match=r"one element each, found a tensor of shape \([23],\)"):
+            run.step(**wrong)
 
 
 def test_an_iterator_that_ends_before_the_run_is_named_as_such() -> None:
@@ -317,3 +330,87 @@ run = pb.join(server.address, net(), lambda parameters: torch.optim.SGD(paramete
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr
     assert "terminate called" not in done.stderr
+
+
+# ---- The server
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"token": "short"}, "the token must hold at least 16 characters"),
+        ({"token": ""}, "the token must hold at least 16 characters"),
+        ({"token": b"sixteen characters and more"}, "expected the token to be text, such as token.hex(), found bytes"),
+        ({"tls": True}, "expected tls to be parablock_rt.Tls settings, found True"),
+        ({"rate": -1.0}, "expected rate to be a finite number of bytes per second from 0; found -1.0"),
+        ({"rate": "50mbit"}, "expected rate to be a finite number of bytes per second from 0; found '50mbit'"),
+        ({"rate": float("nan")}, "expected rate to be a finite number of bytes per second from 0; found nan"),
+        ({"delay": float("inf")}, "expected delay to be a finite number of seconds from 0 to 60; found inf"),
+        ({"idle_timeout": 0}, "expected idle_timeout to be a finite number of seconds from 0.1; found 0"),
+        ({"lanes": 1.5}, "lanes must be from 1 to 4; found 1.5"),
+        ({"lanes": "2"}, "lanes must be from 1 to 4; found '2'"),
+        ({"upload_budget": "1"}, "expected upload_budget to be a whole number of bytes, found '1'"),
+        ({"on_round": 3}, "expected on_round to be a function of the closed round, found 3"),
+        ({"plan": 3}, "expected plan to be a BlockPlan, found 3"),
+        ({"durable": ""}, "expected durable to be a folder, found an empty path"),
+        ({"address": 7070}, "expected an address such as host:7070 or [::1]:7070, found 7070"),
+        ({"address": "http://127.0.0.1:0"}, "expected an address such as host:7070"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_argument_that_would_do_harm_later_is_refused_before_anybody_can_join(
+    wrong: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as failure:
+        serve(**wrong)
+    assert told in str(failure.value)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_run_that_failed_is_told_by_wait_or_else_by_the_log(waits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(closed: ClosedRound) -> None:
+        raise KeyError("of the program")
+
+    with serve(on_round=fail) as server:
+        with pb.join(server.address, Net(), sgd) as run, pytest.raises(ParaBlockError, match="failed with KeyError"):
+            to_the_end(run)
+        while server.running:
+            server._ended.wait(1.0)
+        if waits:
+            with pytest.raises(KeyError):
+                server.wait()
+    told = [record for record in caplog.records if "the run failed in round" in record.getMessage()]
+    assert len(told) == (0 if waits else 1)
+    assert waits or (told[0].exc_info is not None and told[0].exc_info[0] is KeyError)
+
+
+def test_a_run_that_its_owner_ends_early_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    with serve() as server:
+        assert server.running
+    assert "failed" not in caplog.text
+
+
+def test_nobody_waits_for_a_client_that_has_said_that_it_leaves() -> None:
+    """The deadline of the first rounds is ten minutes."""
+    with serve(clients=2, rounds=3) as server:
+        leaving = threading.Thread(target=lambda: join_and_leave(server.address))
+        leaving.start()
+        with pb.join(server.address, Net(), sgd) as run:
+            to_the_end(run)
+        leaving.join()
+        outcome = server.wait(60.0)
+    assert [closed.contributions for closed in outcome.rounds][-1] == 1
+    assert outcome.left == [f"client {1 - run.client}: left before the last round"]
+
+
+def join_and_leave(address: str) -> None:
+    with pb.join(address, Net(), sgd) as run:
+        one_step(run)
+
+
+def test_no_secret_of_a_seat_is_shown_with_what_holds_it() -> None:
+    secret, config = b"the seat's secret", pb.RunConfig(rounds=1, clients=1)
+    welcome = protocol.Welcome(client=1, config=config, plan=PlanSpec(()), mac=b"", secret=secret, epoch=0)
+    of_the_journal = journal.Seated(seat=1, secret=secret), journal.SeatState(secret)
+    for holder in (Member(1, secret, None, ""), welcome, *of_the_journal):
+        assert "secret" not in repr(holder)

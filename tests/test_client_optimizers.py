@@ -97,6 +97,38 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), Net().parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_learning_rate_scheduler_may_be_made_with_the_optimiser_of_each_round(dtype: torch.dtype) -> None:
+    rates: list[list[float]] = []
+
+    def halving(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = sgd(parameters)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        seen: list[float] = []
+        rates.append(seen)
+
+        def after_step(*_: object) -> None:
+            seen.extend(scheduler.get_last_lr())
+            scheduler.step()
+
+        optimizer.register_step_post_hook(after_step)
+        return optimizer
+
+    with serve(Net(dtype), rounds=3, local_steps=2) as server, join(server, halving, Net(dtype)) as run:
+        to_the_end(run)
+    assert rates == [[0.1, 0.05]] * 3
+
+
+def test_an_optimiser_that_needs_a_closure_is_refused_also_behind_a_scheduler() -> None:
+    def searching(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.LBFGS(parameters)
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        return optimizer
+
+    with serve() as server, pytest.raises(ConfigError, match=r"step\(\) needs no closure, found LBFGS"):
+        join(server, searching)
+
+
 def test_a_learning_rate_scheduler_of_a_former_rounds_optimiser_is_an_error() -> None:
     with serve(rounds=4) as server, join(server) as run:
         scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, gamma=0.5)

@@ -347,12 +347,19 @@ def test_what_a_dismissed_stranger_had_sent_before_is_neither_read_nor_logged(ca
 # ---- What is written down
 
 
-def test_a_folder_whose_journal_was_never_begun_takes_a_new_run(tmp_path: Path) -> None:
-    """As a server leaves it that dies between making the file and its first record."""
-    (tmp_path / "journal").touch()
-    begin = journal.Begin(
-        format=1, release="", run=1, config=RunConfig(rounds=1, clients=1), plan_digest="", frozen="", fingerprints=[]
-    )
+BEGIN = journal.Begin(
+    format=1, release="", run=1, config=RunConfig(rounds=1, clients=1), plan_digest="", frozen="", fingerprints=[]
+)
+
+
+@pytest.mark.parametrize("left", ["nothing", "three bytes", "half of it", "all but a byte", "zeros"])
+def test_a_folder_whose_journal_was_never_begun_takes_a_new_run(left: str, tmp_path: Path) -> None:
+    """As a server leaves it that dies, or whose disk is full, before its first record is whole."""
+    Checkpoint.create(tmp_path / "whole", BEGIN).close()
+    whole = (tmp_path / "whole" / "journal").read_bytes()
+    kept = {"nothing": 0, "three bytes": 3, "half of it": len(whole) // 2, "all but a byte": len(whole) - 1}
+    (tmp_path / "journal").write_bytes(bytes(4096) if left == "zeros" else whole[: kept[left]])
+    begin = BEGIN
     Checkpoint.create(tmp_path, begin).close()
     with pytest.raises(CheckpointError, match="holds the state of a run already"):
         Checkpoint.create(tmp_path, begin)

@@ -85,8 +85,8 @@ def test_transfers_of_many_sizes_in_both_directions_at_once(make: Make) -> None:
 def test_control_messages_arrive_complete_and_in_order(make: Make) -> None:
     a, b = make(), make()
     link, other = join(a, b)
-    a.trust(link, 5, 2**20)
-    b.trust(other, 5, 2**20)
+    for side, its in ((a, link), (b, other)):
+        side.trust(its, 5, 2**20, queue_bytes=2**21)
     b.send_control(other, b"trusted")
     expect(a, T.CONTROL)
     messages = [os.urandom(size) for size in (0, 1, 43, 4096, 4097, 2**20, 3)]

@@ -471,7 +471,7 @@ def test_messages_to_a_peer_that_does_not_read_end_its_link_at_a_bound(listening
     transport, port = listening
     with stranger_to(port):
         (connected,) = expect(transport, T.CONNECTED)
-        transport.trust(connected.link, 5, MIB)
+        transport.trust(connected.link, 5, MIB, queue_bytes=2 * MIB)
         before = resident_bytes()
         message = bytes(256 * 1024)
         for _ in range(10_000):

@@ -208,6 +208,12 @@ def _versions(parameters: Iterable[nn.Parameter]) -> list[int]:
     return [_version(parameter) for parameter in parameters]
 
 
+def _step_of_class(optimizer: Any) -> Any:
+    """The optimiser's own `step`, without the wrapper that a learning-rate scheduler has put around it."""
+    own = getattr(type(optimizer), "step", None)
+    return optimizer.step if own is None else partial(own, optimizer)
+
+
 def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -> None:
     """Raises ConfigError unless `made` is an optimiser of the parameters `wanted`.
 
@@ -219,7 +225,7 @@ def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -
             f"found a {type(made).__name__}; return one, such as torch.optim.AdamW(params)"
         )
     try:
-        inspect.signature(made.step).bind()
+        inspect.signature(_step_of_class(made)).bind()
     except TypeError:
         raise ConfigError(
             f"expected an optimiser whose step() needs no closure, found {type(made).__name__}, which evaluates the "

@@ -39,7 +39,15 @@ def weight_of(batch: Any, model: nn.Module) -> float | Tensor:
 
 
 def as_number(value: float | Tensor) -> float | Tensor:
-    """`value` as a number; a tensor on a GPU becomes an fp64 scalar there, as reading it would wait for the GPU."""
+    """`value` as a number; a tensor on a GPU becomes an fp64 scalar there, as reading it would wait for the GPU.
+
+    Raises ConfigError for a tensor with more than one element.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ConfigError(
+            f"expected a loss and a weight of one element each, found a tensor of shape {tuple(value.shape)}; sum or "
+            "average it first"
+        )
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().reshape(()).double()
     return float(value.detach() if isinstance(value, Tensor) else value)

@@ -68,8 +68,14 @@ class Backlog:
         Returns the rounds whose aggregates to send, and the blocks to send whole instead, ordered by the first round
         that the client missed of each block.
         """
-        whole = dict.fromkeys(block_of(round) for round in rounds if round not in self._kept)
-        return [round for round in rounds if block_of(round) not in whole], list(whole)
+        whole: dict[int, None] = {}
+        for round in rounds:
+            if len(whole) == len(self._block_bytes):  # a client may claim to have missed millions of rounds
+                break
+            if round not in self._kept:
+                whole[block_of(round)] = None
+        aggregates = [round for round in sorted(self._kept) if round in rounds and block_of(round) not in whole]
+        return aggregates, list(whole)
 
     def _drop(self, kept: Kept) -> None:
         del self._kept[kept.update.round]

@@ -111,7 +111,7 @@ class CatchUp:
     def _let_in_late(self, member: Member) -> None:
         """Lets a newcomer begin with the next round, or with the oldest open round if that round waits for it."""
         first_round = self._progress.oldest + (0 if member.anew or self._is_needed(member) else 1)
-        open_rounds = range(first_round, self._progress.oldest + self._config.staleness + 1)
+        open_rounds = range(first_round, self._progress.newest + 1)
         of_former_holder = [index for index in open_rounds if member.seat in self._rounds.uploads_of(index)]
         first_round = max([first_round, *(index + 1 for index in of_former_holder)])
         self._durability.note(journal.Started(seat=member.seat, first_round=first_round))
@@ -146,7 +146,7 @@ class CatchUp:
             self._roster.say(member, protocol.Farewell())
             return
         oldest = self._progress.oldest
-        rejoin.check(member, message, oldest, self._config.staleness)
+        rejoin.check(member, message, oldest, self._progress.newest, self._config.staleness)
         member.rejoining = False
         member.applied = message.applied
         member.updates_from = oldest

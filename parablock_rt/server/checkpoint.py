@@ -61,6 +61,7 @@ class Checkpoint:
         try:
             _lock(journal, folder)
             cls.refuse_to_replace(folder)
+            os.ftruncate(journal, 0)
             checkpoint.append(begin)
             _sync_folder(folder)
         except BaseException:
@@ -72,8 +73,7 @@ class Checkpoint:
     def refuse_to_replace(folder: Path) -> None:
         """Raises CheckpointError when the folder holds the state of a run, which a new run would overwrite."""
         journal = folder / _JOURNAL
-        # An empty journal is left by a server that died before it wrote its first record.
-        if journal.exists() and journal.stat().st_size > 0:
+        if journal.exists() and not _never_begun(journal.read_bytes()):
             raise CheckpointError(
                 f"{folder} holds the state of a run already; resume that run, or choose another folder"
             )
@@ -129,9 +129,10 @@ class Checkpoint:
         target = self._file(round)
         temporary = target.with_suffix(".part")
         try:
+            with open(temporary, "wb") as file:  # before there is anything to read in it
+                os.fchmod(file.fileno(), 0o600)
             safetensors.torch.save_file(tensors, temporary, metadata={"crc": _crc_text(tensors)})
             with open(temporary, "rb+") as file:
-                os.fchmod(file.fileno(), 0o600)
                 os.fsync(file.fileno())
             temporary.replace(target)
             _sync_folder(self.folder)
@@ -201,7 +202,9 @@ def _lock(journal: int, folder: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise CheckpointError(f"another server is using the state in {folder}; stop it first") from error
+        raise CheckpointError(
+            f"another server is using the state in {folder}, or a process that a killed one had started; stop it first"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -264,6 +267,15 @@ def _payloads(data: bytes, folder: Path) -> Iterator[bytes]:
             f"the journal in {folder} is damaged {at} bytes into it, with whole records after it: the disk or another "
             "program changed it, and the run cannot be resumed from it"
         )
+
+
+def _never_begun(data: bytes) -> bool:
+    """Whether a journal ends before its first record does, or has only the zeros that a power cut may leave: its server
+    died before it told anybody of the run."""
+    if len(data) < _FRAME.size or not any(data):
+        return True
+    length: int = _FRAME.unpack_from(data)[0]
+    return 0 < length <= _MAX_RECORD and len(data) < _FRAME.size + length
 
 
 def _has_record(rest: bytes) -> bool:

@@ -40,7 +40,7 @@ class Closing:
         outcome: Outcome,
         on_round: Callable[[ClosedRound], None] | None,
     ) -> None:
-        """`on_round`: called after each round that closes."""
+        """`on_round`: the first of the `listeners`, which are called after each round that closes."""
         self._config = config
         self._progress = progress
         self._rounds = rounds
@@ -51,7 +51,7 @@ class Closing:
         self._durability = durability
         self._timeline = timeline
         self._outcome = outcome
-        self._on_round = on_round
+        self.listeners = [] if on_round is None else [on_round]
         self._was_short = -1  # the last round that waited for unexpected seats because it lacked a quorum
 
     def close_due(self) -> None:
@@ -133,8 +133,8 @@ class Closing:
         self._outcome.add([closed])
         self._rounds.retire(round)  # not earlier: emptying the sum takes time that clients would wait
         self._progress.close_oldest(closed.open_s, complete=complete)
-        if self._on_round is not None:
-            self._on_round(closed)
+        for listener in list(self.listeners):
+            listener(closed)
 
     def _record_of(self, round: Round, encoding: Encoding, fingerprint: int) -> ClosedRound:
         return round.closed(

@@ -120,6 +120,16 @@ class Coordinator:
         links = [(member.seat, member.link) for member in self._roster.members]  # once: `link` may change meanwhile
         return {f"client-{seat}": native.stats(link) for seat, link in links if link is not None}
 
+    @property
+    def listeners(self) -> list[Callable[[ClosedRound], None]]:
+        """Called after each round that closes. Any thread may change the list."""
+        return self._closing.listeners
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The partition of the model."""
+        return self._plan
+
     def stop(self, reason: str) -> None:
         """Ends the run soon; every client is told why. Any thread may call it."""
         self._stop_reason = reason

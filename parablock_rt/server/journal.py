@@ -47,6 +47,9 @@ class Seated(_Record, frozen=True, kw_only=True, tag=True):
     seat: int
     secret: bytes
 
+    def __repr__(self) -> str:  # without the secret
+        return f"Seated(seat={self.seat})"
+
 
 class Started(_Record, frozen=True, kw_only=True, tag=True):
     """The client in the seat takes part from this round on."""
@@ -95,7 +98,7 @@ def with_left(left: list[str], seat: int, reason: str) -> list[str]:
 class SeatState:
     """A seat's state according to the journal."""
 
-    secret: bytes
+    secret: bytes = field(repr=False)
     first_round: int | None = None  # None: its holder never began
     finished: protocol.Goodbye | None = None
     verdicts: dict[int, str] = field(default_factory=dict)  # only the last ones, by round; texts as in Closed

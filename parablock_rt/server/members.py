@@ -150,7 +150,7 @@ class Member:
     """A client with a seat. The seat outlives the connection: `link` is None while the connection is broken."""
 
     seat: int
-    secret: bytes
+    secret: bytes = field(repr=False)
     link: int | None
     address: str
     lost_at: float = 0.0  # when the connection broke

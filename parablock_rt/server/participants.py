@@ -91,7 +91,7 @@ class Participants:
             downlink.snapshot_bytes,
         )
         self._transport = transport
-        self._config = identity.config
+        self._schedule = schedule
         self._progress = progress
         self._rounds = rounds
         self._downlink = downlink
@@ -123,10 +123,12 @@ class Participants:
                 raise HandshakeError(f"{type(message).__name__} has no place here")
 
     def _take_announcement(self, member: Member, message: protocol.Upload) -> None:
-        if message.round > self._progress.oldest + self._config.staleness:
+        if message.round > self._progress.newest:
             raise HandshakeError(
                 f"an upload for round {message.round} was announced while round {self._progress.oldest} is open"
             )
+        if message.round < member.first_round or member.seat not in self._schedule.cohort(message.round):
+            raise HandshakeError(f"client {member.seat} does not train in round {message.round}")
         self.attendance.takes_part(member)
         if message.round < self._progress.oldest:
             return  # the round was closed meanwhile, and the client has been told
@@ -146,6 +148,9 @@ class Participants:
             self.catch_up.has_caught_up(member)
 
     def _take_goodbye(self, member: Member, message: protocol.Goodbye) -> None:
+        if member.goodbye is not None:
+            self.roster.say(member, protocol.Farewell())
+            return
         if not message.reason and message.digest != self._digest():
             raise DigestError(f"client {member.seat} ends with other bits than the server")
         self._outcome.goodbyes[member.seat] = message
@@ -153,6 +158,7 @@ class Participants:
             printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
             link = member.link
             self.roster.vacate(member, printable)
+            self.attendance.give_up([member.seat])  # nobody will come back to it, so a round with a quorum may close
             if link is not None:  # otherwise a client that keeps joining and leaving could use up all connections
                 self._transport.native.close_link(link, "the client has left")
             return

@@ -64,6 +64,7 @@ class Progress:
         self.started_at: float | None = None
         self.deadline = Deadline(config.deadline)
         self._rounds = config.rounds
+        self._staleness = config.staleness
         self._turn_at = time.monotonic()
         self._deserted_since: float | None = None
 
@@ -76,6 +77,11 @@ class Progress:
     def all_closed(self) -> bool:
         """Whether the last round is closed."""
         return self.oldest == self._rounds
+
+    @property
+    def newest(self) -> int:
+        """The last round that a client may train now, if it has the aggregates of all closed rounds."""
+        return min(self.oldest + self._staleness, self._rounds - 1)
 
     @property
     def open_s(self) -> float:

@@ -43,6 +43,7 @@ class Roster:
         self._candidates: dict[int, Candidate] = {}
         self._seats: dict[int, Member] = {}
         self._by_link: dict[int, Member] = {}
+        self._most_bytes = protocol.bytes_of_member(identity.plan, identity.config.staleness)
 
     # ---- Members
 
@@ -179,7 +180,7 @@ class Roster:
         member.seated_at = now
         member.link, member.address = candidate.link, candidate.address
         self._by_link[candidate.link] = member
-        self._transport.native.trust(candidate.link, self._identity.run, protocol.CONTROL_BYTES)
+        self._transport.native.trust(candidate.link, self._identity.run, *self._most_bytes)
 
     def _free_seat(self, now: float) -> int | None:
         """A seat for a newcomer: a seat without a holder, otherwise the seat whose holder has been away longest.

@@ -5,6 +5,7 @@ Owns the transport and the thread; the coordinator decides what happens in a rou
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -29,8 +30,11 @@ from parablock_rt.server.master import Master, ServerOptimizer
 from parablock_rt.server.members import Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.version import __version__
+from parablock_rt.wire import handshake
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport, check_free, check_protection
+
+log = logging.getLogger("parablock")
 
 _BUDGET_PART, _ELEMENT_BYTES, _LEAST_AHEAD, _MOST_AHEAD = 32, 9, 2**24, 2**30
 _SUM_BYTES = 16.25  # per element: 16 for the sum, 0.25 for the scales of the 16 int8 uploads of the same size
@@ -56,8 +60,8 @@ class Server:
         self._transport = transport
         self._model = model
         self._claim = claim
-        self._error: ParaBlockError | None = None
-        self._crash: BaseException | None = None
+        self._failure: BaseException | None = None  # what ended the run early
+        self._failure_told = False
         self._ended = threading.Event()  # not Thread.join: before Python 3.13, Ctrl-C in join marks the thread as ended
         self._thread = threading.Thread(target=self._run, name="pb-server", daemon=True)
         self._thread.start()
@@ -67,6 +71,16 @@ class Server:
     def config(self) -> RunConfig:
         """The run's settings; for a resumed run, those of the saved run."""
         return self._coordinator.config
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The partition of the model."""
+        return self._coordinator.plan
+
+    @property
+    def listeners(self) -> list[Callable[[ClosedRound], None]]:
+        """Called after each closed round, on the server's thread; `serve`'s `on_round` is the first of them."""
+        return self._coordinator.listeners
 
     @property
     def outcome(self) -> Outcome:
@@ -97,10 +111,9 @@ class Server:
             raise ParaBlockError("the server's own thread cannot wait for itself; call wait() outside of on_round")
         if not self._ended.wait(timeout):
             raise TimeoutError(f"the run did not end within {timeout:g} s; it goes on")
-        if self._crash is not None:
-            raise self._crash
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            self._failure_told = True
+            raise self._failure
         return self.outcome
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -112,20 +125,35 @@ class Server:
     def close(self, reason: str = "closed by its owner") -> None:
         """Ends the run if it has not ended, tells the clients why, and frees the port. Idempotent.
 
+        If the run had failed and `wait`, which raises the reason, was never called, the reason is logged.
+
         When called from `on_round`, on the server's own thread, it does not wait: the run ends after the callback
         returns.
         """
         if exits.is_inherited(self):
             return
+        had_ended = not self.running
         self._coordinator.stop(reason)
         if threading.current_thread() is not self._thread:
             self._ended.wait()
+            if had_ended:
+                self._log_failure()
 
     def close_at_exit(self) -> None:
         """Called at interpreter exit if the program has not closed the server."""
+        had_ended = not self.running
         self._coordinator.stop("its program ended")
         self._ended.wait(_EXIT_S)
         self._thread.join(_EXIT_S)
+        if had_ended:
+            self._log_failure()
+
+    def _log_failure(self) -> None:
+        if self._failure is None or self._failure_told:
+            return
+        self._failure_told = True
+        crash = None if isinstance(self._failure, ParaBlockError) else self._failure
+        log.error("the run failed in round %d: %s", len(self.outcome.rounds), self._failure, exc_info=crash)
 
     def __enter__(self) -> Server:
         return self
@@ -136,10 +164,8 @@ class Server:
     def _run(self) -> None:
         try:
             self._coordinator.run()
-        except ParaBlockError as error:
-            self._error = error
         except BaseException as error:
-            self._crash = error
+            self._failure = error
         finally:
             self._transport.close()
             if self._state is not None:
@@ -177,7 +203,7 @@ def serve(
         address: "host:port"; port 0 takes a free port, see `Server.address`. None: a free port of 127.0.0.1, or the
             address on which the resumed run listened before.
         plan: the partition; None takes `BlockPlan.from_model(model)`.
-        token: clients must prove that they know it.
+        token: at least 16 characters; clients must prove that they know them.
         tls: encrypts every link with TLS; if it has a CA, clients must show certificates (see `Tls.clients`).
         insecure: allows a non-loopback address without TLS, or without a proof of who the clients are.
         rate, delay: slow each link down artificially: bytes per second (0: unlimited) and one-way delay in seconds.
@@ -193,7 +219,7 @@ def serve(
             that the model takes, whichever is more, from 16 MiB to 1 GiB; plus the uploads of a whole round, if they
             are no larger than the sum that would otherwise be needed (16 int8 uploads). A larger budget lets more
             clients with slow links send at the same time.
-        trace: record the events of every chunk, for `RunFolder.write_trace`.
+        trace: note what happens to every chunk, for the timeline of `record`.
         settings: the fields of `RunConfig`, such as rounds, clients, local_steps, staleness, format, schedule, seed.
             With `resume` they may be omitted; values that differ from the run's are an error.
 
@@ -204,6 +230,7 @@ def serve(
     """
     if durable is not None and resume is not None:
         raise ConfigError("give either durable, for a new run, or resume, which goes on to keep the run's state")
+    _check_kinds(durable=durable, resume=resume, plan=plan, on_round=on_round, upload_budget=upload_budget)
     config = _settings(config, settings, resumes=resume is not None)
     protected = _proves_clients(token, tls)
     context = None if tls is None else tls.for_server()
@@ -244,6 +271,19 @@ def serve(
     return Server(coordinator, transport, taken, model, claim, state)
 
 
+def _check_kinds(*, upload_budget: object, on_round: object, plan: object, **folders: object) -> None:
+    """Raises ConfigError for arguments of `serve` of which the wrong kind would show only later, in a client's face."""
+    if upload_budget is not None and (not isinstance(upload_budget, int) or upload_budget < 0):
+        raise ConfigError(f"expected upload_budget to be a whole number of bytes, found {upload_budget!r}")
+    if on_round is not None and not callable(on_round):
+        raise ConfigError(f"expected on_round to be a function of the closed round, found {on_round!r}")
+    if plan is not None and not isinstance(plan, BlockPlan):
+        raise ConfigError(f"expected plan to be a BlockPlan, found {plan!r}")
+    for name, folder in folders.items():
+        if folder == "":
+            raise ConfigError(f"expected {name} to be a folder, found an empty path")
+
+
 def check_address(address: str, token: str | None, tls: Tls | None, *, insecure: bool) -> None:
     """Checks an address as `serve` would, for callers that want to find errors before they load a model.
 
@@ -271,6 +311,9 @@ def _settings(config: RunConfig | None, fields: dict[str, Any], *, resumes: bool
 
 def _proves_clients(token: str | None, tls: Tls | None) -> bool:
     """Whether clients must prove who they are. Raises ConfigError for optional certificates without a token or CA."""
+    handshake.check_token(token)
+    if tls is not None and not isinstance(tls, Tls):
+        raise ConfigError(f"expected tls to be parablock_rt.Tls settings, found {tls!r}")
     certificates_asked = tls is not None and tls.asks_for_certificates
     if tls is not None and tls.clients == "optional" and (token is None or not certificates_asked):
         raise ConfigError(

@@ -58,10 +58,11 @@ def create(folder: Path, hosts: Sequence[str], *, clients: int = 0, days: int = 
         days: how long the certificates of server and clients are valid; the CA's is valid for ten years.
         force: replace existing files.
 
-    Raises ConfigError for an invalid host, and when a file exists and `force` is not set; then nothing is written.
+    Raises ConfigError for an invalid host, and when a file exists and `force` is not set; then nothing is written. Also
+    for a folder or file that cannot be written.
     """
-    if not hosts:
-        raise ConfigError("name at least one host by which clients reach the server")
+    if not hosts or isinstance(hosts, str):
+        raise ConfigError(f"expected a list of at least one host by which clients reach the server, found {hosts!r}")
     if not 1 <= days <= _CA_DAYS:
         raise ConfigError(f"days must be from 1 to {_CA_DAYS}; found {days}")
     if not 0 <= clients <= MAX_CLIENTS:
@@ -77,7 +78,10 @@ def create(folder: Path, hosts: Sequence[str], *, clients: int = 0, days: int = 
     ca = _issue(folder, "ca", None, [], _CA_DAYS)
     server = _issue(folder, "server", ca, names, days)
     deployment = Deployment(ca, server, [_issue(folder, stem, ca, [], days) for stem in stems[2:]])
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from error
     for issued in (ca, server, *deployment.clients):
         _write(issued)
     return deployment

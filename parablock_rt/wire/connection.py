@@ -135,14 +135,15 @@ class Connection:
         claim: Callable[[Conversation], dict[str, Any]] = lambda conversation: {},
     ) -> tuple[A, Conversation]:
         """Performs the handshake. `claim`: returns the fields of Proof beyond the token's proof."""
+        handshake.check_token(token)
         nonce = handshake.nonce()
         self.send(protocol.Hello(version=protocol.VERSION, release=__version__, nonce=nonce, purpose=purpose))
         challenge = self._expect(protocol.Challenge)
         binding = self.tls.binding if self.tls is not None else b""
         if challenge.token_required and token is None:
             raise HandshakeError(
-                f"the server at {self.address} asks for a token: put it into the environment variable "
-                f"{handshake.TOKEN_VARIABLE} or a file for --token-file"
+                f"the server at {self.address} asks for a token: pass token=..., or on the command line put it into "
+                f"the environment variable {handshake.TOKEN_VARIABLE} or a file for --token-file"
             )
         if token is not None and not challenge.token_required:
             if not binding:  # with TLS the server has shown its certificate, and may have accepted ours as proof

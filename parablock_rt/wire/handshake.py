@@ -19,6 +19,7 @@ from parablock_rt.errors import ConfigError
 NONCE_BYTES = 32
 SECRET_BYTES = 32
 TOKEN_VARIABLE = "PARABLOCK_TOKEN"
+LEAST_TOKEN_CHARS = 16
 
 
 def nonce() -> bytes:
@@ -90,6 +91,15 @@ def read_token(file: Path | None) -> str | None:
                 f"the token file {file} must be UTF-8 text, such as `openssl rand -hex 32` makes"
             ) from error
         source = f"the token file {file}"
-    if text is not None and len(text) < 16:
-        raise ConfigError(f"{source} must hold at least 16 characters, so that the token cannot be guessed")
-    return text
+    return check_token(text, source)
+
+
+def check_token(token: str | None, source: str = "the token") -> str | None:
+    """The same token. Raises ConfigError, which does not show it, if it is no text or could be guessed."""
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(f"expected {source} to be text, such as token.hex(), found {type(token).__name__}")
+    if token is not None and len(token) < LEAST_TOKEN_CHARS:
+        raise ConfigError(
+            f"{source} must hold at least {LEAST_TOKEN_CHARS} characters, so that the token cannot be guessed"
+        )
+    return token

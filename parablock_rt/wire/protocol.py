@@ -32,7 +32,7 @@ from parablock_rt.stages import NO_TIME, StageSeconds
 
 VERSION: int = _C.PROTOCOL_VERSION
 CONTROL_BYTES_BEFORE_PROOF = 4096
-CONTROL_BYTES = 16 * 2**20
+CONTROL_BYTES = 16 * 2**20  # of a message to a client: a Welcome has the whole plan
 DIGEST_CHARS = 64
 REASON_CHARS = 500  # limits the reason why a client leaves: the server keeps it, and shows it to others
 PROBE_CHUNK = 2**16  # bytes per chunk of a measurement's transfers
@@ -96,6 +96,9 @@ class Welcome(_Message, frozen=True, kw_only=True, tag=True):
     mac: bytes
     secret: bytes
     epoch: int
+
+    def __repr__(self) -> str:  # without the secret
+        return f"Welcome(client={self.client}, epoch={self.epoch})"
 
 
 class WelcomeBack(_Message, frozen=True, kw_only=True, tag=True):
@@ -343,6 +346,19 @@ Message: TypeAlias = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+
+
+def bytes_of_member(plan: PlanSpec, staleness: int) -> tuple[int, int]:
+    """The most bytes of one message that a client with a seat may send, and of the messages to it that may wait until
+    it reads them.
+
+    A Ready has at most 9 bytes for each block, a Rejoin at most 10 for each round that may be open. A Welcome has the
+    plan.
+    """
+    return (
+        CONTROL_BYTES_BEFORE_PROOF + 9 * len(plan.blocks) + 10 * (staleness + 3),
+        2**20 + 2 * len(msgspec.msgpack.encode(plan)),
+    )
 
 
 def encode(message: Message) -> bytes:

@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ log = logging.getLogger("parablock")
 MAX_LANES: int = _C.MAX_LANES
 DEFAULT_LANES = 1  # connections per client; `parablock bench links --only lanes` measures the effect of more
 _LANE_TIMEOUT_S = 5.0
+_LONGEST_DELAY_S = 60.0
+_LEAST_IDLE_S = 0.1
 
 _RAW_UNIT = 256  # bytes; every flat block is a multiple of this: 128 elements of at least 2 bytes
 
@@ -108,10 +111,17 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Shape:
-    """Slows down everything that this side sends: bytes per second (0: unlimited) and one-way delay in seconds."""
+    """Slows down everything that this side sends: bytes per second (0: unlimited) and one-way delay in seconds.
+
+    Raises ConfigError for other values than numbers from 0 on, and for a delay of more than a minute.
+    """
 
     rate: float = 0.0
     delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_number("rate", self.rate, 0.0, sys.float_info.max, "bytes per second")
+        _require_number("delay", self.delay, 0.0, _LONGEST_DELAY_S, "seconds")
 
 
 class Transport:
@@ -128,9 +138,12 @@ class Transport:
         """`tls`: encrypts every connection, see `Tls.for_server` and `Tls.for_client`; None: no TLS.
 
         `lanes`: the most connections per link, 1 to MAX_LANES, that a client opens or a server offers.
+
+        Raises ConfigError for another number of lanes, and for an idle timeout of less than 0.1 seconds.
         """
-        if not 1 <= lanes <= MAX_LANES:
-            raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes}")
+        if not isinstance(lanes, int) or not 1 <= lanes <= MAX_LANES:
+            raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes!r}")
+        _require_number("idle_timeout", idle_timeout, _LEAST_IDLE_S, sys.float_info.max, "seconds")
         shape = shape or Shape()
         self.encrypted = tls is not None
         self._lanes = lanes
@@ -215,6 +228,13 @@ class Transport:
     def close(self, flush: float = 5.0) -> None:
         """Sends queued messages for at most `flush` seconds, then closes every link and ends the thread."""
         self.native.close(flush)
+
+
+def _require_number(name: str, value: object, least: float, most: float, unit: str) -> None:
+    """Raises ConfigError for what is no number within these bounds; both bounds are allowed."""
+    if not isinstance(value, int | float) or not least <= value <= most:
+        up_to = "" if most == sys.float_info.max else f" to {most:g}"
+        raise ConfigError(f"expected {name} to be a finite number of {unit} from {least:g}{up_to}; found {value!r}")
 
 
 def check_protection(address: str, *, protected: bool, encrypted: bool, insecure: bool = False) -> None:

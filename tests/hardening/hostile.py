@@ -131,7 +131,7 @@ class Conversation:
         fake: Any = self._transport
         self._coordinator = Coordinator(fake, identity, plan, self._master, default_upload_budget(plan, config))
         self._links = 0
-        self._said: dict[int, int] = {}  # how many messages of the honest conversation a link has sent
+        self._returning: dict[int, Member] = {}  # the member that comes back on a link
 
     def run(self) -> None:
         """Carries out the whole program."""
@@ -164,7 +164,6 @@ class Conversation:
             self._deliver(link)
         else:
             message = self._next_honest(link)
-            self._said[link] = self._said.get(link, 0) + 1
             self._say(link, protocol.encode(message))
 
     # ---- What clients say
@@ -176,10 +175,17 @@ class Conversation:
         """What a client that does everything right would say now; once it has begun, one of several things."""
         challenge, member = self._transport.challenges.get(link), self._member(link)
         if challenge is None:
-            return protocol.Hello(version=protocol.VERSION, release="", nonce=NONCE)
+            lost = [member for member in self._coordinator._roster.members if member.link is None]
+            if lost and self._input.byte(2):
+                self._returning[link] = lost[self._input.byte(len(lost))]
+            purpose: protocol.Purpose = "rejoin" if link in self._returning else "join"
+            return protocol.Hello(version=protocol.VERSION, release="", nonce=NONCE, purpose=purpose)
         if member is None:
-            conversation = handshake.Conversation(challenge.run, NONCE, challenge.nonce)
-            return protocol.Proof(mac=handshake.proof(self._token, "join", conversation))
+            return self._proof(link, challenge)
+        if member.rejoining:
+            applied = len(self._coordinator.outcome.rounds) - 1 - self._input.byte(2)
+            undecided = [applied + 1] if self._input.byte(2) else []
+            return protocol.Rejoin(applied=applied, handed_over=applied + 1, held=[], undecided=undecided)
         if not member.ready:
             return protocol.Ready(
                 plan_digest=self._identity.plan_digest,
@@ -196,6 +202,16 @@ class Conversation:
         block = member.posted[round].block if member.posted else 0
         weight = struct.unpack("<d", self._input.bytes(8).ljust(8, b"\0"))[0] if choice == 2 else 1.0
         return protocol.Upload(round=round, block=block, weight=weight, loss=1.0, compute_s=1.0, exposed_s=0.0)
+
+    def _proof(self, link: int, challenge: protocol.Challenge) -> protocol.Proof:
+        conversation = handshake.Conversation(challenge.run, NONCE, challenge.nonce)
+        if (former := self._returning.get(link)) is None:
+            return protocol.Proof(mac=handshake.proof(self._token, "join", conversation))
+        return protocol.Proof(
+            mac=handshake.proof(self._token, "rejoin", conversation),
+            seat=former.seat,
+            seat_mac=handshake.seat_proof(former.secret, former.seat, "client", conversation),
+        )
 
     def _changed(self, message: Message) -> Message:
         """The message with one field changed, to a value of its type."""
@@ -271,6 +287,8 @@ class Conversation:
             proved = self._token is None or member.link is None or member.link in self._transport.challenges
             assert proved, "a member has proved itself"
             assert len(member.announced) <= coordinator._config.staleness + 2, "announcements are bounded"
+        open_rounds = coordinator._rounds._rounds
+        assert all(0 <= round < coordinator._config.rounds for round in open_rounds), "no other rounds are opened"
         roster, intake = coordinator._roster, coordinator._participants.intake
         posted = sum(slot.nbytes for member in roster.members for slot in member.posted.values())
         assert intake._held_bytes == posted + intake.taken_bytes, "every upload's room is given back"

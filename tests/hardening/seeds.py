@@ -120,12 +120,23 @@ def codec_seeds() -> None:
 def message_seeds() -> None:
     """A run of two clients from the first connection to the last goodbye, in every format, with and without a token."""
     join = bytes([CONNECT, 0]) + bytes([CONNECT, 0]) + bytes([HONEST, 0, HONEST, 1] * 2)
+    ready = bytes([HONEST, 0, HONEST, 1])
+    round = b"".join(bytes([HONEST, seat, 7, DELIVER, seat, 2, 1, 0]) for seat in range(2))
+    applied = b"".join(bytes([HONEST, seat, 1]) for seat in range(2))
+    goodbye = b"".join(bytes([HONEST, seat, 0, 0]) for seat in range(2))
     for settings in range(0, 32, 3):
-        ready = bytes([HONEST, 0, HONEST, 1])
-        round = b"".join(bytes([HONEST, seat, 7, DELIVER, seat, 2, 1, 0]) for seat in range(2))
-        applied = b"".join(bytes([HONEST, seat, 1]) for seat in range(2))
-        goodbye = b"".join(bytes([HONEST, seat, 0, 0]) for seat in range(2))
         write("messages", f"run-{settings}", bytes([settings]) + join + ready + (round + applied) * 3 + goodbye)
+    # A client whose connection breaks comes back before the first or the last round, and says where it is, or lies.
+    back = bytes([CLOSE, 0, CONNECT, 3, HONEST, 2, 1, 0, HONEST, 2])
+    for settings, done in ((0, 0), (8, 0), (8, 2)):
+        begun = bytes([settings]) + join + ready + (round + applied) * done + back
+        for behind, undecided in ((0, 0), (0, 1), (1, 1)):
+            position = bytes([HONEST, 2, behind, undecided, DELIVER, 2, 1])
+            write("messages", f"back-{settings}-{done}-{behind}-{undecided}", begun + position)
+        for field in range(4):
+            for number in (2, 3, 4):
+                lie = bytes([CHANGED, 2, 0, 0, field, number])
+                write("messages", f"astray-{settings}-{done}-{field}-{number}", begun + lie)
     for message in (
         protocol.Hello(version=protocol.VERSION, release="1", nonce=b"n" * 32),
         protocol.Proof(mac=b""),
@@ -153,7 +164,9 @@ def dictionary() -> None:
         "smallest_double": struct.pack("<d", 5e-324),
         "tag": b"\xa4type",
     }
-    words |= {name.lower(): name.encode() for name in ("Hello", "Proof", "Ready", "Upload", "Applied", "Goodbye")}
+    words |= {
+        name.lower(): name.encode() for name in ("Hello", "Proof", "Rejoin", "Ready", "Upload", "Applied", "Goodbye")
+    }
     lines = [f'{name}="{_escaped(word)}"' for name, word in words.items()]
     (CORPUS / "words.dict").write_text("\n".join(lines) + "\n")
 

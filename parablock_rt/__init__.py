@@ -6,6 +6,7 @@ from parablock_rt.blocks.rows import split_rows
 from parablock_rt.client import RoundReport, Run, StepReport, join
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ParaBlockError
+from parablock_rt.recording import record
 from parablock_rt.server import Server, serve
 from parablock_rt.version import __version__
 from parablock_rt.wire.tls import Tls
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "codec",
     "join",
+    "record",
     "serve",
     "split_rows",
 ]

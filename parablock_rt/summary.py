@@ -116,17 +116,31 @@ def _to_a_whole_run(finished: list[Goodbye], rounds: float) -> float:
 
 
 def summarise_client(run: Run) -> dict[str, Any]:
-    """The contents of a client's own `summary.json`, also if it left the run early. Units as in `summarise`."""
+    """The contents of a client's own `summary.json`, also if it left the run early. Units as in `summarise`.
+
+    `rounds`: how many this client has trained. `wall_s`: from its first round to its end.
+    """
     others_s = waited_for_others(run.exposed_s, run.stages.wait)
+    exposed_s = run.exposed_s - others_s
+    serial_s = exposed_s if run.config.staleness == 0 else None
     return {
         "version": SUMMARY_VERSION,
         "client": run.client,
         "complete": run.finished,
         "staleness": run.config.staleness,
+        "format": run.config.format,
+        "schedule": run.config.schedule,
+        "seed": run.config.seed,
+        "rounds": run.rounds,
+        "clients": run.config.clients,
+        "blocks": len(run.plan.blocks),
         "local_steps": run.config.local_steps,
         "digest": run.digest,
+        "wall_s": run.wall_s,
         "compute_s": run.compute_s,
-        "exposed_comm_s": run.exposed_s - others_s,
+        "serial_comm_s": serial_s,
+        "exposed_comm_s": exposed_s,
+        "overlap_efficiency": hidden_share(exposed_s, serial_s),
         "waited_for_others_s": others_s,
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,

@@ -25,7 +25,7 @@ from parablock_rt.cli import app
 from parablock_rt.finetune import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SERVER_CODE, CLIENT_CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SERVER_CODE, CLIENT_CODE, RECORD_CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 class Stack(nn.Module):
@@ -83,6 +83,18 @@ def test_the_custom_loop_trains_two_clients_to_the_server_s_bits(
     for namespace in clients:
         for name, value in result.items():
             assert torch.equal(namespace["model"].state_dict()[name], value)
+
+
+def test_the_custom_loop_can_leave_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    with pb.serve(Stack(), rounds=3, clients=1, local_steps=2) as server:
+        namespace: dict[str, Any] = {"pb": pb, "server": server, "model": Stack(), "loader": [torch.ones(2, 16)]}
+        namespace["optimizer"] = lambda params: torch.optim.AdamW(params, lr=1e-3)
+        namespace["loss_fn"] = lambda model, batch: model(batch).square().mean()
+        exec(RECORD_CODE, namespace)
+        server.wait(WAIT_S)
+    assert "<html" in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
 
 # ---- What README, docs and the like tell the reader to run and to open

@@ -56,7 +56,6 @@ from parablock_rt.cli.options import (
     server_tls,
 )
 from parablock_rt.cli.output import console, deliver, say_what_is_left, tell_news
-from parablock_rt.cli.record import Record
 from parablock_rt.client.reports import RoundReport
 from parablock_rt.client.run import Run
 from parablock_rt.errors import ParaBlockError
@@ -66,6 +65,7 @@ from parablock_rt.finetune.loop import Workload
 from parablock_rt.observe import meters
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.observe.telemetry import PERIOD_S
+from parablock_rt.recording import Record
 from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.server.server import check_address
 from parablock_rt.server.server import serve as start_server

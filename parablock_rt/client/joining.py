@@ -73,7 +73,7 @@ def join(
         idle_timeout: seconds of silence after which a connection counts as broken.
         pinned_memory: for a model on a GPU, the most bytes of host memory to pin. None: what the run needs, but at most
             half of the memory that this process may use.
-        trace: whether to record what happens to every chunk, for `RunFolder.write_trace`.
+        trace: note what happens to every chunk, for the timeline of `record`.
 
     Raises:
         ConfigError: `optimizer` is not a function, or makes an optimiser of other parameters; another run or a server

@@ -78,6 +78,9 @@ class Run:
     objects with their original `requires_grad`.
 
     Call everything from one thread, the training thread; `close` and `link_stats` may be called from any thread.
+
+    `listeners`: called after each hand-over with its RoundReport; under the same rules as `join`'s `on_round`, which is
+    the first of them.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class Run:
         self.timeline = timeline
         self.compute_s = 0.0
         self.rounds = 0  # trained by this client
+        self._started_ns = 0  # when the first round began
+        self._ended_ns = 0
         self.digest: str | None = None
         self.frozen = plan.frozen_digests(model)  # at the start of the run
         self._link = link
@@ -112,7 +117,7 @@ class Run:
         self._exchange = Exchange(link, self._replica, plan, self.config, stager, timeline)
         link.transport.native.record(timeline.transfer_ring("pb-transport", plan, self.config, links=1))
         self._optimizer = optimizer
-        self._on_round = on_round
+        self.listeners = [] if on_round is None else [on_round]
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: _Round | None = None
         self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
@@ -150,6 +155,11 @@ class Run:
     def exposed_s(self) -> float:
         """Seconds for which communication has blocked the training thread so far."""
         return self._exchange.exposed_s
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the beginning of the first round until the run finished or was closed, or until now."""
+        return ((self._ended_ns or time.monotonic_ns()) - self._started_ns) / 1e9 if self._started_ns else 0.0
 
     @property
     def bad_groups(self) -> int:
@@ -342,6 +352,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        self._ended_ns = self._ended_ns or time.monotonic_ns()
         try:
             self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
             self._stager.close()  # an encoding reads memory that may be freed with this object
@@ -370,6 +381,7 @@ class Run:
             self._exchange.take_snapshots()
         freeze(self.model.parameters())
         self._exchange.start(begin.updates_from)
+        self._started_ns = time.monotonic_ns()
         self._begin_round(begin.first_round)
 
     def _is_over(self) -> bool:
@@ -471,8 +483,8 @@ class Run:
             self._exchange.hand_over(handover, upload, round.ref, finite=all(map(math.isfinite, values)))
             counts = (self.bytes_up, self.bytes_down, self.reconnects)
             report = RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, *counts, stages=stages)
-        if self._on_round is not None:
-            self._on_round(report)
+        for listener in list(self.listeners):
+            listener(report)
 
     def _note_compute(self, round: _Round, steps_ended_ns: int, waited_s: float) -> float:
         """Notes the computation of the round, which ends now; returns its seconds, without the wait for a verdict."""
@@ -493,6 +505,7 @@ class Run:
             flat.check_homed(self.model)
         digest = self._exchange.finish()
         self._link.farewell(self._goodbye(digest, ""))
+        self._ended_ns = time.monotonic_ns()
         self.digest = digest
         self._warn_of_drift()
 

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import dropwhile
 from statistics import mean, median
 from typing import Any
 
@@ -86,10 +87,8 @@ def rounds(run: Recorded) -> list[dict[str, Any]]:
             }
     for index, stages in _stages_of_spans(run.spans).items():
         entry = entries.setdefault(index, {"round": index, "stages": {}})
-        delivered_s = stages.get("receive", 0.0)
-        entry["stages"] = {**stages, **entry["stages"]}
-        if "receive" in entry["stages"]:
-            entry["stages"]["receive"] = max(entry["stages"]["receive"], delivered_s)
+        right_round = {stage: stages[stage] for stage in _LATE_TO_END if stage in stages}
+        entry["stages"] = {**stages, **entry["stages"], **right_round}
     for entry in entries.values():
         for stage, name in (("compute", "compute_s"), ("exposed", "exposed_s")):
             if entry.get(name) is not None:  # better than the spans: a wait may carry the round that it waited for
@@ -240,22 +239,35 @@ def forecast(run: Recorded) -> Forecast | None:
         return None
     step_s = median(entry["stages"]["compute"] for entry in entries) / steps
     serial = number(run.summary.get("serial_comm_s"))
-    known = [e["stages"] for e in entries if e["stages"].get("send") and e["stages"].get("receive")]
+    send_s, fold_s, receive_s = (_per_round(run, entries, stage) for stage in ("send", "fold", "receive"))
     if serial and count:
         exchange_s, measured = serial / count, True
-    elif known:
+    elif send_s and receive_s:
         # Not added: encoding, which overlaps sending, and the wait for other clients, which is not a transfer.
-        exchange_s = median(s["send"] + s.get("fold", 0.0) + s["receive"] for s in known)
-        measured = False
+        exchange_s, measured = send_s + fold_s + receive_s, False
     else:
         return None
     if exchange_s <= 0 or step_s <= 0:
         return None
-    if known:
-        send_s, receive_s = (median(s[stage] for s in known) for stage in ("send", "receive"))
-    else:  # a lower bound: one direction takes at least half of the exchange
+    if not (send_s and receive_s):  # a lower bound: one direction takes at least half of the exchange
         send_s = receive_s = exchange_s / 2
     return Forecast(exchange_s, send_s, receive_s, step_s, int(steps), measured)
+
+
+def _per_round(run: Recorded, entries: list[dict[str, Any]], stage: str) -> float:
+    """Seconds of a stage per round; 0 if unknown.
+
+    Means, because an acknowledgement that comes a little late puts the times of two rounds into one line, and none into
+    another. The lines before the first that has any do not count, unless the summary has the sum over the whole run.
+    """
+    totals, count = run.summary.get("stages"), number(run.summary.get("rounds"))
+    total = number(totals.get(stage)) if isinstance(totals, dict) else None
+    of_lines = list(dropwhile(lambda seconds: not seconds, (entry["stages"].get(stage, 0.0) for entry in entries)))
+    seen_s = mean(of_lines) if of_lines else 0.0
+    if not total or not count:
+        return seen_s
+    # Who sends has a better view of a slow link than who receives, see `_stages_of_spans`.
+    return max(total / count, seen_s) if stage == "receive" else total / count
 
 
 @dataclass(frozen=True)

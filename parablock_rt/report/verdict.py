@@ -16,6 +16,7 @@ STRAGGLER = 0.1
 """A client counts as slow if its uploads are late by more than this share of a round."""
 
 _WORTH_A_WORD_S = 0.05  # a shorter time reads as 0.0
+_IN_SECONDS_S = 0.01  # a shorter time is said in milliseconds
 
 
 def percent(share: float) -> str:
@@ -37,7 +38,7 @@ def verdict(run: Recorded) -> str:
 def _hidden(run: Recorded, staleness: float | None) -> str:
     exposed, compute = number(run.summary.get("exposed_comm_s")), number(run.summary.get("compute_s"))
     if exposed is None or compute is None:
-        return "How much of the communication was hidden is not known: the summary does not say."
+        return _so_far(run)
     others = number(run.summary.get("waited_for_others_s")) or 0.0
     blocked = exposed + others
     of_it = f", {others:.1f} s of it for other clients," if others >= _WORTH_A_WORD_S else ""
@@ -60,6 +61,21 @@ def _hidden(run: Recorded, staleness: float | None) -> str:
     return f"{percent(found.share)} of the communication was hidden: {waited}."
 
 
+def _so_far(run: Recorded) -> str:
+    """What the lines of the rounds say, for a run without a summary."""
+    unknown = "How much of the communication was hidden is not known: the summary does not say."
+    lines = [(number(line.get("exposed_s")), number(line.get("compute_s"))) for line in run.rounds]
+    known = [(exposed, compute) for exposed, compute in lines if exposed is not None and compute is not None]
+    if not known:
+        return unknown
+    waited, computed = (sum(seconds) for seconds in zip(*known, strict=True))
+    plural = "" if len(known) == 1 else "s"
+    return (
+        f"{unknown} In the {len(known)} recorded round{plural} the training thread waited {waited:.1f} s in addition "
+        f"to {computed:.1f} s of computing."
+    )
+
+
 def _busy(busy: Activity | None) -> str:
     if busy is None or busy.idle_link is None:
         return ""
@@ -74,9 +90,11 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
         return ""  # training waited for something other than transfers, and more steps may not help
     enough = forecast.steps_to_hide(int(staleness))
     plural = "" if enough == 1 else "s"
-    exchange = f"an exchange takes {'' if forecast.measured else 'about '}{forecast.exchange_s:.2f} s"
+    exchange = f"an exchange takes {'' if forecast.measured else 'about '}{_duration(forecast.exchange_s)}"
     if staleness == 0:
         return f"With staleness 1, {enough} local step{plural} per round would hide it: {exchange}."
+    if enough > forecast.steps and found is not None and found.share >= HIDDEN:
+        return ""  # it is hidden by more than the steps, such as an evaluation between rounds
     if enough > forecast.steps:
         return f"{enough} local steps per round instead of {forecast.steps} would hide the rest: {exchange}."
     if enough < forecast.steps and (found is None or found.share < HIDDEN):
@@ -84,6 +102,10 @@ def _advice(run: Recorded, forecast: Forecast | None, staleness: float | None) -
     if enough < forecast.steps:
         return f"With {enough} local step{plural} instead of {forecast.steps} it would still be hidden: {exchange}."
     return f"With fewer than {forecast.steps} local steps it would not be: {exchange}."
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= _IN_SECONDS_S else f"{1e3 * seconds:.2g} ms"
 
 
 def _slow(run: Recorded) -> str:

@@ -1,27 +1,77 @@
-"""A run's record: a line per round and telemetry during the run; summary, trace and HTML report after it.
+"""A run's record: a line per round and telemetry during the run; summary, trace and HTML report after it. `record`
+makes one for a program that embeds the runtime; the command line makes its own.
 
 A run never fails because of its record: a file that cannot be written is left out, with one warning that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from parablock_rt import report
+from parablock_rt.client import Run
 from parablock_rt.client.reports import RoundReport
-from parablock_rt.observe import reporters
+from parablock_rt.observe import meters, reporters
 from parablock_rt.observe.run_folder import RunFolder
-from parablock_rt.observe.telemetry import Telemetry
+from parablock_rt.observe.telemetry import PERIOD_S, Telemetry
 from parablock_rt.observe.timeline import Timeline
+from parablock_rt.server import Server
 from parablock_rt.server.outcome import ClosedRound
+from parablock_rt.summary import summarise, summarise_client
 
 log = logging.getLogger("parablock")
+
+
+@contextlib.contextmanager
+def record(
+    run: Run | Server,
+    folder: str | os.PathLike[str],
+    *,
+    period: float = PERIOD_S,
+    prometheus: str | None = None,
+    report_to: str | None = None,
+) -> Iterator[None]:
+    """Leaves the record of a run in `folder`, as the command line does, with `report.html` among its files:
+
+        with pb.join(address, model, optimizer) as run, pb.record(run, "runs/mine"):
+            for batch in run.stream(loader):
+                run.train_step(batch)
+
+    The `with` statement ends the run, if it has not ended: the record is complete after it. An earlier run's record in
+    the folder is replaced.
+
+    Args:
+        run: a client's run, or a server.
+        period: seconds between two samples of the machine and the link; 0 takes none.
+        prometheus: "host:port" or a port at which to serve metrics meanwhile.
+        report_to: "tensorboard", "wandb" or both, separated by a comma.
+
+    Raises ConfigError when the folder cannot be written, or for an invalid argument.
+    """
+    path = Path(folder)
+    recorder = Record(path, period, prometheus, report_to)
+    run.listeners.append(recorder.round)
+    try:
+        with recorder.telemetry, run:
+            recorder.begin(RunFolder(path), list(run.outcome.rounds) if isinstance(run, Server) else ())
+            name = "server" if isinstance(run, Server) else f"client {run.client}"
+            recorder.telemetry.start(name, meters.of_this_machine(run.link_stats))
+            yield
+    finally:
+        run.listeners.remove(recorder.round)
+        if isinstance(run, Server):
+            summary = summarise(run.config, run.outcome, blocks=len(run.plan.blocks))
+        else:
+            summary = summarise_client(run)
+        recorder.finish(summary, run.timeline)
 
 
 class Record:
@@ -36,6 +86,7 @@ class Record:
         self._lock = threading.Lock()
         self._folder: RunFolder | None = None
         self._early: list[ClosedRound | RoundReport] = []
+        self._last = -1  # the last round that was written
         self._lost: set[str] = set()
 
     def begin(self, folder: RunFolder, past: Iterable[ClosedRound] = ()) -> None:
@@ -72,6 +123,9 @@ class Record:
 
     def _append(self, done: ClosedRound | RoundReport) -> None:
         assert self._folder is not None
+        if done.round <= self._last:
+            return
+        self._last = done.round
         folder = self._folder
         self._try("metrics.jsonl", lambda: folder.append_metrics(msgspec.to_builtins(done)))
 

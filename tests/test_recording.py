@@ -1,0 +1,106 @@
+"""The record that a program leaves which embeds the runtime: the same files as the command line's."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_client import Net, one_step, serve, sgd, to_the_end
+
+import parablock_rt as pb
+from parablock_rt.errors import ConfigError
+from parablock_rt.report import folder
+from parablock_rt.report.verdict import verdict
+
+ROUNDS = 6
+PROMISED = (  # of every run's summary
+    *("staleness", "format", "schedule", "rounds", "clients", "blocks", "local_steps", "wall_s", "compute_s"),
+    *("serial_comm_s", "exposed_comm_s", "overlap_efficiency", "bytes_up", "bytes_down", "bad_groups", "digest"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def lines_of(path: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(path: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((path / "summary.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_both_sides_of_a_run_leave_what_a_report_is_made_of(staleness: int, tmp_path: Path) -> None:
+    here, there = tmp_path / "client", tmp_path / "server"
+    with serve(staleness=staleness) as server, pb.record(server, there):
+        with pb.join(server.address, Net(), sgd) as run, pb.record(run, here):
+            to_the_end(run)
+        server.wait(60.0)
+    for path, name in ((here, "client 0"), (there, "server")):
+        files = {file.name for file in path.iterdir()}
+        assert files >= {"metrics.jsonl", "summary.json", "telemetry.jsonl", "trace.json", "report.html"}
+        assert lines_of(path) == list(range(ROUNDS))
+        summary = summary_of(path)
+        assert summary["complete"]
+        assert set(PROMISED) <= summary.keys()
+        assert (summary["rounds"], summary["blocks"], summary["clients"]) == (ROUNDS, 2, 1)
+        (loaded,) = folder.load(path)
+        assert verdict(loaded)
+        assert name in (path / "trace.json").read_text()
+    assert summary_of(here)["digest"] == server.outcome.digest
+    own = summary_of(here)
+    spent = own["compute_s"] + own["exposed_comm_s"] + own["waited_for_others_s"]  # type: ignore[operator]
+    assert 0 < spent <= own["wall_s"]
+    assert (own["serial_comm_s"] is None) == (staleness == 1)
+
+
+def test_a_loop_that_fails_leaves_the_record_of_what_it_did_and_the_reason_goes_to_the_server(tmp_path: Path) -> None:
+    def fail_after_two_steps(server: pb.Server) -> None:
+        with pb.join(server.address, Net(), sgd) as run, pb.record(run, tmp_path, period=0):
+            one_step(run)
+            one_step(run)
+            raise ZeroDivisionError
+
+    with serve() as server, pytest.raises(ZeroDivisionError):
+        fail_after_two_steps(server)
+    assert lines_of(tmp_path) == [0, 1]
+    assert not summary_of(tmp_path)["complete"]
+    assert not (tmp_path / "telemetry.jsonl").exists()
+    assert server.outcome.left == ["client 0: stopped by ZeroDivisionError"]
+
+
+def test_rounds_that_closed_before_the_record_began_are_in_it_once(tmp_path: Path) -> None:
+    closed, recorded = threading.Event(), threading.Event()
+
+    def hold(done: object) -> None:
+        closed.set()
+        assert recorded.wait(60.0)
+
+    with serve(on_round=hold) as server:
+        client = threading.Thread(target=take_part, args=(server,))
+        client.start()
+        assert closed.wait(60.0)
+        with pb.record(server, tmp_path):
+            recorded.set()
+            server.wait(60.0)
+        client.join()
+    assert lines_of(tmp_path) == list(range(ROUNDS))
+
+
+def take_part(server: pb.Server) -> None:
+    with pb.join(server.address, Net(), sgd) as run:
+        to_the_end(run)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with serve() as server, pytest.raises(ConfigError, match="cannot be written"), pb.record(server, tmp_path / "file"):
+        pass
+    assert server.listeners == []

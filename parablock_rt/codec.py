@@ -366,7 +366,9 @@ def kernels() -> Any:
 
 
 def _gpu_codec(tensor: torch.Tensor) -> Any:
-    """The kernels if `tensor` is on a GPU, else None."""
+    """The kernels if `tensor` is on a GPU, else None. Raises CodecError for what is no tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise CodecError(f"expected a tensor, found {type(tensor).__name__}")
     return kernels() if tensor.device.type == "cuda" else None
 
 

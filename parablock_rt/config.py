@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
+import numpy as np
 
 from parablock_rt.codec import MAX_CONTRIBUTIONS, check_format
 from parablock_rt.errors import ConfigError
@@ -79,9 +80,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def _check_types(self) -> None:
-        """Checks the types; msgspec checks them only when it decodes a struct, not on construction."""
+        """Checks the types; msgspec checks them only when it decodes a struct, not on construction. NumPy's
+        whole numbers become Python's."""
         for name in ("rounds", "clients", "local_steps", "staleness", "seed", "quorum", "chunk"):
             value = getattr(self, name)
+            if isinstance(value, np.integer):
+                value = int(value)
+                msgspec.structs.force_setattr(self, name, value)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _require(whole or (name == "quorum" and value is None), name, "a whole number", value)
         for name in ("fraction", "deadline", "join_timeout", "server_lr"):

@@ -382,6 +382,7 @@ Z = torch.zeros
 @pytest.mark.parametrize(
     ("now", "ref", "residual", "options"),
     [
+        pytest.param([0.0] * 128, Z(128), None, {}, id="now is a list"),
         pytest.param(Z(128).double(), Z(128), None, {}, id="now is fp64"),
         pytest.param(Z(128), Z(128).int(), None, {}, id="ref is int32"),
         pytest.param(Z(128), Z(128), Z(128).half(), {}, id="residual is fp16"),

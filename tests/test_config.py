@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,3 +206,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
         read_toml(file)
     assert message in str(failure.value)
     assert str(file) in str(failure.value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers_also_on_the_wire() -> None:
+    config = RunConfig(rounds=np.int64(2), clients=np.int32(3), quorum=np.uint8(2))
+    assert config == RunConfig(rounds=2, clients=3, quorum=2)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=RunConfig) == config
+    with pytest.raises(ConfigError, match="expected rounds to be a whole number"):
+        RunConfig(rounds=np.float64(2.0), clients=1)

@@ -16,7 +16,6 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
 from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, retire, with_context
+from parablock_rt.client.current_round import CurrentRound
 from parablock_rt.client.exchange import Exchange
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
@@ -48,22 +48,6 @@ _MOST_SKIPPED = 10  # `stream` raises after this many times `accumulate` batches
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass
-class _Round:
-    """The current round."""
-
-    index: int
-    block: int
-    active: ActiveBlock
-    ref: list[Tensor]
-    began_ns: int
-    exposed_s: float
-    steps: int = 0
-    weight: float | Tensor = 0.0  # sum over the steps so far; on the GPU if a step's weight was
-    loss_sum: float | Tensor = 0.0
-    had_gradients: bool = False
 
 
 class Run:
@@ -119,7 +103,7 @@ class Run:
         self._optimizer = optimizer
         self.listeners = [] if on_round is None else [on_round]
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
-        self._round: _Round | None = None
+        self._round: CurrentRound | None = None
         self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
         self._interrupted = ""  # why the next round did not start
         self._told_of_missing_gradients = False
@@ -303,9 +287,7 @@ class Run:
         except BaseException:
             round.active.clear_gradients()
             raise
-        round.steps += 1
-        round.weight = round.weight + weight
-        round.loss_sum = round.loss_sum + value
+        round.add_step(weight, value)
         if round.steps == self.config.local_steps:
             self._cross_boundary(round)
         exposed_s, ended = self.exposed_s - before, self._round is not round
@@ -387,7 +369,7 @@ class Run:
     def _is_over(self) -> bool:
         return self.finished or self._closed
 
-    def _require_round(self) -> _Round:
+    def _require_round(self) -> CurrentRound:
         if self._round is not None:
             return self._round
         if self.finished:
@@ -402,18 +384,18 @@ class Run:
         round = self._require_round()
         return round.index * self.config.local_steps + round.steps
 
-    def _look_at_gradients(self, round: _Round) -> None:
-        missing = round.active.without_gradient()
-        round.had_gradients |= len(missing) < len(round.active.flat.params)
+    def _look_at_gradients(self, round: CurrentRound) -> None:
+        missing = round.without_gradient()
         if missing and not self._told_of_missing_gradients:
             self._told_of_missing_gradients = True
             log.warning(
                 "block %d trains without %d of its parameters, such as %s, which got no gradient: the loss does not "
-                "depend on them, or they are behind a reentrant checkpoint (logged once)",
+                "depend on them, or they are behind a reentrant checkpoint, or a hook has used their gradients up in "
+                "the backward pass (logged once)",
                 *(round.block, len(missing), missing[0]),
             )
 
-    def _cross_boundary(self, round: _Round) -> None:
+    def _cross_boundary(self, round: CurrentRound) -> None:
         try:
             self._end_round(round)
             if not self._closed:  # `on_round` may have closed the run
@@ -447,9 +429,9 @@ class Run:
         former = self._former_optimizer()
         if former is not None and former is not active.optimizer:
             retire(former)
-        self._round = _Round(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
+        self._round = CurrentRound(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
 
-    def _end_round(self, round: _Round) -> None:
+    def _end_round(self, round: CurrentRound) -> None:
         """Hands the block over. Waits for the network only if the verdict on the block's last hand-over is still out.
 
         On a GPU, waits once for the round's computation, after queueing everything that does not need its results.
@@ -468,7 +450,9 @@ class Run:
         handover = self._exchange.pack(round.index, round.block, now, round.ref)
         weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
         check_weight(weight)
-        compute_s = self._note_compute(round, steps_ended_ns, waited_s)
+        compute_s = round.note_compute(self.timeline, steps_ended_ns, waited_s)
+        self.compute_s += compute_s
+        self.rounds += 1
         with self.timeline.span(Stage.HAND_OVER, kind=Kind.UPLOAD, round=round.index, block=round.block):
             stages = self.timeline.stages.take()
             upload = protocol.Upload(
@@ -485,20 +469,6 @@ class Run:
             report = RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, *counts, stages=stages)
         for listener in list(self.listeners):
             listener(report)
-
-    def _note_compute(self, round: _Round, steps_ended_ns: int, waited_s: float) -> float:
-        """Notes the computation of the round, which ends now; returns its seconds, without the wait for a verdict."""
-        key = {"round": round.index, "block": round.block}
-        ended_ns = time.monotonic_ns()
-        if waited_s > 0:
-            self.timeline.add(Stage.COMPUTE, round.began_ns, steps_ended_ns, **key)
-            self.timeline.add(Stage.COMPUTE, min(ended_ns, steps_ended_ns + int(waited_s * 1e9)), ended_ns, **key)
-        else:
-            self.timeline.add(Stage.COMPUTE, round.began_ns, ended_ns, **key)
-        seconds = (ended_ns - round.began_ns) / 1e9 - waited_s
-        self.compute_s += seconds
-        self.rounds += 1
-        return seconds
 
     def _finish(self) -> None:
         for flat in self._blocks:

@@ -17,6 +17,7 @@ from parablock_rt.blocks.fingerprint import digest
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client.replica import Handover, Replica
 from parablock_rt.client.server_link import ServerLink
+from parablock_rt.client.transit import Arrival
 from parablock_rt.config import RunConfig
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.schedule import Schedule
@@ -160,13 +161,7 @@ class Exchange:
             block = self.schedule.block(round)
             if round >= self._versions[block]:  # else the block came whole and contains this round
                 assert isinstance(arrival.message, protocol.Update)  # the aggregate has arrived
-                self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
-                self._timeline.stages.add_seconds("fold", arrival.message.fold_s)
-                # The uploads of two rounds may wait at the same time, which must not count twice: so the wait is noted
-                # as a stretch of this client's clock. It ends when the aggregate's first byte came, which is when the
-                # server closed the round, or a little later.
-                waited_ns = int(arrival.message.wait_s * 1e9)
-                self._timeline.stages.add("wait", arrival.first_byte_ns - waited_ns, arrival.first_byte_ns)
+                self._note_exchange(arrival, arrival.message)
                 with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
                     self._replica.apply(round, block, arrival.landing.body(), arrival.message.fingerprint)
                 if not self._replica.on_gpu:
@@ -176,6 +171,16 @@ class Exchange:
             self._applied = round
             self._retire()
             self._post_updates()
+
+    def _note_exchange(self, arrival: Arrival, update: protocol.Update) -> None:
+        """Notes the stages of a round's exchange that this client did not measure as they happened."""
+        self._timeline.stages.add("receive", arrival.first_byte_ns, arrival.last_byte_ns)
+        self._timeline.stages.add_seconds("fold", update.fold_s)
+        # The uploads of two rounds may wait at the same time, which must not count twice: so the wait is noted as a
+        # stretch of this client's clock. It ends when the aggregate's first byte came, which is when the server closed
+        # the round, or a little later.
+        waited_ns = int(update.wait_s * 1e9)
+        self._timeline.stages.add("wait", arrival.first_byte_ns - waited_ns, arrival.first_byte_ns)
 
     def take_snapshots(self) -> None:
         """Overwrites the blocks that have come whole from the server's reference."""

@@ -66,7 +66,11 @@ class Replica:
         self._states = [_BlockState() for _ in blocks]
 
     def snapshot_start(self, block: int) -> list[Tensor]:
-        """A copy of the block's weights at the start of a round (`ref`), per segment; kept as x̂, too, if θ is x̂."""
+        """A copy of the block's weights at the start of a round (`ref`), per segment; kept as x̂, too, if θ is x̂.
+
+        Then an aggregate that is applied later moves `ref` with x̂. The hand-over is the last to read `ref`: its progress
+        is taken before, and `apply` waits for its encoding.
+        """
         state = self._states[block]
         ref = [flat.clone() for flat in self.blocks[block].flats]
         if state.reference is None:

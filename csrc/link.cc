@@ -125,7 +125,10 @@ bool Link::is_over(const Lane& lane) const { return lane.dropped() || (lane.ende
 bool Link::pull_frame(Lane& lane, int64_t now_ns) {
   if (lane.index() > 0 && (lane.opening() || lane.unanswered())) return false;  // lane 0 can take it
   if (lane.blocked() || is_full(lane)) return false;
-  if (closing_ && !session_.control_waits(lane.index())) return false;  // closing abandons unfinished transfers
+  if (closing_ && !session_.control_waits(lane.index())) {  // closing abandons unfinished transfers
+    if (lane.index() == 0 || is_over(*lanes_[0])) line_was_busy_ = false;
+    return false;
+  }
   if (shaper_.active() && shaper_.free_at() > now_ns) {
     line_was_busy_ = true;
     return false;

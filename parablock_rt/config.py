@@ -80,13 +80,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def _check_types(self) -> None:
-        """Checks the types; msgspec checks them only when it decodes a struct, not on construction. NumPy's
-        whole numbers become Python's."""
+        """Checks the types; msgspec checks them only when it decodes a struct, not on construction. NumPy's numbers
+        become Python's."""
+        for name in self.__struct_fields__:
+            if isinstance(value := getattr(self, name), np.generic):
+                msgspec.structs.force_setattr(self, name, value.item())
         for name in ("rounds", "clients", "local_steps", "staleness", "seed", "quorum", "chunk"):
             value = getattr(self, name)
-            if isinstance(value, np.integer):
-                value = int(value)
-                msgspec.structs.force_setattr(self, name, value)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _require(whole or (name == "quorum" and value is None), name, "a whole number", value)
         for name in ("fraction", "deadline", "join_timeout", "server_lr"):

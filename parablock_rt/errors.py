@@ -56,6 +56,10 @@ class RoundError(ParaBlockError):
     """A round could not be closed: too few clients delivered before the deadline."""
 
 
+class StoppedError(ParaBlockError):
+    """The server was stopped by its owner before the run had ended."""
+
+
 class DigestError(ParaBlockError):
     """The weights of client and server differ where they must have the same bits."""
 

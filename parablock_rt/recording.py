@@ -36,7 +36,7 @@ def record(
     folder: str | os.PathLike[str],
     *,
     period: float = PERIOD_S,
-    prometheus: str | None = None,
+    prometheus: int | str | None = None,
     report_to: str | None = None,
 ) -> Iterator[None]:
     """Leaves the record of a run in `folder`, as the command line does, with `report.html` among its files:
@@ -45,33 +45,44 @@ def record(
             for batch in run.stream(loader):
                 run.train_step(batch)
 
-    The `with` statement ends the run, if it has not ended: the record is complete after it. An earlier run's record in
-    the folder is replaced.
+    Begin it before the first round. The `with` statement ends the run, if it has not ended: the record is complete
+    after it. The record of an earlier run in the folder is replaced, unless a server resumes that run.
 
     Args:
         run: a client's run, or a server.
         period: seconds between two samples of the machine and the link; 0 takes none.
-        prometheus: "host:port" or a port at which to serve metrics meanwhile.
+        prometheus: a port, or "host:port", at which to serve metrics meanwhile.
         report_to: "tensorboard", "wandb" or both, separated by a comma.
 
-    Raises ConfigError when the folder cannot be written, or for an invalid argument.
+    Raises ConfigError, which leaves the run as it is, when the folder cannot be written, or for an invalid argument.
     """
     path = Path(folder)
-    recorder = Record(path, period, prometheus, report_to)
-    run.listeners.append(recorder.round)
+    recorder = Record(path, period, None if prometheus is None else str(prometheus), report_to)
+    resumed = isinstance(run, Server) and run.outcome.resumed_from is not None
     try:
-        with recorder.telemetry, run:
-            recorder.begin(RunFolder(path), list(run.outcome.rounds) if isinstance(run, Server) else ())
-            name = "server" if isinstance(run, Server) else f"client {run.client}"
-            recorder.telemetry.start(name, meters.of_this_machine(run.link_stats))
-            yield
+        with recorder.telemetry:
+            of_the_run = RunFolder(path, resumed=resumed)  # what fails up to here leaves the run as it is
+            with _listening(run, recorder), run:
+                recorder.begin(of_the_run, list(run.outcome.rounds) if isinstance(run, Server) else ())
+                name = "server" if isinstance(run, Server) else f"client {run.client}"
+                recorder.telemetry.start(name, meters.of_this_machine(run.link_stats))
+                yield
     finally:
-        run.listeners.remove(recorder.round)
         if isinstance(run, Server):
             summary = summarise(run.config, run.outcome, blocks=len(run.plan.blocks))
         else:
             summary = summarise_client(run)
         recorder.finish(summary, run.timeline)
+
+
+@contextlib.contextmanager
+def _listening(run: Run | Server, recorder: Record) -> Iterator[None]:
+    """Has the recorder told of each round, before the program's own listeners, which may raise."""
+    run.listeners.insert(0, recorder.round)
+    try:
+        yield
+    finally:
+        run.listeners.remove(recorder.round)
 
 
 class Record:

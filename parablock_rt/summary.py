@@ -32,7 +32,7 @@ def summarise(
     eval_loss_after: float | None = None,
 ) -> dict[str, Any]:
     """The contents of `summary.json`. Times are in seconds and bytes exclude framing; clients' times are means over
-    clients.
+    clients. `rounds_trained`: in how many of the rounds a client trained, which depends on `RunConfig.fraction`.
 
     `exposed_comm_s`: how long communication blocked training. `waited_for_others_s`: how long training was blocked
     because other clients had not delivered yet, which a faster link would not change; not part of `exposed_comm_s`.
@@ -70,6 +70,7 @@ def summarise(
         "schedule": config.schedule,
         "seed": config.seed,
         "rounds": len(rounds),
+        "rounds_trained": len(rounds) * config.cohort_size / config.clients,
         "resumed_from": outcome.resumed_from,
         "clients": config.clients,
         "blocks": blocks,
@@ -118,11 +119,12 @@ def _to_a_whole_run(finished: list[Goodbye], rounds: float) -> float:
 def summarise_client(run: Run) -> dict[str, Any]:
     """The contents of a client's own `summary.json`, also if it left the run early. Units as in `summarise`.
 
-    `rounds`: how many this client has trained. `wall_s`: from its first round to its end.
+    `rounds`: how many rounds' aggregates this client has applied. `wall_s`: from its first round to its end. Without
+    `serial_comm_s` after a reconnect, because the time without a connection was exposed, too.
     """
     others_s = waited_for_others(run.exposed_s, run.stages.wait)
     exposed_s = run.exposed_s - others_s
-    serial_s = exposed_s if run.config.staleness == 0 else None
+    serial_s = exposed_s if run.config.staleness == 0 and not run.reconnects else None
     return {
         "version": SUMMARY_VERSION,
         "client": run.client,
@@ -131,7 +133,8 @@ def summarise_client(run: Run) -> dict[str, Any]:
         "format": run.config.format,
         "schedule": run.config.schedule,
         "seed": run.config.seed,
-        "rounds": run.rounds,
+        "rounds": run.aggregates,
+        "rounds_trained": run.rounds,
         "clients": run.config.clients,
         "blocks": len(run.plan.blocks),
         "local_steps": run.config.local_steps,

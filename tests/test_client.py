@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import parablock_rt as pb
 from parablock_rt.blocks.layout import PlanSpec
-from parablock_rt.errors import ConfigError, ParaBlockError, PlanError
+from parablock_rt.errors import ConfigError, ParaBlockError, PlanError, StoppedError
 from parablock_rt.server import journal
 from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import ClosedRound
@@ -342,11 +344,11 @@ run = pb.join(server.address, net(), lambda parameters: torch.optim.SGD(paramete
         ({"token": ""}, "the token must hold at least 16 characters"),
         ({"token": b"sixteen characters and more"}, "expected the token to be text, such as token.hex(), found bytes"),
         ({"tls": True}, "expected tls to be parablock_rt.Tls settings, found True"),
-        ({"rate": -1.0}, "expected rate to be a finite number of bytes per second from 0; found -1.0"),
-        ({"rate": "50mbit"}, "expected rate to be a finite number of bytes per second from 0; found '50mbit'"),
-        ({"rate": float("nan")}, "expected rate to be a finite number of bytes per second from 0; found nan"),
-        ({"delay": float("inf")}, "expected delay to be a finite number of seconds from 0 to 60; found inf"),
-        ({"idle_timeout": 0}, "expected idle_timeout to be a finite number of seconds from 0.1; found 0"),
+        ({"rate": -1.0}, "expected rate to be a number of bytes per second from 0; found -1.0"),
+        ({"rate": "50mbit"}, "expected rate to be a number of bytes per second from 0; found '50mbit'"),
+        ({"rate": float("nan")}, "expected rate to be a number of bytes per second from 0; found nan"),
+        ({"delay": float("inf")}, "expected delay to be a number of seconds from 0 to 60; found inf"),
+        ({"idle_timeout": 0}, "expected idle_timeout to be a number of seconds from 0.1; found 0"),
         ({"lanes": 1.5}, "lanes must be from 1 to 4; found 1.5"),
         ({"lanes": "2"}, "lanes must be from 1 to 4; found '2'"),
         ({"upload_budget": "1"}, "expected upload_budget to be a whole number of bytes, found '1'"),
@@ -384,10 +386,37 @@ def test_a_run_that_failed_is_told_by_wait_or_else_by_the_log(waits: bool, caplo
     assert waits or (told[0].exc_info is not None and told[0].exc_info[0] is KeyError)
 
 
-def test_a_run_that_its_owner_ends_early_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
-    with serve() as server:
-        assert server.running
+@pytest.mark.parametrize("stopped_by", ["the end of the block", "close", "on_round", "the end of the program"])
+def test_a_run_that_its_owner_ends_early_is_no_failure(stopped_by: str, caplog: pytest.LogCaptureFixture) -> None:
+    def stop(closed: ClosedRound) -> None:
+        if stopped_by == "on_round":
+            server.close()
+
+    with serve(on_round=stop) as server:
+        if stopped_by == "close":
+            server.close()
+        elif stopped_by == "on_round":
+            with pb.join(server.address, Net(), sgd) as run, pytest.raises(StoppedError, match="closed by its owner"):
+                to_the_end(run)
+    if stopped_by == "the end of the program":
+        server.close_at_exit()
     assert "failed" not in caplog.text
+    with pytest.raises(StoppedError, match="the server was stopped: closed by its owner"):
+        server.wait()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rate": np.float32(1e9), "delay": np.float64(0), "idle_timeout": np.int64(30), "lanes": np.int8(2)},
+        {"rate": math.inf, "idle_timeout": math.inf, "upload_budget": np.int64(2**20)},
+        {"deadline": np.int64(30), "join_timeout": np.float32(30), "fraction": np.float64(1), "server_lr": np.int64(1)},
+    ],
+)
+def test_numbers_of_any_kind_are_numbers(numbers: dict[str, Any]) -> None:
+    with serve(**numbers) as server, pb.join(server.address, Net(), sgd, lanes=np.int64(1), rate=np.int64(0)) as run:
+        to_the_end(run)
+        server.wait(60.0)
 
 
 def test_nobody_waits_for_a_client_that_has_said_that_it_leaves() -> None:

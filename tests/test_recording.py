@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from leftovers import settles
 from test_client import Net, one_step, serve, sgd, to_the_end
 
 import parablock_rt as pb
-from parablock_rt.errors import ConfigError
-from parablock_rt.report import folder
+from parablock_rt.errors import ConfigError, StoppedError
+from parablock_rt.report import figures, folder
 from parablock_rt.report.verdict import verdict
+from parablock_rt.server.outcome import ClosedRound
 
 ROUNDS = 6
 PROMISED = (  # of every run's summary
@@ -51,6 +54,7 @@ def test_both_sides_of_a_run_leave_what_a_report_is_made_of(staleness: int, tmp_
         assert summary["complete"]
         assert set(PROMISED) <= summary.keys()
         assert (summary["rounds"], summary["blocks"], summary["clients"]) == (ROUNDS, 2, 1)
+        assert summary["rounds_trained"] == ROUNDS
         (loaded,) = folder.load(path)
         assert verdict(loaded)
         assert name in (path / "trace.json").read_text()
@@ -68,8 +72,10 @@ def test_a_loop_that_fails_leaves_the_record_of_what_it_did_and_the_reason_goes_
             one_step(run)
             raise ZeroDivisionError
 
-    with serve() as server, pytest.raises(ZeroDivisionError):
-        fail_after_two_steps(server)
+    with serve() as server:
+        with pytest.raises(ZeroDivisionError):
+            fail_after_two_steps(server)
+        assert settles(lambda: bool(server.outcome.left))
     assert lines_of(tmp_path) == [0, 1]
     assert not summary_of(tmp_path)["complete"]
     assert not (tmp_path / "telemetry.jsonl").exists()
@@ -92,6 +98,79 @@ def test_rounds_that_closed_before_the_record_began_are_in_it_once(tmp_path: Pat
             server.wait(60.0)
         client.join()
     assert lines_of(tmp_path) == list(range(ROUNDS))
+
+
+def test_a_round_whose_own_listener_raises_is_in_the_record(tmp_path: Path) -> None:
+    def fail_in_round_2(done: pb.RoundReport) -> None:
+        if done.round == 2:
+            raise ZeroDivisionError
+
+    def train(server: pb.Server) -> None:
+        with (
+            pb.join(server.address, Net(), sgd, on_round=fail_in_round_2) as run,
+            pb.record(run, tmp_path, period=0),
+        ):
+            to_the_end(run)
+
+    with serve() as server, pytest.raises(ZeroDivisionError):
+        train(server)
+    assert lines_of(tmp_path) == [0, 1, 2]
+
+
+def test_the_record_of_a_resumed_server_goes_on_with_that_of_the_earlier_one(tmp_path: Path) -> None:
+    state, here = tmp_path / "state", tmp_path / "record"
+
+    def stop(closed: ClosedRound) -> None:
+        if closed.round == 2:
+            first.close()
+
+    with serve(durable=state, on_round=stop) as first, pb.record(first, here):
+        client = threading.Thread(target=take_part, args=(first,))
+        client.start()
+        with pytest.raises(StoppedError):
+            first.wait(60.0)
+    sampled = (here / "telemetry.jsonl").read_text()
+    assert sampled
+    with pb.serve(Net(), resume=state) as second, pb.record(second, here):
+        second.wait(60.0)
+        client.join()
+    assert (here / "telemetry.jsonl").read_text().startswith(sampled)
+    assert lines_of(here) == list(range(ROUNDS))
+
+
+@pytest.mark.parametrize("wrong", [{"period": -1.0}, {"report_to": "mlflow"}, {"prometheus": 70_000}])
+def test_an_argument_that_is_refused_leaves_the_run_as_it_is(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with serve() as server, pb.join(server.address, Net(), sgd) as run:
+        with pytest.raises(ConfigError), pb.record(run, tmp_path, **wrong):
+            pass
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match="cannot be written"), pb.record(run, tmp_path / "file"):
+            pass
+        to_the_end(run)
+        assert run.listeners == []
+
+
+def test_a_client_that_trains_in_some_rounds_has_its_exchanges_counted_by_those(tmp_path: Path) -> None:
+    """It is sent the aggregates of all rounds."""
+    with serve(clients=3, fraction=0.3, rounds=12, staleness=0) as server:
+        others = [threading.Thread(target=take_part, args=(server,)) for _ in range(2)]
+        for other in others:
+            other.start()
+        with pb.join(server.address, Net(), sgd) as run, pb.record(run, tmp_path, period=0):
+            to_the_end(run)
+        for other in others:
+            other.join()
+        server.wait(60.0)
+    summary = summary_of(tmp_path)
+    assert (summary["rounds"], summary["rounds_trained"]) == (12, run.rounds)
+    assert 0 < run.rounds < 12
+    (loaded,) = folder.load(tmp_path)
+    ahead = figures.forecast(loaded)
+    assert ahead is not None
+    assert not ahead.measured  # what it waited includes the rounds of the others
+    stages: dict[str, float] = summary["stages"]  # type: ignore[assignment]
+    assert ahead.send_s == pytest.approx(stages["send"] / run.rounds)
+    assert ahead.receive_s >= stages["receive"] / 12
 
 
 def take_part(server: pb.Server) -> None:

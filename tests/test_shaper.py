@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transport_cases import HEADER_BYTES, MIB, Make, T, expect, filled, flat, join, make_transports
+from leftovers import settles
+from transport_cases import HEADER_BYTES, MIB, Make, T, cpu_s_of_transports, expect, filled, flat, join, make_transports
 
 from parablock_rt import _C
 from parablock_rt._C import Buffer
@@ -76,3 +77,17 @@ def test_a_shaped_link_delivers_the_same_bytes_no_faster_than_its_shape(make: Ma
     rate, delay = options.get("bytes_per_second"), options.get("delay", 0.0)
     on_the_line = 0.0 if rate is None else (MIB + 16 * HEADER_BYTES) / rate
     assert end - begin >= int(1e9 * (on_the_line + delay)) - 16  # a rounding a frame
+
+
+def test_a_shaped_link_that_closes_waits_for_what_is_on_the_line_without_looking_at_the_clock(make: Make) -> None:
+    a, b = make(bytes_per_second=1e6, delay=0.5), make()
+    link, other = join(a, b)
+    buffer, _ = filled(MIB)
+    layout = flat(MIB, 65536)
+    b.receive(other, 1, 0, 0, Buffer(MIB), layout)
+    a.send(link, 1, 0, 0, a.make_source(buffer, layout, True))
+    assert settles(lambda: b.stats(other).moved_bytes > 0)
+    a.close_link(link, "enough", 5.0)
+    before = cpu_s_of_transports()
+    expect(a, T.CLOSED)
+    assert cpu_s_of_transports() - before < 0.2

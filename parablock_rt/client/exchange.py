@@ -45,6 +45,7 @@ class Exchange:
         self.schedule = Schedule(config, [block.flat_numel for block in plan.blocks])
         self.exposed_s = 0.0  # seconds for which communication blocked the training thread
         self.bad_groups = 0
+        self.aggregates = 0  # rounds whose aggregates were applied, or came within a whole block
         self._link = link
         self._replica = replica
         self._plan = plan
@@ -159,6 +160,7 @@ class Exchange:
             self._take_verdicts()  # `apply` ends this round's hand-over; its verdict came before the aggregate
             arrival = self._link.take_arrival(round)
             block = self.schedule.block(round)
+            self.aggregates += 1
             if round >= self._versions[block]:  # else the block came whole and contains this round
                 assert isinstance(arrival.message, protocol.Update)  # the aggregate has arrived
                 self._note_exchange(arrival, arrival.message)

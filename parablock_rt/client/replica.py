@@ -68,8 +68,8 @@ class Replica:
     def snapshot_start(self, block: int) -> list[Tensor]:
         """A copy of the block's weights at the start of a round (`ref`), per segment; kept as x̂, too, if θ is x̂.
 
-        Then an aggregate that is applied later moves `ref` with x̂. The hand-over is the last to read `ref`: its progress
-        is taken before, and `apply` waits for its encoding.
+        Then an aggregate that is applied later moves `ref` with x̂. The hand-over reads `ref` last: its progress is
+        taken before, and `apply` waits for its encoding.
         """
         state = self._states[block]
         ref = [flat.clone() for flat in self.blocks[block].flats]

@@ -63,8 +63,8 @@ class Run:
 
     Call everything from one thread, the training thread; `close` and `link_stats` may be called from any thread.
 
-    `listeners`: called after each hand-over with its RoundReport; under the same rules as `join`'s `on_round`, which is
-    the first of them.
+    `listeners`: called after each hand-over with its RoundReport; `join`'s `on_round` is one of them, and its rules
+    hold for all.
     """
 
     def __init__(
@@ -149,6 +149,12 @@ class Run:
     def bad_groups(self) -> int:
         """How many groups with NaN or infinite values were handed over as zeros so far."""
         return self._exchange.bad_groups
+
+    @property
+    def aggregates(self) -> int:
+        """How many rounds' aggregates were applied so far, or came within a whole block; also of rounds that only
+        others trained."""
+        return self._exchange.aggregates
 
     @property
     def bytes_up(self) -> int:

@@ -240,7 +240,7 @@ def forecast(run: Recorded) -> Forecast | None:
     step_s = median(entry["stages"]["compute"] for entry in entries) / steps
     serial = number(run.summary.get("serial_comm_s"))
     send_s, fold_s, receive_s = (_per_round(run, entries, stage) for stage in ("send", "fold", "receive"))
-    if serial and count:
+    if serial and count and number(run.summary.get("rounds_trained")) in (None, count):
         exchange_s, measured = serial / count, True
     elif send_s and receive_s:
         # Not added: encoding, which overlaps sending, and the wait for other clients, which is not a transfer.
@@ -260,7 +260,9 @@ def _per_round(run: Recorded, entries: list[dict[str, Any]], stage: str) -> floa
     Means, because an acknowledgement that comes a little late puts the times of two rounds into one line, and none into
     another. The lines before the first that has any do not count, unless the summary has the sum over the whole run.
     """
-    totals, count = run.summary.get("stages"), number(run.summary.get("rounds"))
+    # A client receives the aggregates of all rounds, but trains and sends only in those of its cohort.
+    totals, of_rounds = run.summary.get("stages"), "rounds" if stage == "receive" else "rounds_trained"
+    count = number(run.summary.get(of_rounds))
     total = number(totals.get(stage)) if isinstance(totals, dict) else None
     of_lines = list(dropwhile(lambda seconds: not seconds, (entry["stages"].get(stage, 0.0) for entry in entries)))
     seen_s = mean(of_lines) if of_lines else 0.0
@@ -284,16 +286,18 @@ class Hidden:
 def hidden(run: Recorded) -> Hidden | None:
     """The summary's overlap efficiency, else an estimate; None if neither is possible.
 
-    A resumed run has neither, as its clients also waited while there was no server.
+    There is no estimate for a resumed run, nor after a reconnect: training also waited while there was no connection.
     """
     efficiency = number(run.summary.get("overlap_efficiency"))
     if efficiency is not None:
         return Hidden(efficiency, True)
     exposed, ahead = number(run.summary.get("exposed_comm_s")), forecast(run)
-    resumed = number(run.summary.get("resumed_from")) is not None
-    if exposed is None or ahead is None or not run.rounds or resumed:
+    interrupted = number(run.summary.get("resumed_from")) is not None or number(run.summary.get("reconnects"))
+    rounds = number(run.summary.get("rounds")) or len(run.rounds)
+    if exposed is None or ahead is None or not rounds or interrupted:
         return None
-    share = hidden_share(exposed, ahead.exchange_s * len(run.rounds))
+    trained = number(run.summary.get("rounds_trained")) or rounds
+    share = hidden_share(exposed, ahead.exchange_s * trained + ahead.receive_s * (rounds - trained))
     return None if share is None else Hidden(share, False)
 
 

@@ -45,6 +45,8 @@ def _hidden(run: Recorded, staleness: float | None) -> str:
     waited = f"the training thread waited {blocked:.1f} s{of_it} in addition to {compute:.1f} s of computing"
     if number(run.summary.get("resumed_from")) is not None:
         waited += ", including the time without a server"
+    elif number(run.summary.get("reconnects")):
+        waited += ", including the time without a connection"
     if staleness == 0:
         return f"Nothing was hidden, as expected at staleness 0: {waited}."
     found = figures.hidden(run)

@@ -73,7 +73,11 @@ class Checkpoint:
     def refuse_to_replace(folder: Path) -> None:
         """Raises CheckpointError when the folder holds the state of a run, which a new run would overwrite."""
         journal = folder / _JOURNAL
-        if journal.exists() and not _never_begun(journal.read_bytes()):
+        try:
+            begun = journal.exists() and not _never_begun(journal.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"the state in {folder} cannot be read: {error.strerror}") from error
+        if begun:
             raise CheckpointError(
                 f"{folder} holds the state of a run already; resume that run, or choose another folder"
             )

@@ -40,7 +40,7 @@ class Closing:
         outcome: Outcome,
         on_round: Callable[[ClosedRound], None] | None,
     ) -> None:
-        """`on_round`: the first of the `listeners`, which are called after each round that closes."""
+        """`on_round`: one of the `listeners`, which are called after each round that closes."""
         self._config = config
         self._progress = progress
         self._rounds = rounds

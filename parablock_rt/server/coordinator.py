@@ -15,7 +15,7 @@ from parablock_rt import _C
 from parablock_rt.blocks.fingerprint import digest
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.errors import CheckpointError, HandshakeError, ParaBlockError, RoundError
+from parablock_rt.errors import CheckpointError, HandshakeError, ParaBlockError, RoundError, StoppedError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.schedule import Schedule
 from parablock_rt.server.checkpoint import Checkpoint
@@ -140,7 +140,7 @@ class Coordinator:
         try:
             while not self._over():
                 if self._stop_reason is not None:
-                    raise ParaBlockError(f"the server was stopped: {self._stop_reason}")
+                    raise StoppedError(f"the server was stopped: {self._stop_reason}")
                 self._progress.turn(_TURN_S)
                 for at_once in range(_EVENTS_AT_ONCE):
                     event = self._transport.next_event(0.0 if at_once else _TURN_S)

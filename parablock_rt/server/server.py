@@ -6,6 +6,7 @@ Owns the transport and the thread; the coordinator decides what happens in a rou
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import threading
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
-from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.errors import ConfigError, ParaBlockError, StoppedError
 from parablock_rt.observe.timeline import Timeline
 from parablock_rt.server import journal, recovery
 from parablock_rt.server.checkpoint import Checkpoint
@@ -79,7 +80,7 @@ class Server:
 
     @property
     def listeners(self) -> list[Callable[[ClosedRound], None]]:
-        """Called after each closed round, on the server's thread; `serve`'s `on_round` is the first of them."""
+        """Called after each closed round, on the server's thread; `serve`'s `on_round` is one of them."""
         return self._coordinator.listeners
 
     @property
@@ -132,21 +133,17 @@ class Server:
         """
         if exits.is_inherited(self):
             return
-        had_ended = not self.running
         self._coordinator.stop(reason)
         if threading.current_thread() is not self._thread:
             self._ended.wait()
-            if had_ended:
-                self._log_failure()
+            self._log_failure()
 
     def close_at_exit(self) -> None:
         """Called at interpreter exit if the program has not closed the server."""
-        had_ended = not self.running
         self._coordinator.stop("its program ended")
         self._ended.wait(_EXIT_S)
         self._thread.join(_EXIT_S)
-        if had_ended:
-            self._log_failure()
+        self._log_failure()
 
     def _log_failure(self) -> None:
         if self._failure is None or self._failure_told:
@@ -164,6 +161,8 @@ class Server:
     def _run(self) -> None:
         try:
             self._coordinator.run()
+        except StoppedError as error:
+            self._failure, self._failure_told = error, True  # whoever stopped it knows
         except BaseException as error:
             self._failure = error
         finally:
@@ -257,7 +256,7 @@ def serve(
             state = Checkpoint.create(Path(durable), _beginning(identity, master))
         if state is not None:
             state.append(journal.Listening(address=taken))
-        budget = default_upload_budget(plan, config) if upload_budget is None else upload_budget
+        budget = default_upload_budget(plan, config) if upload_budget is None else int(upload_budget)
         coordinator = Coordinator(
             transport, identity, plan, master, budget, on_round, state=state, past=past, trace=trace
         )
@@ -273,7 +272,7 @@ def serve(
 
 def _check_kinds(*, upload_budget: object, on_round: object, plan: object, **folders: object) -> None:
     """Raises ConfigError for arguments of `serve` of which the wrong kind would show only later, in a client's face."""
-    if upload_budget is not None and (not isinstance(upload_budget, int) or upload_budget < 0):
+    if upload_budget is not None and (not isinstance(upload_budget, numbers.Integral) or upload_budget < 0):
         raise ConfigError(f"expected upload_budget to be a whole number of bytes, found {upload_budget!r}")
     if on_round is not None and not callable(on_round):
         raise ConfigError(f"expected on_round to be a function of the closed round, found {on_round!r}")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,7 @@ class Shape:
     delay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_number("rate", self.rate, 0.0, sys.float_info.max, "bytes per second")
+        _require_number("rate", self.rate, 0.0, math.inf, "bytes per second")
         _require_number("delay", self.delay, 0.0, _LONGEST_DELAY_S, "seconds")
 
 
@@ -141,13 +142,15 @@ class Transport:
 
         Raises ConfigError for another number of lanes, and for an idle timeout of less than 0.1 seconds.
         """
-        if not isinstance(lanes, int) or not 1 <= lanes <= MAX_LANES:
+        if not isinstance(lanes, int | np.integer) or not 1 <= lanes <= MAX_LANES:
             raise ConfigError(f"lanes must be from 1 to {MAX_LANES}; found {lanes!r}")
-        _require_number("idle_timeout", idle_timeout, _LEAST_IDLE_S, sys.float_info.max, "seconds")
+        _require_number("idle_timeout", idle_timeout, _LEAST_IDLE_S, math.inf, "seconds")
         shape = shape or Shape()
         self.encrypted = tls is not None
-        self._lanes = lanes
-        self.native = _C.Transport(bytes_per_second=shape.rate, delay=shape.delay, idle_timeout=idle_timeout, tls=tls)
+        self._lanes = int(lanes)
+        self.native = _C.Transport(
+            bytes_per_second=float(shape.rate), delay=float(shape.delay), idle_timeout=float(idle_timeout), tls=tls
+        )
 
     def __enter__(self) -> Transport:
         return self
@@ -232,9 +235,9 @@ class Transport:
 
 def _require_number(name: str, value: object, least: float, most: float, unit: str) -> None:
     """Raises ConfigError for what is no number within these bounds; both bounds are allowed."""
-    if not isinstance(value, int | float) or not least <= value <= most:
-        up_to = "" if most == sys.float_info.max else f" to {most:g}"
-        raise ConfigError(f"expected {name} to be a finite number of {unit} from {least:g}{up_to}; found {value!r}")
+    if not isinstance(value, int | float | np.number) or not least <= float(value) <= most:
+        up_to = "" if most == math.inf else f" to {most:g}"
+        raise ConfigError(f"expected {name} to be a number of {unit} from {least:g}{up_to}; found {value!r}")
 
 
 def check_protection(address: str, *, protected: bool, encrypted: bool, insecure: bool = False) -> None:

@@ -28,6 +28,7 @@ LANES = (1, 2, 4)
 DELAYS_S = (0.0, 0.01, 0.05)
 LONG_RATE = 100e6 / 8  # bytes per second
 LONG_DELAY_S = 0.05  # one way
+RUNS = 15  # of each number of lanes: a transfer takes some hundredths of a second
 ROUND_TRIPS = 3000
 FAN_IN = (1, 16, 32)  # links; with up to 16, the server holds all uploads of a round until the round closes
 CASES = ("lanes", "long", "control", "fan-in")
@@ -71,7 +72,9 @@ def wait_for(transport: Any, kind: str) -> Any:
 # ---- Transfers over lanes, rates and delays
 
 
-def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
+def receive_transfers(
+    result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int, runs: int
+) -> None:
     """The listening end: posts, then measures the time from the sender's start to its own last byte."""
     from parablock_rt import _C
     from parablock_rt.wire import transport
@@ -83,7 +86,8 @@ def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: f
         peer.send(None if offer is None else (offer.most, offer.key))
         buffer = _C.Buffer(nbytes)
         seconds, cpu = [], []
-        while (run := peer.recv()) is not None:
+        for run in range(1 + runs):
+            peer.recv()
             begin = cpu_seconds()
             here.native.receive(link, 1, run, 0, buffer, layout_of(nbytes))
             peer.send("posted")
@@ -94,8 +98,10 @@ def receive_transfers(result: Connection, peer: Connection, nbytes: int, rate: f
     result.send({"seconds": seconds, "cpu": cpu})
 
 
-def send_transfers(result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int) -> None:
-    """The connecting end; the first run warms up and does not count."""
+def send_transfers(
+    result: Connection, peer: Connection, nbytes: int, rate: float, delay: float, lanes: int, runs: int
+) -> None:
+    """The connecting end; a first run warms up and does not count."""
     from parablock_rt import _C
     from parablock_rt.wire import protocol, transport
 
@@ -106,17 +112,16 @@ def send_transfers(result: Connection, peer: Connection, nbytes: int, rate: floa
         buffer = _C.Buffer(nbytes)
         memoryview(buffer)[:] = (os.urandom(MIB) * (nbytes // MIB + 1))[:nbytes]
         cpu = []
-        for run in range(4):
+        for run in range(1 + runs):
             begin = cpu_seconds()
-            peer.send(run)
+            peer.send("next")
             peer.recv()
             start = time.monotonic()
             here.native.send(link, 1, run, 0, here.native.make_source(buffer, layout_of(nbytes), True))
             wait_for(here, "SENT")
             cpu.append(cpu_seconds() - begin)
-            peer.send(start)
-        peer.send(None)
-        used = len([lane for lane in here.native.stats(link).lanes if lane.bytes_out > MIB])
+            used = len([lane for lane in here.native.stats(link).lanes if lane.bytes_out > MIB])
+            peer.send(start)  # after the last, the peer closes the link
     result.send({"cpu": cpu, "lanes_used": used})
 
 
@@ -127,9 +132,9 @@ def layout_of(nbytes: int) -> Any:
     return transport.raw_layout(nbytes, 2**18)
 
 
-def transfer_row(nbytes: int, rate: float, delay: float, lanes: int) -> Row:
-    """One link of this shape: the median of its runs after the first."""
-    received, sent = in_two_processes(receive_transfers, send_transfers, nbytes, rate, delay, lanes)
+def transfer_row(nbytes: int, rate: float, delay: float, lanes: int, runs: int = 3) -> Row:
+    """One link of this shape: the median of its runs after a first one."""
+    received, sent = in_two_processes(receive_transfers, send_transfers, nbytes, rate, delay, lanes, runs)
     seconds = statistics.median(received["seconds"][1:])
     cpu = statistics.median(a + b for a, b in zip(received["cpu"][1:], sent["cpu"][1:], strict=True))
     return {
@@ -145,7 +150,7 @@ def transfer_row(nbytes: int, rate: float, delay: float, lanes: int) -> Row:
 
 def lanes_case(mib: int) -> list[Row]:
     """Lanes x delay on an otherwise unlimited link."""
-    return [transfer_row(mib * MIB, 0.0, delay, lanes) for delay in DELAYS_S for lanes in LANES]
+    return [transfer_row(mib * MIB, 0.0, delay, lanes, RUNS) for delay in DELAYS_S for lanes in LANES]
 
 
 def long_case(mib: int) -> list[Row]:

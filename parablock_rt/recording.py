@@ -129,13 +129,13 @@ class Record:
         report.write(folder.path)
 
     def _note(self, done: ClosedRound | RoundReport) -> None:
+        if done.round <= self._last:  # it was among the past ones
+            return
         self._append(done)
         self.telemetry.round(msgspec.to_builtins(done))
 
     def _append(self, done: ClosedRound | RoundReport) -> None:
         assert self._folder is not None
-        if done.round <= self._last:
-            return
         self._last = done.round
         folder = self._folder
         self._try("metrics.jsonl", lambda: folder.append_metrics(msgspec.to_builtins(done)))

@@ -16,20 +16,13 @@ import msgspec
 import pytest
 import torch
 from deadlines import do_not_wait_for, do_not_wait_for_the_gone
-from hypothesis import given
-from hypothesis import strategies as st
-from leftovers import settles
 from processes import WAIT_S, Process, client, make_model, start_server, starter
 from torch import nn
 
 import parablock_rt as pb
 from parablock_rt import _C, codec
 from parablock_rt.blocks.fingerprint import fingerprint
-from parablock_rt.blocks.layout import BlockSpec, PlanSpec
 from parablock_rt.errors import HandshakeError, PeerLostError, PlanMismatchError, RoundError
-from parablock_rt.schedule import Schedule
-from parablock_rt.server.members import Member
-from parablock_rt.stages import StageSeconds
 from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
@@ -358,55 +351,6 @@ def test_a_lie_in_the_middle_of_a_run_ends_the_liar_only(start: Start, message: 
     assert outcome.digest == digest
     assert [*map(str, outcome.left)] == [f"client {outcome.left[0][7]}: {failure.reason}"]
     assert re.fullmatch(reason, failure.reason)
-
-
-def test_an_upload_for_a_round_in_which_the_client_does_not_train_ends_its_link() -> None:
-    """It would be waited for without end: no buffer is ever posted for it."""
-    with start_server(clients=2, fraction=0.5, rounds=8) as running, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(RawClient(running.address)) for _ in range(2)]
-        welcomes = [each.take_seat() for each in clients]
-        for each, welcome in zip(clients, welcomes, strict=True):
-            each.say(each.ready(welcome))
-        for each in clients:
-            each.hear(protocol.Begin)
-        trains = Schedule(running.config, [BLOCK] * 4).cohort(0)
-        (idle,) = [i for i, welcome in enumerate(welcomes) if welcome.client not in trains]
-        clients[idle].say(announcement(0))
-        seat = welcomes[idle].client
-        assert answer(clients[idle]).reason == f"client {seat} does not train in round 0"
-
-
-def test_a_message_that_no_client_needs_to_send_is_refused_before_there_is_memory_for_it() -> None:
-    with start_server(clients=1) as running, RawClient(running.address) as raw:
-        welcome = raw.take_seat()
-        raw.say(raw.ready(welcome))
-        raw.hear(protocol.Begin)
-        most, _ = protocol.bytes_of_member(welcome.plan, welcome.config.staleness)
-        raw.say(bytes(most + 1))
-        assert raw.hear_closed()
-        assert settles(lambda: any(f"where at most {most} are allowed" in str(m.lost_why) for m in members(running)))
-
-
-@given(st.integers(0, 300), st.integers(0, 5), st.integers(0, 2**31 - 1))
-def test_every_message_that_an_honest_client_sends_fits(blocks: int, staleness: int, round: int) -> None:
-    plan = PlanSpec(tuple(BlockSpec(f"block {i}", ()) for i in range(blocks)))
-    most, _ = protocol.bytes_of_member(plan, staleness)
-    times = StageSeconds(**dict.fromkeys(StageSeconds.__struct_fields__, 1 / 3))
-    longest: list[protocol.Message] = [
-        protocol.Ready(plan_digest="f" * 64, frozen="f" * 64, fingerprints=[2**64 - 1] * blocks),
-        protocol.Rejoin(
-            applied=round, handed_over=round, held=[round] * (staleness + 3), undecided=[round] * (staleness + 3)
-        ),
-        announcement(round, stages=times),
-        protocol.Goodbye(
-            digest="f" * 64, reason="\U0010ffff" * protocol.REASON_CHARS, compute_s=1 / 3, exposed_s=1 / 3, stages=times
-        ),
-    ]
-    assert max(len(protocol.encode(message)) for message in longest) <= most
-
-
-def members(server: pb.Server) -> list[Member]:
-    return server._coordinator._roster.members
 
 
 def test_a_huge_message_before_the_proof_ends_the_link(start: Start) -> None:

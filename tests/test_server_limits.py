@@ -18,7 +18,7 @@ import pytest
 from deadlines import do_not_wait_for
 from leftovers import settles
 from processes import WAIT_S, Process, client, make_model, start_server, starter
-from test_bad_input import RawClient, announcement, good_body
+from test_bad_input import BLOCK, RawClient, announcement, answer, good_body
 from test_replay import Returning
 
 import parablock_rt as pb
@@ -304,6 +304,22 @@ def test_an_upload_that_is_announced_and_never_sent_loses_its_room_to_one_that_w
         assert "nothing of it came" in holder.hear(protocol.Verdict).reason
         assert other.hear(protocol.Verdict).accepted
         assert other.hear(protocol.Update).contributions == 1
+
+
+def test_an_upload_for_a_round_in_which_the_client_does_not_train_ends_its_link() -> None:
+    """It would be waited for without end: no buffer is ever posted for it."""
+    with start_server(clients=2, fraction=0.5, rounds=8) as running, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.address)) for _ in range(2)]
+        welcomes = [each.take_seat() for each in clients]
+        for each, welcome in zip(clients, welcomes, strict=True):
+            each.say(each.ready(welcome))
+        for each in clients:
+            each.hear(protocol.Begin)
+        trains = Schedule(running.config, [BLOCK] * 4).cohort(0)
+        (idle,) = [i for i, welcome in enumerate(welcomes) if welcome.client not in trains]
+        clients[idle].say(announcement(0))
+        seat = welcomes[idle].client
+        assert answer(clients[idle]).reason == f"client {seat} does not train in round 0"
 
 
 def test_a_round_that_closes_without_those_who_wait_for_room_takes_no_memory_for_them() -> None:

@@ -10,6 +10,7 @@
 
 #include "bind.h"
 #include "crc32c.h"
+#include "descriptor.h"
 #include "encoder.h"
 #include "inspector.h"
 #include "transport.h"
@@ -43,6 +44,8 @@ void bind_data(py::module_& m) {
         auto size = static_cast<py::ssize_t>(b.size());
         return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), size);
       });
+
+  py::class_<Fd>(m, "Descriptor").def(py::init<int>()).def("fileno", &Fd::get).def("close", &Fd::reset);
 
   py::class_<Layout>(m, "Layout")
       .def(py::init([](uint64_t units, uint32_t scale, uint32_t code, uint32_t chunk_units) {

@@ -29,8 +29,8 @@ class Loop {
   Loop();
 
   // Any thread: add, change, remove. `token` comes back in Ready; the two highest tokens are reserved. epoll forgets a
-  // descriptor that is closed without `remove`, unless a forked process also holds it. Removing an unknown descriptor
-  // does nothing.
+  // descriptor that is closed without `remove`, unless there is a copy of it. Removing an unknown descriptor does
+  // nothing.
   void add(int fd, uint64_t token, Interest interest = {});
   void change(int fd, uint64_t token, Interest interest);
   void remove(int fd);

@@ -3,25 +3,10 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
+
+#include "descriptor.h"
 
 namespace parablock {
-
-// Owns a descriptor and closes it.
-class Fd {
- public:
-  Fd() = default;
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&& other) noexcept;
-  ~Fd() { reset(); }
-
-  int get() const { return fd_; }
-  void reset();
-
- private:
-  int fd_ = -1;
-};
 
 int64_t monotonic_ns();
 

@@ -376,7 +376,8 @@ void Transport::drop(uint64_t id) {
   closed.became_lane = found->second->became_lane();
   closed.unfinished = found->second->session().unfinished();
   closed.at_ns = monotonic_ns();
-  // Closing the descriptors does neither of these while a forked process also holds them.
+  // Closing the descriptors does neither of these while `duplicate_of` has a copy, or a forked child, which has copies
+  // until its first instruction.
   for (size_t i = 0; i < found->second->lanes(); ++i) {
     const int fd = found->second->lane(i).fd();
     if (fd < 0) continue;  // it was refused, or has become a lane of another link
@@ -390,7 +391,7 @@ void Transport::drop(uint64_t id) {
   publish(std::move(closed));
 }
 
-// Frees the port, even while a forked process also holds the descriptors.
+// Frees the port, even in the moment in which a forked child has copies of the descriptors.
 void Transport::close_listeners() {
   for (const Fd& listener : listeners_) {
     loop_.remove(listener.get());

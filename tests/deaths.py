@@ -95,11 +95,11 @@ def _with_half_a_record(round: int, die: Callable[[], NoReturn]) -> None:
         close(self, *args, **named)
 
     def append_half(self: Checkpoint, *records: journal.Record) -> None:
-        before = os.fstat(self._journal).st_size
+        before = os.fstat(self._journal.fileno()).st_size
         append(self, *records)
         if any(isinstance(record, journal.Closed) and record.closed.round == round for record in records):
-            after = os.fstat(self._journal).st_size
-            os.ftruncate(self._journal, (before + after) // 2)
+            after = os.fstat(self._journal.fileno()).st_size
+            os.ftruncate(self._journal.fileno(), (before + after) // 2)
             transports[-1].close(flush=1.0)
             die()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import typer
 
+from parablock_rt import _C
 from parablock_rt.errors import CheckpointError, ConfigError
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.server.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def held(path: Path | None, kind: str) -> Iterator[Path]:
             path = _new(kind)
             made.insert(0, path)
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = _C.Descriptor(os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise ConfigError(
             f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
@@ -65,7 +66,7 @@ def held(path: Path | None, kind: str) -> Iterator[Path]:
                 (path / _LOCK).unlink()
                 for folder in made:
                     folder.rmdir()
-        os.close(lock)
+        lock.close()
 
 
 def _new(kind: str) -> Path:

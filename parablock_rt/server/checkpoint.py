@@ -42,9 +42,10 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 class Checkpoint:
-    """The state folder of the running server. `close` frees the lock, and so does the end of the process."""
+    """The state folder of the running server. `close` frees the lock, and so does the end of the process, although
+    processes that it forked may live on."""
 
-    def __init__(self, folder: Path, journal: int) -> None:
+    def __init__(self, folder: Path, journal: _C.Descriptor) -> None:
         """Only `create` and `open` call this."""
         self.folder = folder
         self._journal = journal
@@ -54,14 +55,15 @@ class Checkpoint:
         """Begins the state of a new run. Raises CheckpointError when the folder holds a run or cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            journal = _C.Descriptor(os.open(folder / _JOURNAL, flags, 0o600))
         except OSError as error:
             raise CheckpointError(f"the state cannot be written to {folder}: {error.strerror}") from error
         checkpoint = cls(folder, journal)
         try:
             _lock(journal, folder)
             cls.refuse_to_replace(folder)
-            os.ftruncate(journal, 0)
+            os.ftruncate(journal.fileno(), 0)
             checkpoint.append(begin)
             _sync_folder(folder)
         except BaseException:
@@ -90,7 +92,7 @@ class Checkpoint:
         Raises CheckpointError when there is no state, when another server uses it, or when it is damaged.
         """
         try:
-            journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            journal = _C.Descriptor(os.open(folder / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
         except OSError as error:
             raise CheckpointError(
                 f"there is no run to resume in {folder} ({error.strerror}); expected the folder that an earlier server "
@@ -103,7 +105,7 @@ class Checkpoint:
                 if file.suffix == ".part" or _round_of(file) >= len(past.closed):
                     _remove(file)
         except BaseException:
-            os.close(journal)
+            journal.close()
             raise
         return cls(folder, journal), past
 
@@ -123,8 +125,8 @@ class Checkpoint:
         try:
             view = memoryview(data)
             while view:
-                view = view[os.write(self._journal, view) :]
-            os.fdatasync(self._journal)
+                view = view[os.write(self._journal.fileno(), view) :]
+            os.fdatasync(self._journal.fileno())
         except OSError as error:
             raise CheckpointError(f"the state in {self.folder} cannot be written: {error.strerror}") from error
 
@@ -170,9 +172,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Frees the lock."""
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1
+        self._journal.close()
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:06d}.safetensors"
@@ -202,13 +202,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _lock(journal: int, folder: Path) -> None:
+def _lock(journal: _C.Descriptor, folder: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise CheckpointError(
-            f"another server is using the state in {folder}, or a process that a killed one had started; stop it first"
-        ) from error
+        raise CheckpointError(f"another server is using the state in {folder}; stop it first") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -219,9 +217,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(journal: int, folder: Path, *, whole: bool) -> Past:
+def _read(journal: _C.Descriptor, folder: Path, *, whole: bool) -> Past:
     """Replays the records and truncates a last record that was torn when the server died."""
-    with os.fdopen(os.dup(journal), "rb") as file:
+    with os.fdopen(os.dup(journal.fileno()), "rb") as file:
         file.seek(0)
         data = file.read()
     past, length = None, 0
@@ -240,7 +238,7 @@ def _read(journal: int, folder: Path, *, whole: bool) -> Past:
             past.take(record)
     if past is None:
         raise CheckpointError(f"the journal in {folder} has no beginning: there is no run to resume")
-    os.ftruncate(journal, length)
+    os.ftruncate(journal.fileno(), length)
     return past
 
 

@@ -72,8 +72,7 @@ def rank(job: dict[str, Any]) -> dict[str, Any]:
         flat = blocks[index % len(blocks)]
         start = time.monotonic()
         before = torch.cat([part.float() for part in flat.flats])
-        master = torch.empty(flat.block.flat_numel) if flat.block.needs_master else None
-        active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=workload.lr), master)
+        active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=workload.lr))
         for _ in range(job["local_steps"]):
             example = next(batch, None)
             if example is None:

@@ -138,7 +138,7 @@ def block_changes(model: nn.Module, batch: torch.Tensor, rounds: int, local_step
     for round in range(rounds):
         flat = blocks[round % BLOCKS]
         reference = [each.clone() for each in flat.flats]
-        active = ActiveBlock(flat, optimizer, torch.empty(flat.block.flat_numel, device=DEVICE))
+        active = ActiveBlock(flat, optimizer)
         for _ in range(local_steps):
             begins.append((round, round % BLOCKS, event_here()))
             loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]

@@ -78,8 +78,7 @@ def interference(workload: Workload, windows: int, steps: int, nbytes: int) -> d
     plan = BlockPlan.from_model(model)
     freeze(model.parameters())
     flat = plan.materialise(model)[len(plan.blocks) // 2]
-    master = torch.empty(flat.block.flat_numel) if flat.block.needs_master else None
-    active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-6), master)
+    active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-6))
     batch = task.train.take(range(workload.batch_size))
 
     def steps_per_second() -> float:

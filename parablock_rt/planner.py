@@ -87,8 +87,7 @@ def measure_step(model: nn.Module, plan: BlockPlan, batch: dict[str, torch.Tenso
     trainable = {p: p.requires_grad for p in model.parameters()}
     for parameter in trainable:
         parameter.requires_grad_(False)
-    master = torch.empty(flat.block.flat_numel, dtype=torch.float32) if flat.block.needs_master else None
-    active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-5), master)
+    active = ActiveBlock(flat, lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
     times = []
     for _ in range(4):
         start = time.perf_counter()

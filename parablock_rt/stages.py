@@ -10,6 +10,7 @@ plans.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 
 import msgspec
@@ -80,9 +81,10 @@ def steps_to_hide(exchange_s: float, send_s: float, receive_s: float, step_s: fl
 
 
 class StageClock:
-    """Adds up the seconds of one side. One thread at a time may use it."""
+    """Adds up the seconds of one side. Any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards all below; reentrant, for signal handlers
         self._stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in STAGES}
         self._counted_to_ns = dict.fromkeys(STAGES, 0)
         self._window = dict.fromkeys(STAGES, 0.0)
@@ -90,25 +92,29 @@ class StageClock:
 
     def add(self, stage: str, start_ns: int, end_ns: int) -> None:
         """Adds a stretch of a stage that has ended; nanoseconds of the monotonic clock."""
-        self._stretches[stage].append((start_ns, end_ns))
+        with self._lock:
+            self._stretches[stage].append((start_ns, end_ns))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds seconds that the other side measured; they must not overlap other time of the same stage."""
-        self._window[stage] += seconds
+        with self._lock:
+            self._window[stage] += seconds
 
     def take(self) -> StageSeconds:
         """The seconds of the stretches added since the last call."""
-        self._merge()
-        taken = StageSeconds(**self._window)
-        for name in STAGES:
-            self._before[name] += self._window[name]
-            self._window[name] = 0.0
-        return taken
+        with self._lock:
+            self._merge()
+            taken = StageSeconds(**self._window)
+            for name in STAGES:
+                self._before[name] += self._window[name]
+                self._window[name] = 0.0
+            return taken
 
     def total(self) -> StageSeconds:
         """The seconds of all stretches so far."""
-        self._merge()
-        return StageSeconds(**{name: self._before[name] + self._window[name] for name in STAGES})
+        with self._lock:
+            self._merge()
+            return StageSeconds(**{name: self._before[name] + self._window[name] for name in STAGES})
 
     def _merge(self) -> None:
         for name, stretches in self._stretches.items():

@@ -80,6 +80,72 @@ def test_a_training_thread_that_waits_for_the_network_hears_that_a_signal_handle
         signal.signal(signal.SIGUSR1, former)
 
 
+def _before_an_encoding(run: pb.Run, close: Callable[[], None]) -> None:
+    pack = run._exchange.pack
+
+    def close_then_pack(*args: object) -> object:
+        close()
+        return pack(*args)  # type: ignore[arg-type]
+
+    run._exchange.pack = close_then_pack  # type: ignore[method-assign,assignment]
+
+
+def _with_a_round_begun_in_part(run: pb.Run, close: Callable[[], None]) -> None:
+    make = run._optimizer
+
+    def close_then_make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        close()
+        return make(parameters)
+
+    run._optimizer = close_then_make
+
+
+def _in_the_optimiser_s_step(run: pb.Run, close: Callable[[], None]) -> None:
+    run.optimizer.register_step_pre_hook(lambda *_: close())
+
+
+def _after_the_optimiser_s_step(run: pb.Run, close: Callable[[], None]) -> None:
+    run.optimizer.register_step_post_hook(lambda *_: close())
+
+
+@pytest.mark.parametrize("who", ["thread", "handler"])
+@pytest.mark.parametrize(
+    "where",
+    [_in_the_optimiser_s_step, _after_the_optimiser_s_step, _before_an_encoding, _with_a_round_begun_in_part],
+    ids=lambda where: where.__name__.strip("_"),
+)
+def test_a_run_that_is_closed_anywhere_in_a_step_gives_the_model_back_when_the_step_ends(
+    where: Callable[[pb.Run, Callable[[], None]], None], who: str
+) -> None:
+    closed_in_step: list[bool] = []
+
+    def close() -> None:
+        if who == "thread":
+            closer = threading.Thread(target=run.close)
+            closer.start()
+            closer.join(WAIT_S)
+        else:
+            run.close()  # as a handler would, between two instructions of the training thread
+        closed_in_step.append(not all(parameter.requires_grad for parameter in run.model.parameters()))
+
+    with serve() as server:
+        run = join(server)
+        where(run, close)
+        try:
+            one_step(run)
+        except ParaBlockError as error:
+            assert "closed" in str(error)
+        assert closed_in_step == [True], "nothing was given back within the step"
+        assert all(parameter.requires_grad for parameter in run.model.parameters())
+        kept = [parameter.detach().clone() for parameter in run.model.parameters()]
+        with pytest.raises(ParaBlockError, match="was closed before its end"):
+            one_step(run)
+        assert list(run.stream([torch.ones(1)])) == []
+        assert all(map(torch.equal, kept, run.model.parameters()))
+    with serve() as server, join(server, model=run.model) as again:  # nobody has a claim on the model
+        assert again.round == 0
+
+
 def test_a_run_whose_boundary_failed_says_so_when_it_is_used_again() -> None:
     def explode(report: pb.RoundReport) -> None:
         raise KeyboardInterrupt

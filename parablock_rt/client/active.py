@@ -36,17 +36,18 @@ def with_context(factory: OptimizerFactory, *, round: int, names: Sequence[str])
 class ActiveBlock:
     """One block that is trainable from construction to `close`."""
 
-    def __init__(self, flat: FlatBlock, optimizer: OptimizerFactory, master: Tensor | None) -> None:
-        """`master`: fp32 [flat_numel], holds the masters of a block that is not all fp32; None: train in place.
+    def __init__(self, flat: FlatBlock, optimizer: OptimizerFactory) -> None:
+        """A block that is all fp32 trains in place, any other in fp32 masters, which are made here.
 
         Raises ConfigError when `optimizer` does not return an optimiser, or one of other parameters.
         """
         self.flat = flat
         self._model_params = flat.params
         self._master_params: list[nn.Parameter] | None = None
-        if master is None:
-            trained = flat.params
-        else:
+        master: Tensor | None = None
+        trained = flat.params
+        if flat.block.needs_master:
+            master = torch.empty(flat.block.flat_numel, dtype=torch.float32, device=flat.flats[0].device)
             # Whole segments: the gaps between parameters must be zero in the master, too, as they are in the flats.
             for segment, weights in zip(flat.block.segments, flat.flats, strict=True):
                 master[segment.start : segment.start + segment.length].copy_(weights)

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parablock_rt.client.active import ActiveBlock
+from parablock_rt.client.exchange import Wait
 from parablock_rt.observe.timeline import Stage, Timeline
 
 
 @dataclass
 class CurrentRound:
-    """One round from its beginning to its hand-over. `ref`: what its change is measured from, a tensor per segment;
-    `exposed_s`: how long training waited before it."""
+    """One round from its beginning to its hand-over. `ref`: what its change is measured from, a tensor per segment."""
 
     index: int
     block: int
     active: ActiveBlock
     ref: list[Tensor]
     began_ns: int
-    exposed_s: float
     steps: int = 0
     weight: float | Tensor = 0.0  # sum over the steps so far; on the GPU if a step's weight was
     loss_sum: float | Tensor = 0.0
@@ -42,14 +41,13 @@ class CurrentRound:
         self.had_gradients |= len(missing) < len(self.active.flat.params)
         return missing
 
-    def note_compute(self, timeline: Timeline, steps_ended_ns: int, waited_s: float) -> float:
-        """Notes the round's computation, which ends now, and returns its seconds. `waited_s`: how long the training
-        thread waited after its last step, which ended at `steps_ended_ns`; that is no computation."""
-        key = {"round": self.index, "block": self.block}
-        ended_ns = time.monotonic_ns()
-        if waited_s > 0:
-            timeline.add(Stage.COMPUTE, self.began_ns, steps_ended_ns, **key)
-            timeline.add(Stage.COMPUTE, min(ended_ns, steps_ended_ns + int(waited_s * 1e9)), ended_ns, **key)
-        else:
-            timeline.add(Stage.COMPUTE, self.began_ns, ended_ns, **key)
-        return (ended_ns - self.began_ns) / 1e9 - waited_s
+    def note_compute(self, timeline: Timeline, waits: list[Wait]) -> float:
+        """Notes the round's computation, which ends now, and returns its seconds: the time since the round began,
+        without the `waits`, which are in order and may have ended before the round began."""
+        at_ns, computed_ns = self.began_ns, 0
+        for start_ns, end_ns in [*((wait.start_ns, wait.end_ns) for wait in waits), (time.monotonic_ns(), 0)]:
+            if start_ns > at_ns:
+                timeline.add(Stage.COMPUTE, at_ns, start_ns, round=self.index, block=self.block)
+                computed_ns += start_ns - at_ns
+            at_ns = max(at_ns, end_ns)
+        return computed_ns / 1e9

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -27,6 +28,19 @@ from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
 
 log = logging.getLogger("parablock")
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A stretch of time in which communication blocked the training thread; nanoseconds of the monotonic clock."""
+
+    start_ns: int
+    end_ns: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return (self.end_ns - self.start_ns) / 1e9
 
 
 class Exchange:
@@ -54,8 +68,7 @@ class Exchange:
         self._timeline = timeline
         self._versions = [0] * len(plan.blocks)
         self._in_flight: list[Handover] = []
-        self._handed_over = -1  # the last round that was handed over
-        self._early_verdicts: list[protocol.Verdict] = []  # on rounds that are not handed over yet
+        self._waits: list[Wait] = []
         self._applied = -1  # the last round whose aggregate is applied, or whose block came whole
         self._posted = -1  # the last round whose aggregate has a landing
 
@@ -68,12 +81,10 @@ class Exchange:
 
     # ---- Up
 
-    def wait_for_verdict(self, block: int, round: int) -> float:
-        """Blocks until the server has accepted or rejected every hand-over of the block; returns the seconds waited.
-
-        `round`: the round whose end waits, for the timeline.
-        """
-        return self._wait(lambda: self._replica.undecided(block) is None, f"the verdict on block {block}", round)
+    def wait_for_verdict(self, block: int, round: int) -> None:
+        """Blocks until the server has accepted or rejected every hand-over of the block. `round`: the round whose end
+        waits, for the timeline."""
+        self._wait(lambda: self._replica.undecided(block) is None, f"the verdict on block {block}", round)
 
     def pack(self, round: int, block: int, now: list[Tensor], ref: list[Tensor]) -> Handover:
         """Starts to encode the change of a round, `now − ref`, each a tensor per segment.
@@ -98,31 +109,28 @@ class Exchange:
         self._link.send_upload(upload, handover.encoding)
         others_pending = any(self.schedule.block(q) == handover.block for q in range(self._applied + 1, handover.round))
         self._replica.hand_over(handover, ref, finite=finite, others_pending=others_pending)
-        self._handed_over = handover.round
         self._in_flight.append(handover)
         self._retire()
 
-    def wait_encoded(self, block: int) -> None:
-        """Blocks until no encoding reads the block; the time counts as exposed."""
-        start = time.monotonic_ns()
+    def wait_encoded(self, block: int, round: int) -> None:
+        """Blocks until no encoding reads the block. `round`: the round that waits."""
+        start_ns = time.monotonic_ns()
         if self._replica.wait_encoded(block):
-            self.exposed_s += (time.monotonic_ns() - start) / 1e9
+            self._note_wait(start_ns, round)
 
-    def release_handed_over(self) -> None:
+    def release_handed_over(self, round: int) -> None:
         """Frees the masters of earlier rounds before this round's optimiser state is allocated; this bounds the memory.
 
-        Waits for their encoding, which has had the first forward and backward pass of the round to finish.
+        Waits for their encoding, which has had the first forward and backward pass of the round to finish. `round`: the
+        round that waits.
         """
-        start = time.monotonic_ns()
+        start_ns = time.monotonic_ns()
         waited = [self._stager.release_inputs(handover.encoding) for handover in self._in_flight]
         if any(waited):
-            self.exposed_s += (time.monotonic_ns() - start) / 1e9
+            self._note_wait(start_ns, round)
 
     def _take_verdicts(self) -> None:
-        # The verdict on a round that was closed at its deadline comes before the round's upload is handed over.
-        verdicts = [*self._early_verdicts, *self._link.take_verdicts()]
-        self._early_verdicts = [verdict for verdict in verdicts if verdict.round > self._handed_over]
-        for verdict in verdicts:
+        for verdict in self._link.take_verdicts():
             self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
 
     def _retire(self) -> None:
@@ -242,16 +250,25 @@ class Exchange:
 
     # ---- Waiting
 
-    def _wait(self, holds: Callable[[], bool], what: str, round: int) -> float:
-        """Blocks the training thread until `holds()`; returns the seconds and counts them as exposed."""
+    def take_waits(self) -> list[Wait]:
+        """All waits since the last call, in order."""
+        waits, self._waits = self._waits, []
+        return waits
+
+    def _wait(self, holds: Callable[[], bool], what: str, round: int) -> None:
+        """Blocks the training thread until `holds()`."""
 
         def now_holds() -> bool:
             self._take_verdicts()
             return holds()
 
-        start = time.monotonic_ns()
-        seconds = self._link.wait(now_holds, what)
-        if seconds > 0:
-            self._timeline.add(Stage.EXPOSED, start, time.monotonic_ns(), round=round)
-        self.exposed_s += seconds
-        return seconds
+        start_ns = time.monotonic_ns()
+        if self._link.wait(now_holds, what) > 0:
+            self._note_wait(start_ns, round)
+
+    def _note_wait(self, start_ns: int, round: int) -> None:
+        """Counts the time since `start_ns` as exposed."""
+        wait = Wait(start_ns, time.monotonic_ns())
+        self._timeline.add(Stage.EXPOSED, wait.start_ns, wait.end_ns, round=round)
+        self._waits.append(wait)
+        self.exposed_s += wait.seconds

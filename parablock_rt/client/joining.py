@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
-from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.blocks.plan import BlockPlan, combined
 from parablock_rt.client import memory
 from parablock_rt.client.active import OptimizerFactory
 from parablock_rt.client.entry import Entry
+from parablock_rt.client.lease import Lease
 from parablock_rt.client.reports import RoundReport
 from parablock_rt.client.run import Run
 from parablock_rt.client.server_link import ServerLink
@@ -128,20 +129,20 @@ def _make_run(
     plan = BlockPlan.from_spec(model, welcome.plan)
     device = model.get_parameter(plan.blocks[0].parameters[0]).device
     memory.require_room(device, partial(memory.predict, model, plan, config, optimizer, "cuda"))
-    claim = Claim(model, "client")
-    try:
+    with contextlib.ExitStack() as undo:
+        lease = Lease(model, plan)
+        undo.callback(lease.give_back)
         blocks = plan.materialise(model)
         ring = partial(timeline.transfer_ring, plan=plan, config=config, links=1)
         stager = stager_for(blocks, config, pinned_memory, ring)
-        run = Run(link, model, plan, blocks, welcome, optimizer, on_round, stager, timeline, claim)
-    except BaseException:
-        claim.release()
-        raise
+        undo.callback(stager.close)
+        run = Run(link, model, plan, blocks, welcome, optimizer, on_round, stager, timeline, lease)
+        undo.pop_all()
     _warn_of_statistics(model)
     try:
         ready = protocol.Ready(
             plan_digest=plan.digest,
-            frozen=combined(run.frozen),
+            frozen=combined(lease.frozen),
             fingerprints=[fingerprint(block) for block in blocks],
         )
         link.ready(ready, [sum(flat.nbytes for flat in block.flats) for block in blocks])

@@ -34,9 +34,10 @@ class StepReport:
 class RoundReport:
     """One round on this client; times in seconds.
 
-    `exposed_s`: how long communication blocked the start of the round. `bytes_up`, `bytes_down` (payload) and
-    `reconnects` (broken connections that were replaced) count from the start of the run. `stages`: the time in each
-    stage that has ended since the previous report, that is, this round's compute and the transfers during it.
+    `exposed_s`: how long communication has blocked the training thread since the previous report, mostly before the
+    round began. `bytes_up`, `bytes_down` (payload) and `reconnects` (broken connections that were replaced) count from
+    the start of the run. `stages`: the time in each stage that has ended since the previous report, that is, this
+    round's compute and the transfers during it.
     """
 
     round: int

@@ -11,8 +11,10 @@ Only the training thread may call this module, except where a docstring says "an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from parablock_rt import _C
-from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
 from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, retire, with_context
 from parablock_rt.client.current_round import CurrentRound
 from parablock_rt.client.exchange import Exchange
+from parablock_rt.client.lease import Lease
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
 from parablock_rt.client.reports import RoundReport, StepReport
@@ -78,10 +80,10 @@ class Run:
         on_round: Callable[[RoundReport], None] | None,
         stager: Stager | DeviceStager,
         timeline: Timeline,
-        claim: Claim,
+        lease: Lease,
     ) -> None:
-        """Called during `join`, after the handshake and with the plan materialised. The run owns `stager` and `claim`:
-        it closes the stager and releases the claim."""
+        """Called during `join`, after the handshake and with the plan materialised. The run owns `stager`, which it
+        closes, and `lease`: it gives the model back."""
         self.model = model
         self.plan = plan
         self.config = welcome.config
@@ -92,9 +94,8 @@ class Run:
         self._started_ns = 0  # when the first round began
         self._ended_ns = 0
         self.digest: str | None = None
-        self.frozen = plan.frozen_digests(model)  # at the start of the run
         self._link = link
-        self._claim = claim
+        self._lease = lease
         self._blocks = blocks
         self._stager = stager
         self._replica = Replica(blocks, self.config.format, self.config.local_view, stager.residual)
@@ -102,12 +103,14 @@ class Run:
         link.transport.native.record(timeline.transfer_ring("pb-transport", plan, self.config, links=1))
         self._optimizer = optimizer
         self.listeners = [] if on_round is None else [on_round]
-        self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._round: CurrentRound | None = None
         self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
         self._interrupted = ""  # why the next round did not start
         self._told_of_missing_gradients = False
+        self._lock = threading.RLock()  # guards the three below; reentrant, for a signal handler that closes the run
+        self._stepping = False  # the training thread is in `step`, which gives the model back if the run was closed
         self._closed = False
+        self._given_back = False
 
     # ---- For training loops
 
@@ -281,22 +284,22 @@ class Run:
             PeerLostError, WaitTimeoutError: at the round boundary, the server is gone or did not deliver in time.
             DigestError: at the round boundary, the weights here differ from the server's.
         """
-        round = self._require_round()
-        before = self.exposed_s
-        try:
-            weight = check_weight(as_number(weight))
-            value = float("nan") if loss is None else as_number(loss)
-            self._look_at_gradients(round)
-            if round.steps == 0:
-                self._exchange.release_handed_over()
-            round.active.step(scaler)
-        except BaseException:
-            round.active.clear_gradients()
-            raise
-        round.add_step(weight, value)
-        if round.steps == self.config.local_steps:
-            self._cross_boundary(round)
-        exposed_s, ended = self.exposed_s - before, self._round is not round
+        with self._held() as round:
+            before = self.exposed_s
+            try:
+                weight = check_weight(as_number(weight))
+                value = float("nan") if loss is None else as_number(loss)
+                self._look_at_gradients(round)
+                if round.steps == 0:
+                    self._exchange.release_handed_over(round.index)
+                round.active.step(scaler)
+            except BaseException:
+                round.active.clear_gradients()
+                raise
+            round.add_step(weight, value)
+            if round.steps == self.config.local_steps:
+                self._cross_boundary(round)
+            exposed_s, ended = self.exposed_s - before, self._round is not round
         return StepReport(value, round.index, round.block, exposed_s, ended, self.finished)
 
     def block_parameters(self) -> list[nn.Parameter]:
@@ -313,7 +316,7 @@ class Run:
         the same bits before that step.
         """
         for block in range(len(self._blocks)):
-            self._exchange.wait_encoded(block)
+            self._exchange.wait_encoded(block, self.rounds)
 
     def holdings(self) -> dict[str, int]:
         """Bytes that this client holds now, by the item names of `memory.predict`; a missing item holds none.
@@ -335,22 +338,20 @@ class Run:
         """Leaves the run and gives the model back: the same Parameters with their original `requires_grad`. Idempotent.
 
         Before the end of the run, this tells the server that the client leaves, and the `reason`. Any thread may call
-        it; a training thread that is waiting for the network then gets a ParaBlockError.
+        it, and a signal handler. If the training thread is in `step` then, the model is given back when `step` ends,
+        which raises ParaBlockError if it needs the network; so does every later step.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         self._ended_ns = self._ended_ns or time.monotonic_ns()
         try:
             self._link.close(None if self.finished else self._goodbye("", reason or "left before the last round"))
-            self._stager.close()  # an encoding reads memory that may be freed with this object
         finally:
-            round, self._round = self._round, None
-            if round is not None:
-                round.active.close()
-            for parameter, trainable in self._was_trainable.items():
-                parameter.requires_grad_(trainable)
-            self._claim.release()
+            with self._lock:
+                if not self._stepping:
+                    self._give_back()
 
     def __enter__(self) -> Run:
         return self
@@ -375,13 +376,39 @@ class Run:
     def _is_over(self) -> bool:
         return self.finished or self._closed
 
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[CurrentRound]:
+        """The current round, for a step: a `close` from elsewhere gives the model back no earlier than at the end."""
+        with self._lock:
+            round = self._require_round()
+            self._stepping = True
+        try:
+            yield round
+        finally:
+            with self._lock:
+                self._stepping = False
+                if self._closed:
+                    self._give_back()
+
+    def _give_back(self) -> None:
+        if self._given_back:
+            return
+        self._given_back = True
+        try:
+            self._stager.close()  # an encoding reads memory that may be freed with this object
+        finally:
+            if self._round is not None:
+                self._round.active.close()
+            self._round = None
+            self._lease.give_back()
+
     def _require_round(self) -> CurrentRound:
-        if self._round is not None:
-            return self._round
         if self.finished:
             raise ParaBlockError("the run has ended; take steps only while run.finished is False, as run.stream does")
         if self._closed:
             raise ParaBlockError("this run was closed before its end; join again")
+        if self._round is not None:
+            return self._round
         if not self._interrupted:
             raise ParaBlockError("no block trains between two rounds, where on_round is called")
         raise ParaBlockError(f"{self._interrupted}, and the run cannot go on from there; close it and join again")
@@ -415,7 +442,6 @@ class Run:
         whose cohort this client is. Finishes the run if there is none."""
         self.timeline.drain()
         profiling.mark_clock()
-        before = self.exposed_s
         while index < self.config.rounds:
             self._exchange.apply_through(index - 1 - self.config.staleness)
             self._link.check()
@@ -428,14 +454,14 @@ class Run:
         block = self._exchange.schedule.block(index)
         flat = self._blocks[block]
         flat.check_homed(self.model)
-        self._exchange.wait_encoded(block)
+        self._exchange.wait_encoded(block, index)
         ref = self._replica.snapshot_start(block)
         factory = with_context(self._optimizer, round=index, names=flat.block.parameters)
-        active = ActiveBlock(flat, factory, self._take_master(flat))
+        active = ActiveBlock(flat, factory)
         former = self._former_optimizer()
         if former is not None and former is not active.optimizer:
             retire(former)
-        self._round = CurrentRound(index, block, active, ref, time.monotonic_ns(), self.exposed_s - before)
+        self._round = CurrentRound(index, block, active, ref, time.monotonic_ns())
 
     def _end_round(self, round: CurrentRound) -> None:
         """Hands the block over. Waits for the network only if the verdict on the block's last hand-over is still out.
@@ -446,8 +472,7 @@ class Run:
         round.active.check_homed(self.model)
         if not round.had_gradients:
             round.active.require_change(round.ref)
-        steps_ended_ns = time.monotonic_ns()
-        waited_s = self._exchange.wait_for_verdict(round.block, round.index)
+        self._exchange.wait_for_verdict(round.block, round.index)
         extremes = self._replica.extremes(round.block)
         now = round.active.now()
         if isinstance(round.active.optimizer, torch.optim.Optimizer):
@@ -456,7 +481,9 @@ class Run:
         handover = self._exchange.pack(round.index, round.block, now, round.ref)
         weight, loss, *values = read_all([round.weight, round.loss_sum / round.steps, *extremes])
         check_weight(weight)
-        compute_s = round.note_compute(self.timeline, steps_ended_ns, waited_s)
+        waits = self._exchange.take_waits()
+        exposed_s = sum(wait.seconds for wait in waits)
+        compute_s = round.note_compute(self.timeline, waits)
         self.compute_s += compute_s
         self.rounds += 1
         with self.timeline.span(Stage.HAND_OVER, kind=Kind.UPLOAD, round=round.index, block=round.block):
@@ -467,12 +494,12 @@ class Run:
                 weight=weight,
                 loss=loss,
                 compute_s=compute_s,
-                exposed_s=round.exposed_s,
+                exposed_s=exposed_s,
                 stages=stages,
             )
             self._exchange.hand_over(handover, upload, round.ref, finite=all(map(math.isfinite, values)))
             counts = (self.bytes_up, self.bytes_down, self.reconnects)
-            report = RoundReport(round.index, round.block, loss, compute_s, round.exposed_s, *counts, stages=stages)
+            report = RoundReport(round.index, round.block, loss, compute_s, exposed_s, *counts, stages=stages)
         for listener in list(self.listeners):
             listener(report)
 
@@ -483,24 +510,7 @@ class Run:
         self._link.farewell(self._goodbye(digest, ""))
         self._ended_ns = time.monotonic_ns()
         self.digest = digest
-        self._warn_of_drift()
-
-    def _warn_of_drift(self) -> None:
-        """Warns of changed tensors that the plan does not train: they are not exchanged, so no other client has the
-        change."""
-        now = self.plan.frozen_digests(self.model)
-        moved = [name for name, found in now.items() if self.frozen.get(name) != found]
-        if moved:
-            log.warning(
-                "%d tensors that the plan does not train, such as %s, have changed during the run: they are not "
-                "averaged, so server and clients now differ in them. Keep them fixed, or copy them from one side",
-                *(len(moved), moved[0]),
-            )
-
-    def _take_master(self, flat: FlatBlock) -> Tensor | None:
-        if not flat.block.needs_master:
-            return None
-        return torch.empty(flat.block.flat_numel, dtype=torch.float32, device=flat.flats[0].device)
+        self._lease.warn_of_drift()
 
     def _goodbye(self, digest: str, reason: str) -> protocol.Goodbye:
         return protocol.Goodbye(

@@ -171,7 +171,7 @@ function showClients(run) {
     return element("tr", {}, ...cells.map((text) => element("td", {}, String(text))), element("td", { class: "bar" }, bar));
   });
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
-  at("clients").replaceChildren(element("p", { class: "explain" }, "Means over a client's rounds, slowest first. Waiting is that before a round: what follows the last one is in the run's figures alone."), element("div", { class: "scroll" }, table));
+  at("clients").replaceChildren(element("p", { class: "explain" }, "Means over a client's rounds, slowest first. Waiting is that before and in a round: what follows the last one is in the run's figures alone."), element("div", { class: "scroll" }, table));
 }
 
 const seriesOf = (pick) => shownRuns().map(([index, run]) => ({

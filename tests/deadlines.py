@@ -28,7 +28,7 @@ class _WithoutSeats(Deadline):
         index = server._progress.oldest
         if not server._progress.started or server._progress.all_closed:
             return _NEVER_S
-        round = server._rounds[index]
+        round = server._run.rounds[index]
         missing = round.cohort - round.uploads.keys() - round.refused.keys()
         return 0.0 if missing and missing <= set(self._given_up(index)) else _NEVER_S
 
@@ -49,6 +49,6 @@ def do_not_wait_for_the_gone(server: pb.Server) -> None:
 
     def gone(round: int) -> Collection[int]:
         present = {member.seat for member in coordinator._roster.here if member.begun}
-        return coordinator._rounds[round].cohort - present
+        return coordinator._run.rounds[round].cohort - present
 
     do_not_wait_for(server, gone)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from parablock_rt.client.run import Run
 from parablock_rt.client.server_link import ServerLink
 from parablock_rt.server.catch_up import CatchUp
-from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.intake import Intake
 from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import ClosedRound
@@ -307,12 +306,7 @@ def test_a_full_upload_budget_lets_in_one_ready_upload_after_the_other(
 def test_a_client_that_leaves_more_aggregates_lying_than_the_budget_is_dismissed_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Eviction.__init__
-
-    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
-        original(self, *args, **named, update_budget=0)
-
-    monkeypatch.setattr(Eviction, "__init__", without_room)
+    monkeypatch.setattr("parablock_rt.server.eviction.UPDATE_BUDGET", 0)
     held, ended = threading.Event(), threading.Event()
 
     def hold(run: Run, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -111,6 +112,20 @@ def test_two_servers_cannot_use_one_state_nor_begin_it_twice(tmp_path: Path) -> 
         Checkpoint.create(tmp_path / "state", begin())
     with pytest.raises(CheckpointError, match="there is no run to resume in"):
         Checkpoint.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["ftruncate", "fdatasync", "fsync"])
+def test_what_the_system_refuses_is_an_error_that_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, refuse)
+        with pytest.raises(CheckpointError, match=r"the state .* be written.*: Input/output error"):
+            Checkpoint.create(tmp_path, begin())
+    Checkpoint.create(tmp_path / "next", begin()).close()
 
 
 def test_the_state_is_readable_for_its_owner_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import parablock_rt as pb
 from parablock_rt.blocks.layout import PlanSpec
-from parablock_rt.errors import ConfigError, ParaBlockError, PlanError, StoppedError
+from parablock_rt.errors import ConfigError, HandshakeError, ParaBlockError, PlanError, StoppedError
 from parablock_rt.server import journal
 from parablock_rt.server.members import Member
 from parablock_rt.server.outcome import ClosedRound
@@ -430,6 +431,53 @@ def test_nobody_waits_for_a_client_that_has_said_that_it_leaves() -> None:
         outcome = server.wait(60.0)
     assert [closed.contributions for closed in outcome.rounds][-1] == 1
     assert outcome.left == [f"client {1 - run.client}: left before the last round"]
+
+
+def test_a_client_that_has_finished_keeps_its_seat_whoever_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other client has not said goodbye yet: the run goes on."""
+    monkeypatch.setattr("parablock_rt.server.roster.SEAT_KEPT_S", 0.0)
+    finishing, over = threading.Event(), threading.Event()
+
+    def finish_late(address: str) -> None:
+        with pb.join(address, Net(), sgd) as run:
+            farewell = run._link.farewell
+
+            def wait_then_say(goodbye: protocol.Goodbye) -> None:
+                finishing.set()
+                assert over.wait(60.0)
+                farewell(goodbye)
+
+            run._link.farewell = wait_then_say  # type: ignore[method-assign]
+            to_the_end(run)
+
+    with serve(clients=2, rounds=3) as server:
+        late = threading.Thread(target=finish_late, args=(server.address,))
+        late.start()
+        with pb.join(server.address, Net(), sgd) as run:
+            to_the_end(run)
+        assert finishing.wait(60.0)
+        with pytest.raises(HandshakeError, match="all 2 seats of this run are taken"):
+            pb.join(server.address, Net(), sgd, reconnect=0.0)
+        over.set()
+        late.join()
+        outcome = server.wait(60.0)
+    assert outcome.left == []
+    assert {seat: goodbye.rounds for seat, goodbye in outcome.goodbyes.items()} == {0: 3, 1: 3}
+
+
+def test_a_server_whose_thread_does_not_start_leaves_neither_its_port_nor_its_model_in_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = Net()
+    with serve(model) as server:
+        address = server.address
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no more threads")))
+        with pytest.raises(RuntimeError, match="no more threads"):
+            serve(model, address=address, durable=tmp_path)
+    with pb.serve(model, resume=tmp_path) as server, pb.join(address, Net(), sgd) as run:
+        assert server.address == address
+        to_the_end(run)
 
 
 def join_and_leave(address: str) -> None:

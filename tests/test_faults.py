@@ -182,7 +182,7 @@ def test_the_server_hears_why_a_client_leaves(start: Start) -> None:
         "stopped by KeyboardInterrupt",
         "stopped by ValueError",
     ]
-    assert summarise(running._coordinator._config, outcome, blocks=4)["left_early"] == outcome.left
+    assert summarise(running._coordinator.config, outcome, blocks=4)["left_early"] == outcome.left
 
 
 def test_a_client_too_many_is_told_so_and_the_others_finish(start: Start) -> None:
@@ -215,7 +215,7 @@ def test_a_client_whose_loss_is_nan_is_counted_and_does_no_harm(start: Start) ->
     assert all(end["finite"] for end in ends)
     assert all(bool(value.isfinite().all()) for value in state.values())
     assert [closed.bad_groups for closed in outcome.rounds][:2] == [0, 33]  # 64 · 64 weights and 64 biases, by 128
-    summary = summarise(running._coordinator._config, outcome, blocks=4)
+    summary = summarise(running._coordinator.config, outcome, blocks=4)
     assert summary["bad_groups"] == ends[0]["bad_groups"] + ends[1]["bad_groups"]
     assert ends[0]["bad_groups"] == 0
     assert outcome.rounds[1].loss != outcome.rounds[1].loss

@@ -22,7 +22,6 @@ import parablock_rt as pb
 from parablock_rt import _C
 from parablock_rt.errors import RoundError
 from parablock_rt.schedule import cohort_of
-from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.progress import Progress
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
@@ -281,7 +280,7 @@ def test_a_resumed_run_does_not_ask_for_uploads_that_went_with_the_earlier_serve
     settings = {"clients": 2, "quorum": 2, "staleness": 1, "durable": tmp_path / "state"}
     with start_server(**settings) as running, begun(running, 2) as clients, RawClient(running.address) as newcomer:
         deliver(clients[0][0], 0)
-        assert settles(lambda: 0 in running._coordinator._rounds.uploads_of(0))
+        assert settles(lambda: 0 in running._coordinator._run.rounds.uploads_of(0))
         clients[0][0].say(LEAVES)
         assert settles(lambda: len(running.outcome.left) == 1)
         welcome = newcomer.take_seat()
@@ -301,7 +300,7 @@ def test_a_resumed_run_does_not_ask_for_uploads_that_went_with_the_earlier_serve
         for each in (first, second):
             deliver(each, 1)
         assert second.hear(protocol.Update).contributions == 2
-        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._run.rounds
         assert attendance.quorum(rounds[2]) == 2
 
 
@@ -321,7 +320,7 @@ def test_a_resumed_run_knows_who_was_given_up_and_how_long_its_rounds_took(tmp_p
         assert deadline._seen == took[1:]  # the first one ran to its deadline
         come_back(returning, welcome, applied=2, handed_over=2)
         returning.hear(protocol.RejoinAnswer)
-        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._run.rounds
         assert attendance.expected(rounds[3]) == {1}
         deliver(returning, 3)
         assert returning.hear(protocol.Update).round == 3
@@ -341,7 +340,7 @@ def test_a_vacant_seat_that_the_quorum_needs_is_waited_for_after_a_restart(tmp_p
         come_back(returning, clients[1][1])
         returning.hear(protocol.RejoinAnswer)
         deliver(returning, 0)
-        assert settles(lambda: 1 in running._coordinator._rounds.uploads_of(0) or not running.running)
+        assert settles(lambda: 1 in running._coordinator._run.rounds.uploads_of(0) or not running.running)
         loop_turns(running)
         newcomer.begin()
         deliver(newcomer, 0)
@@ -364,12 +363,7 @@ def test_a_resumed_run_that_ends_without_a_quorum_does_not_advise_what_a_resume_
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody may leave more lying than the newest rounds, and no round beyond them; while catching up, a snapshot."""
-    original = Eviction.__init__
-
-    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
-        original(self, *args, **named, update_budget=0)
-
-    monkeypatch.setattr(Eviction, "__init__", without_room)
+    monkeypatch.setattr("parablock_rt.server.eviction.UPDATE_BUDGET", 0)
     monkeypatch.setattr("parablock_rt.server.eviction.MAX_LAG", 3)
 
 

@@ -106,6 +106,22 @@ def test_an_upload_that_is_announced_again_after_it_was_accepted_ends_the_link_a
     assert outcome.rounds[0].weight == 3.0  # 1 of the first, and 2 steps of the other
 
 
+def test_an_upload_that_is_announced_again_after_it_was_refused_is_not_waited_for() -> None:
+    running = start_server(clients=2, quorum=1, deadline=300.0)
+    with running, RawClient(running.address) as greedy, RawClient(running.address) as other:
+        for each in (greedy, other):
+            each.say(each.ready(each.take_seat()))
+        for each in (greedy, other):
+            each.hear(protocol.Begin)
+        assert not greedy.upload(0, b"\xff" * len(good_body()), announcement(0)).accepted
+        greedy.say(announcement(0))
+        assert greedy.upload(1, good_body(), announcement(1)).accepted  # so the one before has been read
+        (member,) = [m for m in running._coordinator._roster.members if m.verdicts]
+        assert 0 not in member.announced
+        assert other.upload(0, good_body(), announcement(0)).accepted
+        assert other.hear(protocol.Update).contributions == 1
+
+
 def test_a_candidate_cannot_prove_itself_twice() -> None:
     identity = Identity(1, None, RunConfig(rounds=1, clients=1), PlanSpec(blocks=()), "", "")
     candidate = Candidate(1, "", 0.0)

@@ -125,12 +125,12 @@ class Gathering:
         def settle_then_gather(server: Coordinator, *, idle: bool = False) -> None:
             settle(server, idle=idle)
             uplink, intake = server._participants.uplink, server._participants.intake
-            while server._progress.oldest == 1 and len(server._rounds[1].uploads) < uploads:
+            while server._progress.oldest == 1 and len(server._run.rounds[1].uploads) < uploads:
                 intake.let_in(1)
                 event = server._transport.next_event(WAIT_S)
                 assert event is not None
                 server._take(event)
-                if waiting := server._rounds[1].waiting:
+                if waiting := server._run.rounds[1].waiting:
                     self.due[len(waiting)] = (
                         uplink.is_worth_a_pass(1, idle=False),
                         uplink.is_worth_a_pass(1, idle=True),

@@ -23,17 +23,18 @@ from test_replay import Returning
 
 import parablock_rt as pb
 from parablock_rt import _C
+from parablock_rt.blocks.plan import PlanSpec
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
 from parablock_rt.schedule import Schedule
 from parablock_rt.server import journal
 from parablock_rt.server.catch_up import CatchUp
 from parablock_rt.server.checkpoint import Checkpoint
-from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.members import UploadSlot
+from parablock_rt.server.members import Identity, UploadSlot
 from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
+from parablock_rt.server.run_state import new_run
 from parablock_rt.wire import protocol
 from parablock_rt.wire.transport import BufferPool, body_layout, inspector
 
@@ -83,7 +84,7 @@ def test_a_client_that_missed_a_deadline_is_waited_for_again_only_when_it_has_tr
         silent.hear(protocol.Begin)
         honest.expect("stopped")
         assert settles(lambda: len(running.outcome.rounds) == 2), "the end of round 1 without the silent client"
-        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._rounds
+        attendance, rounds = running._coordinator._participants.attendance, running._coordinator._run.rounds
         assert seat not in attendance.expected(rounds[2])
         silent.say(announcement(0))  # too late, but it has trained
         assert settles(lambda: seat in attendance.expected(rounds[2])), "the silent client's return"
@@ -131,7 +132,8 @@ def test_a_server_that_was_stopped_takes_nobody_for_silent() -> None:
     roster: Any = SimpleNamespace(here=[holder, waits])
     transport: Any = SimpleNamespace(native=SimpleNamespace(stats=lambda link: SimpleNamespace(moved_bytes=7)))
     config = RunConfig(rounds=1, clients=2)
-    intake = Intake(transport, BufferPool(), roster, config, Schedule(config, [128]), budget=2**30)
+    identity = Identity(1, None, config, PlanSpec(()), "", "")
+    intake = Intake(transport, BufferPool(), roster, new_run(identity, [128], trace=False), budget=2**30)
     assert [intake.silent(0, now, 10.0) for now in (100.0, 105.0)] == [[], []]
     assert intake.silent(0, 140.0, 10.0) == []
     assert [intake.silent(0, now, 10.0) for now in (145.0, 149.0)] == [[], []]
@@ -205,12 +207,7 @@ def test_a_client_that_had_not_begun_joins_the_server_that_goes_on_anew(start: S
 def test_a_client_in_an_endless_snapshot_is_dismissed_when_the_aggregates_it_lacks_weigh_more_than_the_model(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Eviction.__init__
-
-    def without_room(self: Eviction, *args: Any, **named: Any) -> None:
-        original(self, *args, **named, update_budget=0)
-
-    monkeypatch.setattr(Eviction, "__init__", without_room)
+    monkeypatch.setattr("parablock_rt.server.eviction.UPDATE_BUDGET", 0)
     with start_server(quorum=1, rounds=40, deadline=300.0) as running:
         do_not_wait_for(running, lambda index: {0})
         with RawClient(running.address) as former:

@@ -237,7 +237,7 @@ class ServerLink:
 
     def report_applied(self, round: int, fingerprint: int) -> None:
         """Tells the server the fingerprint after an aggregate was applied. A report lost with a broken connection is
-        not repeated: Rejoin carries the same position."""
+        not repeated: Rejoin, or the next report, says that this aggregate is applied."""
         with self._changed:
             if self._open:
                 self._send(protocol.Applied(round=round, fingerprint=fingerprint))
@@ -455,8 +455,8 @@ class ServerLink:
 
 
 def _attend(link: weakref.ref[ServerLink], transport: Transport) -> None:
-    """The body of the thread. Holds no reference to the link while it sleeps, so that a link that was dropped without
-    being closed can be garbage-collected."""
+    """The body of the thread. Holds no reference to the link while it waits for events, so that a link that was dropped
+    without being closed can be garbage-collected; `_come_back` holds one for as long as it tries."""
     while True:
         event = transport.native.next_event(_EVENT_WAIT_S)
         alive = link()

@@ -10,17 +10,14 @@ from __future__ import annotations
 import logging
 
 from parablock_rt.errors import RoundError
-from parablock_rt.schedule import Schedule
 from parablock_rt.server import journal, rejoin
 from parablock_rt.server.attendance import Attendance
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
 from parablock_rt.server.intake import Intake
-from parablock_rt.server.members import Identity, Member, Phase
-from parablock_rt.server.outcome import Outcome
-from parablock_rt.server.progress import Progress
+from parablock_rt.server.members import Member, Phase
 from parablock_rt.server.roster import Roster
-from parablock_rt.server.rounds import OpenRounds
+from parablock_rt.server.run_state import RunState
 from parablock_rt.server.verdicts import Verdicts
 from parablock_rt.wire import protocol
 
@@ -32,30 +29,26 @@ class CatchUp:
 
     def __init__(
         self,
-        identity: Identity,
-        schedule: Schedule,
-        progress: Progress,
-        rounds: OpenRounds,
+        run: RunState,
         roster: Roster,
         attendance: Attendance,
         intake: Intake,
         downlink: Downlink,
         durability: Durability,
         verdicts: Verdicts,
-        outcome: Outcome,
     ) -> None:
-        self._identity = identity
-        self._config = identity.config
-        self._schedule = schedule
-        self._progress = progress
-        self._rounds = rounds
+        self._identity = run.identity
+        self._config = run.config
+        self._schedule = run.schedule
+        self._progress = run.progress
+        self._rounds = run.rounds
+        self._outcome = run.outcome
         self._roster = roster
         self._attendance = attendance
         self._intake = intake
         self._downlink = downlink
         self._durability = durability
         self._verdicts = verdicts
-        self._outcome = outcome
 
     # ---- Newcomers
 

@@ -14,6 +14,7 @@ journal contains the seats' secrets, so only its owner may read it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -53,19 +54,18 @@ class Checkpoint:
     @classmethod
     def create(cls, folder: Path, begin: Begin) -> Checkpoint:
         """Begins the state of a new run. Raises CheckpointError when the folder holds a run or cannot be written."""
-        try:
+        with _told(f"the state cannot be written to {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             journal = _C.Descriptor(os.open(folder / _JOURNAL, flags, 0o600))
-        except OSError as error:
-            raise CheckpointError(f"the state cannot be written to {folder}: {error.strerror}") from error
         checkpoint = cls(folder, journal)
         try:
             _lock(journal, folder)
             cls.refuse_to_replace(folder)
-            os.ftruncate(journal.fileno(), 0)
-            checkpoint.append(begin)
-            _sync_folder(folder)
+            with _told(f"the state cannot be written to {folder}"):
+                os.ftruncate(journal.fileno(), 0)
+                checkpoint.append(begin)
+                _sync_folder(folder)
         except BaseException:
             checkpoint.close()
             raise
@@ -75,10 +75,8 @@ class Checkpoint:
     def refuse_to_replace(folder: Path) -> None:
         """Raises CheckpointError when the folder holds the state of a run, which a new run would overwrite."""
         journal = folder / _JOURNAL
-        try:
+        with _told(f"the state in {folder} cannot be read"):
             begun = journal.exists() and not _never_begun(journal.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"the state in {folder} cannot be read: {error.strerror}") from error
         if begun:
             raise CheckpointError(
                 f"{folder} holds the state of a run already; resume that run, or choose another folder"
@@ -100,7 +98,8 @@ class Checkpoint:
             ) from error
         try:
             _lock(journal, folder)
-            past = _read(journal, folder, whole=whole)
+            with _told(f"the state in {folder} cannot be read"):
+                past = _read(journal, folder, whole=whole)
             for file in folder.glob("round-*"):
                 if file.suffix == ".part" or _round_of(file) >= len(past.closed):
                     _remove(file)
@@ -122,13 +121,11 @@ class Checkpoint:
         for record in records:
             payload = _encoder.encode(record)
             data += _FRAME.pack(len(payload), _C.crc32c(payload)) + payload
-        try:
+        with _told(f"the state in {self.folder} cannot be written"):
             view = memoryview(data)
             while view:
                 view = view[os.write(self._journal.fileno(), view) :]
             os.fdatasync(self._journal.fileno())
-        except OSError as error:
-            raise CheckpointError(f"the state in {self.folder} cannot be written: {error.strerror}") from error
 
     def write_round(self, round: int, tensors: dict[str, Tensor]) -> None:
         """Writes what a round changed. The file counts once a Closed record follows. Raises CheckpointError."""
@@ -176,6 +173,15 @@ class Checkpoint:
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:06d}.safetensors"
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns what the system refuses into a CheckpointError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror}") from error
 
 
 def _remove(file: Path) -> None:

@@ -11,16 +11,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from parablock_rt.config import RunConfig
 from parablock_rt.errors import RoundError
-from parablock_rt.observe.timeline import Stage, Timeline
+from parablock_rt.observe.timeline import Stage
 from parablock_rt.server import journal
 from parablock_rt.server.downlink import Downlink
 from parablock_rt.server.durability import Durability
-from parablock_rt.server.outcome import ClosedRound, Outcome
+from parablock_rt.server.outcome import ClosedRound
 from parablock_rt.server.participants import Participants
-from parablock_rt.server.progress import Progress
-from parablock_rt.server.rounds import OpenRounds, Round
+from parablock_rt.server.rounds import Round
+from parablock_rt.server.run_state import RunState
 from parablock_rt.staging.stager import Encoding
 from parablock_rt.wire import protocol
 
@@ -30,29 +29,26 @@ class Closing:
 
     def __init__(
         self,
-        config: RunConfig,
-        progress: Progress,
-        rounds: OpenRounds,
+        run: RunState,
         participants: Participants,
         downlink: Downlink,
         durability: Durability,
-        timeline: Timeline,
-        outcome: Outcome,
         on_round: Callable[[ClosedRound], None] | None,
     ) -> None:
         """`on_round`: one of the `listeners`, which are called after each round that closes."""
-        self._config = config
-        self._progress = progress
-        self._rounds = rounds
+        self._progress = run.progress
+        self._rounds = run.rounds
+        self._timeline = run.timeline
+        self._outcome = run.outcome
         self._participants = participants
         self._roster = participants.roster
         self._attendance = participants.attendance
         self._downlink = downlink
         self._durability = durability
-        self._timeline = timeline
-        self._outcome = outcome
         self.listeners = [] if on_round is None else [on_round]
-        self._was_short = -1  # the last round that waited for unexpected seats because it lacked a quorum
+        # The last round that lacked a quorum and waited for seats that nobody expected: its length says nothing about
+        # the deadline that later rounds need.
+        self._was_short = -1
 
     def close_due(self) -> None:
         """Closes the oldest open rounds, in order, as long as no more uploads are expected for them.

@@ -17,7 +17,6 @@ from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError, HandshakeError, ParaBlockError, RoundError, StoppedError
 from parablock_rt.observe.timeline import Timeline
-from parablock_rt.schedule import Schedule
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.closing import Closing
 from parablock_rt.server.downlink import Downlink
@@ -27,8 +26,7 @@ from parablock_rt.server.master import Master
 from parablock_rt.server.members import Candidate, Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.server.participants import Participants
-from parablock_rt.server.progress import Progress
-from parablock_rt.server.rounds import OpenRounds
+from parablock_rt.server.run_state import new_run
 from parablock_rt.server.visitors import PURPOSES, Visitors
 from parablock_rt.server.watch import Watch
 from parablock_rt.stages import total
@@ -61,48 +59,22 @@ class Coordinator:
     ) -> None:
         """`state`: where the run's durable state is kept; None keeps none. `past`: what an earlier server left there;
         the caller has restored `master` from it."""
-        config = identity.config
-        self.outcome = Outcome()
-        self.timeline = Timeline("server", "pb-server", on=trace)
-        self.timeline.run = identity.run
+        self._run = run = new_run(identity, (block.flat_numel for block in plan.blocks), trace=trace)
+        self._progress = run.progress
+        config = run.config
         transport.native.record(self.timeline.transfer_ring("pb-transport", plan, config, config.cohort_size))
         self._transport = transport
-        self._config = config
         self._plan = plan
         self._master = master
-        self._progress = Progress(config)
-        schedule = Schedule(config, [block.flat_numel for block in plan.blocks])
-        self._rounds = OpenRounds(schedule)
         stager = Stager(self.timeline.transfer_ring("pb-encode", plan, config, links=1))
         downlink = Downlink(transport, master, config.chunk, stager, self.timeline)
         self._durability = durability = Durability(state, master, self.timeline)
         self._watch = Watch(config)
         self._participants = Participants(
-            transport,
-            identity,
-            schedule,
-            self._progress,
-            self._rounds,
-            downlink,
-            durability,
-            self._watch,
-            self.timeline,
-            self.outcome,
-            self._digest,
-            upload_budget,
+            transport, run, downlink, durability, self._watch, self._digest, upload_budget
         )
         self._roster = self._participants.roster
-        self._closing = Closing(
-            config,
-            self._progress,
-            self._rounds,
-            self._participants,
-            downlink,
-            durability,
-            self.timeline,
-            self.outcome,
-            on_round,
-        )
+        self._closing = Closing(run, self._participants, downlink, durability, on_round)
         self._visitors = Visitors(transport, identity.run, self._watch, self._status)
         self._stop_reason: str | None = None
         self._clock_at = 0.0  # when the clock was last checked; 0: it is due
@@ -112,7 +84,17 @@ class Coordinator:
     @property
     def config(self) -> RunConfig:
         """The run's settings."""
-        return self._config
+        return self._run.config
+
+    @property
+    def outcome(self) -> Outcome:
+        """The run's results so far."""
+        return self._run.outcome
+
+    @property
+    def timeline(self) -> Timeline:
+        """The server's spans. Read it only after the run has ended."""
+        return self._run.timeline
 
     def link_stats(self) -> dict[str, _C.LinkStats]:
         """Current statistics of the link to each client. Any thread may call it."""
@@ -260,7 +242,7 @@ class Coordinator:
         self._participants.eviction.refuse_silent(now)
         attendance = self._participants.attendance
         if not self._progress.started:
-            if self._progress.open_s > self._config.join_timeout:
+            if self._progress.open_s > self.config.join_timeout:
                 self._participants.catch_up.start_if_complete(at_deadline=True)
         elif self._progress.deserted(anybody=bool(self._roster.here), may_return=bool(attendance.lost)):
             gone = "; ".join(attendance.gone(self.outcome.left))

@@ -43,7 +43,7 @@ class Downlink:
     """
 
     def __init__(self, transport: Transport, master: Master, chunk: int, stager: Stager, timeline: Timeline) -> None:
-        """`chunk`: elements per chunk of a transfer."""
+        """`chunk`: elements per chunk of an aggregate, and bytes per chunk of a whole block."""
         self.nbytes = 0
         self.snapshots_nbytes = 0
         self._transport = transport

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parablock_rt.config import RunConfig
 from parablock_rt.errors import HandshakeError, ParaBlockError, RoundError
-from parablock_rt.schedule import Schedule
 from parablock_rt.server import roster
 from parablock_rt.server.intake import Intake
 from parablock_rt.server.members import Member
-from parablock_rt.server.progress import Progress
 from parablock_rt.server.roster import Roster
-from parablock_rt.server.rounds import OpenRounds
+from parablock_rt.server.run_state import RunState
 from parablock_rt.server.verdicts import Verdicts
 from parablock_rt.wire.transport import Transport
 
@@ -32,30 +29,25 @@ class Eviction:
     def __init__(
         self,
         transport: Transport,
-        config: RunConfig,
-        schedule: Schedule,
-        progress: Progress,
-        rounds: OpenRounds,
+        run: RunState,
         roster: Roster,
         intake: Intake,
         verdicts: Verdicts,
         dismiss: Callable[[int, ParaBlockError], None],
         snapshot_bytes: int,
-        update_budget: int = UPDATE_BUDGET,
     ) -> None:
         """`dismiss`: ends a link and tells the peer why. `snapshot_bytes`: the size of all blocks together, sent
         whole."""
         self._transport = transport
-        self._config = config
-        self._schedule = schedule
-        self._progress = progress
-        self._rounds = rounds
+        self._config = run.config
+        self._schedule = run.schedule
+        self._progress = run.progress
+        self._rounds = run.rounds
         self._roster = roster
         self._intake = intake
         self._verdicts = verdicts
         self._dismiss = dismiss
         self._snapshot_bytes = snapshot_bytes
-        self._update_budget = update_budget
 
     def refuse_silent(self, now: float) -> None:
         """Refuses uploads that make no progress while other members wait for their room."""
@@ -99,6 +91,6 @@ class Eviction:
         newest = self._config.staleness + 2
         weight = sum(self._schedule.body_bytes(index) for index in behind[:-newest])
         if member.catching_up:
-            return weight > max(self._update_budget, self._snapshot_bytes)
+            return weight > max(UPDATE_BUDGET, self._snapshot_bytes)
         rounds = MAX_LAG + self._config.staleness + member.gathered_rounds
-        return len(behind) > rounds or weight > self._update_budget + member.gathered_bytes
+        return len(behind) > rounds or weight > UPDATE_BUDGET + member.gathered_bytes

@@ -10,10 +10,9 @@ the server's thread may call this module.
 from __future__ import annotations
 
 from parablock_rt import _C
-from parablock_rt.config import RunConfig
-from parablock_rt.schedule import Schedule
 from parablock_rt.server.members import Member, UploadSlot
 from parablock_rt.server.roster import Roster
+from parablock_rt.server.run_state import RunState
 from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import BufferPool, Transport, body_layout, inspector
@@ -22,21 +21,13 @@ from parablock_rt.wire.transport import BufferPool, Transport, body_layout, insp
 class Intake:
     """The upload slots of all members."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        buffers: BufferPool,
-        roster: Roster,
-        config: RunConfig,
-        schedule: Schedule,
-        budget: int,
-    ) -> None:
+    def __init__(self, transport: Transport, buffers: BufferPool, roster: Roster, run: RunState, budget: int) -> None:
         """`budget`: the most bytes of uploads that are not folded yet; one upload more is always allowed."""
         self._transport = transport
         self._buffers = buffers
         self._roster = roster
-        self._config = config
-        self._schedule = schedule
+        self._config = run.config
+        self._schedule = run.schedule
         self.budget = budget
         self.taken_bytes = 0  # of uploads that were taken and whose buffers have not been given back yet
         self._held_bytes = 0  # of these and of the uploads that may still come

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 from parablock_rt import _C
 from parablock_rt.errors import DigestError, HandshakeError, ParaBlockError
-from parablock_rt.observe.timeline import Timeline
-from parablock_rt.schedule import Schedule
 from parablock_rt.server import journal, recovery
 from parablock_rt.server.attendance import Attendance
 from parablock_rt.server.catch_up import CatchUp
@@ -22,11 +20,9 @@ from parablock_rt.server.durability import Durability
 from parablock_rt.server.eviction import Eviction
 from parablock_rt.server.intake import Intake
 from parablock_rt.server.journal import Past
-from parablock_rt.server.members import Identity, Member
-from parablock_rt.server.outcome import Outcome
-from parablock_rt.server.progress import Progress
+from parablock_rt.server.members import Member
 from parablock_rt.server.roster import Roster
-from parablock_rt.server.rounds import OpenRounds
+from parablock_rt.server.run_state import RunState
 from parablock_rt.server.throttle import ThrottledLog
 from parablock_rt.server.uplink import Uplink
 from parablock_rt.server.verdicts import Verdicts
@@ -47,57 +43,31 @@ class Participants:
     def __init__(
         self,
         transport: Transport,
-        identity: Identity,
-        schedule: Schedule,
-        progress: Progress,
-        rounds: OpenRounds,
+        run: RunState,
         downlink: Downlink,
         durability: Durability,
         watch: Watch,
-        timeline: Timeline,
-        outcome: Outcome,
         digest: Callable[[], str],
         upload_budget: int,
     ) -> None:
         """`digest`: returns the digest of the server's current bits."""
-        self.roster = Roster(transport, identity, self)
-        self.attendance = Attendance(self.roster, identity.config)
-        self.intake = Intake(transport, downlink.buffers, self.roster, identity.config, schedule, upload_budget)
-        self.uplink = Uplink(self.intake, rounds, timeline, identity.config.format)
-        self.verdicts = Verdicts(self.roster, schedule, identity.config)
-        self.catch_up = CatchUp(
-            identity,
-            schedule,
-            progress,
-            rounds,
-            self.roster,
-            self.attendance,
-            self.intake,
-            downlink,
-            durability,
-            self.verdicts,
-            outcome,
-        )
+        self.roster = Roster(transport, run.identity, self)
+        self.attendance = Attendance(self.roster, run.config)
+        self.intake = Intake(transport, downlink.buffers, self.roster, run, upload_budget)
+        self.uplink = Uplink(self.intake, run.rounds, run.timeline, run.config.format)
+        self.verdicts = Verdicts(self.roster, run)
+        self.catch_up = CatchUp(run, self.roster, self.attendance, self.intake, downlink, durability, self.verdicts)
         self.eviction = Eviction(
-            transport,
-            identity.config,
-            schedule,
-            progress,
-            rounds,
-            self.roster,
-            self.intake,
-            self.verdicts,
-            self.dismiss,
-            downlink.snapshot_bytes,
+            transport, run, self.roster, self.intake, self.verdicts, self.dismiss, downlink.snapshot_bytes
         )
         self._transport = transport
-        self._schedule = schedule
-        self._progress = progress
-        self._rounds = rounds
+        self._schedule = run.schedule
+        self._progress = run.progress
+        self._rounds = run.rounds
+        self._outcome = run.outcome
         self._downlink = downlink
         self._durability = durability
         self._watch = watch
-        self._outcome = outcome
         self._digest = digest
         self._strangers = ThrottledLog(log, _STRANGER_LOG_S)
 
@@ -134,6 +104,8 @@ class Participants:
             return  # the round was closed meanwhile, and the client has been told
         if member.seat in self._rounds.uploads_of(message.round):
             raise HandshakeError(f"round {message.round} has an upload of client {member.seat} already")
+        if message.round < member.next_post and message.round not in member.posted:
+            return  # the upload was refused, and the client has been told
         member.announced[message.round] = message
         posted = member.posted.get(message.round)
         if posted is not None and posted.arrived is not None:

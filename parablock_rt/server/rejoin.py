@@ -18,10 +18,9 @@ LATE = "round {} was closed at its deadline without this upload"
 def check(member: Member, message: protocol.Rejoin, oldest: int, newest: int, staleness: int) -> None:
     """Raises HandshakeError when the position that the client claims is impossible. `oldest`, `newest`: of the rounds
     that are open."""
-    rounds = [message.handed_over, *message.undecided]
-    possible = -1 <= message.applied < oldest and max(rounds) <= newest
+    possible = -1 <= message.applied < oldest and max(message.handed_over, *message.undecided, -1) <= newest
     too_many = max(len(message.undecided), len(message.held)) > staleness + 3
-    if not possible or min(rounds[1:], default=0) < 0 or too_many:
+    if not possible or min(message.undecided, default=0) < 0 or too_many:
         raise HandshakeError(f"client {member.seat} says that it is where it cannot be; join again for a snapshot")
 
 

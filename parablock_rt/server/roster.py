@@ -183,15 +183,16 @@ class Roster:
         self._transport.native.trust(candidate.link, self._identity.run, *self._most_bytes)
 
     def _free_seat(self, now: float) -> int | None:
-        """A seat for a newcomer: a seat without a holder, otherwise the seat whose holder has been away longest.
+        """A seat for a newcomer: a seat without a holder, otherwise the seat whose holder has been away longest. One
+        that has said goodbye keeps its seat: its result counts.
 
-        Returns None when a seat will be free within seconds. Raises HandshakeError when all holders are connected.
+        Returns None when a seat will be free within seconds. Raises HandshakeError when there will be none.
         """
         clients = self._identity.config.clients
         for seat in range(clients):
             if seat not in self._seats:
                 return seat
-        lost = [member for member in self._seats.values() if member.link is None]
+        lost = [member for member in self._seats.values() if member.link is None and member.goodbye is None]
         if not lost:
             raise HandshakeError(
                 f"all {clients} seats of this run are taken. The seat of a client whose network broke is free a minute "

@@ -5,6 +5,7 @@ Owns the transport and the thread; the coordinator decides what happens in a rou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import numbers
 import os
@@ -234,40 +235,40 @@ def serve(
     protected = _proves_clients(token, tls)
     context = None if tls is None else tls.for_server()
     plan = plan or BlockPlan.from_model(model)
-    claim = Claim(model, "server")
-    state, past, transport = None, None, None
-    try:
+    with contextlib.ExitStack() as undo:
+        claim = Claim(model, "server")
+        undo.callback(claim.release)
         blocks = plan.materialise(model)
         _check_on_host(blocks)
+        frozen = plan.frozen_fingerprint(model)
+        state: Checkpoint | None = None
+        past: Past | None = None
         if resume is not None:
             state, past = Checkpoint.open(Path(resume))
-        if past is not None:
-            recovery.check_same(past, config, plan.digest, plan.frozen_fingerprint(model))
+            undo.callback(state.close)
+            recovery.check_same(past, config, plan.digest, frozen)
             config = past.begin.config
         assert config is not None
         master = Master(blocks, config.format, ServerOptimizer(config.server_optimizer, config.server_lr))
         if past is not None and state is not None:
             recovery.restore_master(past, state, master)
-        identity = _identity(model, plan, config, token, tls, past)
+        identity = _identity(plan, config, frozen, token, tls, past)
         transport = Transport(Shape(rate, delay), tls=context, idle_timeout=idle_timeout, lanes=lanes)
+        undo.callback(transport.close, flush=0.0)
         at = address or (past.address if past is not None else "127.0.0.1:0")
         taken = transport.listen(at, protected=protected, insecure=insecure)
-        if durable is not None:
+        if durable is not None:  # not earlier: a run that cannot listen leaves no state
             state = Checkpoint.create(Path(durable), _beginning(identity, master))
+            undo.callback(state.close)
         if state is not None:
             state.append(journal.Listening(address=taken))
         budget = default_upload_budget(plan, config) if upload_budget is None else int(upload_budget)
         coordinator = Coordinator(
             transport, identity, plan, master, budget, on_round, state=state, past=past, trace=trace
         )
-    except BaseException:
-        claim.release()
-        if transport is not None:
-            transport.close(flush=0.0)
-        if state is not None:
-            state.close()
-        raise
-    return Server(coordinator, transport, taken, model, claim, state)
+        server = Server(coordinator, transport, taken, model, claim, state)
+        undo.pop_all()
+    return server
 
 
 def _check_kinds(*, upload_budget: object, on_round: object, plan: object, **folders: object) -> None:
@@ -323,16 +324,16 @@ def _proves_clients(token: str | None, tls: Tls | None) -> bool:
 
 
 def _identity(
-    model: nn.Module, plan: BlockPlan, config: RunConfig, token: str | None, tls: Tls | None, past: Past | None
+    plan: BlockPlan, config: RunConfig, frozen: str, token: str | None, tls: Tls | None, past: Past | None
 ) -> Identity:
-    """The identity of a new run, or of the run that is resumed."""
+    """The identity of a new run, or of the run that is resumed. `frozen`: the fingerprint of what no block trains."""
     return Identity(
         run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
         token=token,
         config=config,
         plan=plan.spec(),
         plan_digest=plan.digest,
-        frozen=plan.frozen_fingerprint(model),
+        frozen=frozen,
         certificate_suffices=tls is not None and tls.clients == "optional",
         epoch=0 if past is None else past.starts,
     )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 
-from parablock_rt.config import RunConfig
-from parablock_rt.schedule import Schedule
 from parablock_rt.server import rejoin
 from parablock_rt.server.members import Member
 from parablock_rt.server.roster import Roster
+from parablock_rt.server.run_state import RunState
 from parablock_rt.wire import protocol
 
 log = logging.getLogger("parablock")
@@ -20,10 +19,10 @@ log = logging.getLogger("parablock")
 class Verdicts:
     """The verdicts on all clients' uploads."""
 
-    def __init__(self, roster: Roster, schedule: Schedule, config: RunConfig) -> None:
+    def __init__(self, roster: Roster, run: RunState) -> None:
         self._roster = roster
-        self._schedule = schedule
-        self._most = config.staleness + 3  # verdicts remembered per client
+        self._schedule = run.schedule
+        self._most = run.config.staleness + 3  # verdicts remembered per client
 
     def say(self, member: Member, index: int, reason: str) -> None:
         """Tells a member what became of its upload for a round. `reason`: why it was refused, or an empty text."""

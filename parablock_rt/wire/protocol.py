@@ -289,9 +289,9 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(_Message, frozen=True, kw_only=True, tag=True):
     """The run's status: means over the last rounds, or None before there are any. `round`: how many rounds are closed.
 
-    `exposed_s`: how long training waited in a round or before it, leaving out the first rounds, which never wait; `others_s`:
-    the part of that spent waiting for other clients. `exchange_s`: how long an upload plus an update were in flight.
-    `clients`: the slowest of the connected clients.
+    `exposed_s`: how long training waited in a round or before it, leaving out the first rounds, which never wait;
+    `others_s`: the part of that spent waiting for other clients. `exchange_s`: how long an upload plus an update were
+    in flight. `clients`: the slowest of the connected clients.
     """
 
     round: int

@@ -286,15 +286,15 @@ class Conversation:
         for member in coordinator._roster.members:
             proved = self._token is None or member.link is None or member.link in self._transport.challenges
             assert proved, "a member has proved itself"
-            assert len(member.announced) <= coordinator._config.staleness + 2, "announcements are bounded"
-        open_rounds = coordinator._rounds._rounds
-        assert all(0 <= round < coordinator._config.rounds for round in open_rounds), "no other rounds are opened"
+            assert len(member.announced) <= coordinator.config.staleness + 2, "announcements are bounded"
+        open_rounds = coordinator._run.rounds._rounds
+        assert all(0 <= round < coordinator.config.rounds for round in open_rounds), "no other rounds are opened"
         roster, intake = coordinator._roster, coordinator._participants.intake
         posted = sum(slot.nbytes for member in roster.members for slot in member.posted.values())
         assert intake._held_bytes == posted + intake.taken_bytes, "every upload's room is given back"
         assert not any(roster.candidate(member.link) for member in roster.members if member.link is not None)
         # Two rounds of the largest values may add up to more; one round's mean is always a number.
-        if len(coordinator.outcome.rounds) == 1 and coordinator._config.server_optimizer == "average":
+        if len(coordinator.outcome.rounds) == 1 and coordinator.config.server_optimizer == "average":
             assert bool(self._master.x(coordinator.outcome.rounds[0].block).isfinite().all()), "a mean is finite"
 
 

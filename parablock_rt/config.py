@@ -24,6 +24,7 @@ MAX_CLIENTS = MAX_CONTRIBUTIONS
 """The most contributions that the fixed-point sum of one round can take without overflow."""
 
 MAX_ROUNDS = 2**31  # a frame has 32 bits for the round
+MAX_STALENESS = 64  # a client keeps room for an aggregate of each round that it may be ahead
 MAX_CHUNK = 2**24  # elements
 
 
@@ -56,7 +57,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _require(self.rounds <= MAX_ROUNDS, "rounds", f"at most {MAX_ROUNDS}", self.rounds)
         _require(self.clients <= MAX_CLIENTS, "clients", f"at most {MAX_CLIENTS}", self.clients)
         _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
-        _require(self.staleness >= 0, "staleness", "0 (no overlap), 1 (ParaBlock) or more", self.staleness)
+        _require(
+            0 <= self.staleness <= MAX_STALENESS,
+            "staleness",
+            f"0 (no overlap), 1 (ParaBlock) or more, at most {MAX_STALENESS}",
+            self.staleness,
+        )
         check_format(self.format)
         for name, kind in (("schedule", Order), ("local_view", LocalView), ("server_optimizer", ServerOptimizer)):
             _require(

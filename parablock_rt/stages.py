@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable
+from typing import Annotated, TypeAlias
 
 import msgspec
+
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # of a peer: neither NaN, nor too large to add up
 
 
 class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,14 +30,14 @@ class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
     upload to its close.
     """
 
-    compute: float = 0.0
-    encode: float = 0.0
-    copy: float = 0.0
-    send: float = 0.0
-    fold: float = 0.0
-    wait: float = 0.0
-    receive: float = 0.0
-    apply: float = 0.0
+    compute: Seconds = 0.0
+    encode: Seconds = 0.0
+    copy: Seconds = 0.0
+    send: Seconds = 0.0
+    fold: Seconds = 0.0
+    wait: Seconds = 0.0
+    receive: Seconds = 0.0
+    apply: Seconds = 0.0
 
 
 NO_TIME = StageSeconds()

@@ -54,6 +54,13 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def printable(text: str, most: int = 500) -> str:
+    """Text of somebody else, safe to show on a terminal: what cannot be printed becomes "?", and what is longer than
+    `most` characters ends in "…"."""
+    shown = text if len(text) <= most else text[: most - 1] + "…"
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

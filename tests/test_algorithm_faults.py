@@ -107,7 +107,7 @@ def test_a_client_whose_snapshot_is_on_its_way_when_the_others_are_ready_begins_
     let_begin = CatchUp._let_begin
 
     def hold(self: ServerLink) -> None:
-        if self._seat == 0 and any(message.block == 2 for message in self._transit.announced):
+        if self._seat == 0 and any(message.block == 2 for message in self._transit._announced):
             assert other_is_ready.wait(WAIT_S)
         make_room(self)
 

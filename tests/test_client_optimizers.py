@@ -10,6 +10,7 @@ from test_client import WIDTH, Net, one_step, serve, sgd, to_the_end
 from test_misuse import DTYPES, join
 from torch import nn
 
+import parablock_rt as pb
 from parablock_rt.errors import ConfigError, ParaBlockError
 
 
@@ -166,3 +167,61 @@ def test_names_that_the_program_has_bound_itself_stay_as_they_are() -> None:
 
     with serve(rounds=1) as server, join(server, partial(named, names="mine")) as run:
         to_the_end(run)
+
+
+def test_a_parameter_of_the_loss_in_the_same_optimiser_trains_as_in_a_plain_loop() -> None:
+    """A learnable scale, say: nobody else clears its gradient."""
+
+    def steps(scale: nn.Parameter, losses: list[float], run: pb.Run) -> None:
+        while not run.finished:
+            loss = (run.model(torch.ones(2, WIDTH)).square().mean() * scale - 1).square()
+            losses.append(float(loss))
+            loss.backward()
+            run.step()
+
+    def plainly(scale: nn.Parameter, losses: list[float]) -> None:
+        model = Net()
+        for round in range(3):
+            parameters = [*model.layers[round % 2].parameters(), scale]
+            optimizer = torch.optim.SGD(parameters, lr=0.1)
+            for _ in range(4):
+                loss = (model(torch.ones(2, WIDTH)).square().mean() * scale - 1).square()
+                losses.append(float(loss))
+                model.zero_grad()
+                scale.grad = None
+                loss.backward()
+                optimizer.step()
+
+    found: list[float] = []
+    wanted: list[float] = []
+    mine, theirs = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    settings = {"rounds": 3, "local_steps": 4, "staleness": 0, "format": "fp32"}
+    with (
+        serve(**settings) as server,
+        join(server, lambda parameters: torch.optim.SGD([*parameters, mine], lr=0.1)) as run,
+    ):
+        steps(mine, found, run)
+    plainly(theirs, wanted)
+    assert found == wanted
+    assert torch.equal(mine, theirs)
+
+
+def test_a_wrapper_that_is_an_optimiser_in_name_only_trains_like_what_it_wraps() -> None:
+    """As accelerate's: a subclass that has not called its base's __init__."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+            self.wrapped = wrapped
+
+        param_groups = property(lambda self: self.wrapped.param_groups)  # type: ignore[assignment]
+        state = property(lambda self: self.wrapped.state)  # type: ignore[assignment]
+
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            self.wrapped.step()
+
+    digests = []
+    for optimizer in (sgd, lambda parameters: Wrapper(sgd(parameters))):
+        with serve(rounds=3) as server, join(server, optimizer) as run:
+            to_the_end(run)
+            digests.append(run.digest)
+    assert digests[0] == digests[1] is not None

@@ -35,7 +35,7 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("clients", 0, "expected clients to be at least 1, found 0"),
     ("clients", config.MAX_CLIENTS + 1, f"expected clients to be at most {config.MAX_CLIENTS}, found"),
     ("local_steps", 0, "expected local_steps to be at least 1, found 0"),
-    ("staleness", -1, "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, found -1"),
+    ("staleness", -1, "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, at most 64, found -1"),
     ("format", "int2", "expected a format out of fp32, bf16, int8, int4, found 'int2'"),
     ("schedule", "random", "expected schedule to be one of cyclic, reshuffled, reverse, found 'random'"),
     ("seed", -1, "expected seed to be from 0 to 2^63 - 1, found -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,13 @@ class Transport:
         pass
 
 
-def enter(monkeypatch: pytest.MonkeyPatch, *tries: str, reconnect: float = 600.0) -> list[str]:
+def enter(
+    monkeypatch: pytest.MonkeyPatch,
+    *tries: str,
+    reconnect: float = 600.0,
+    patience: float = 3600.0,
+    begin: Callable[[Any, Any], int] = lambda connection, welcome: welcome.client,
+) -> list[str]:
     """Tries to get in where the connections fare like this, one after the other. Returns those that were made."""
     made: list[str] = []
 
@@ -42,7 +49,7 @@ def enter(monkeypatch: pytest.MonkeyPatch, *tries: str, reconnect: float = 600.0
     tries_left = list(tries)
     monkeypatch.setattr(entry, "Connection", Connection)
     monkeypatch.setattr(entry.time, "sleep", lambda seconds: None)
-    begun = Entry("server:1", None, reconnect).until_begun(Transport, lambda connection, welcome: welcome.client)
+    begun = Entry("server:1", None, reconnect, patience).until_begun(Transport, begin)
     assert begun == Welcome.client
     return made
 

@@ -36,6 +36,63 @@ def join(server: pb.Server, optimizer: Any = sgd, model: nn.Module | None = None
 # ---- Weights that are elsewhere
 
 
+def test_blocks_that_something_makes_trainable_add_no_gradient_to_those_of_the_round(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PEFT does so whenever it switches adapters."""
+    digests, norms = [], []
+    for disturbed in (False, True):
+        norms.append([])
+        with serve(rounds=3, local_steps=3) as server, join(server) as run:
+            while not run.finished:
+                if disturbed and run.round == 0:
+                    run.model.requires_grad_(True)
+                run.model(torch.ones(2, WIDTH)).square().sum().backward()
+                norms[-1].append(float(nn.utils.clip_grad_norm_(run.block_parameters(), 1e9)))
+                run.step()
+                trainable = [name for name, p in run.model.named_parameters() if p.requires_grad or p.grad is not None]
+                assert trainable == ([] if run.block is None else [*run.plan.blocks[run.block].parameters])
+            digests.append(run.digest)
+    assert digests[0] == digests[1] is not None
+    assert norms[0] == norms[1]
+    assert caplog.text.count("had a gradient in a round that does not train it") == 1
+    assert "run.block_parameters()" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "path/to/model"}, "expected model to be a torch.nn.Module, found a str"),
+        ({"plan": 3}, "expected plan to be a BlockPlan, found a int"),
+        ({"on_round": [print]}, "expected on_round to be a function of the round's report, found a list"),
+    ],
+)
+def test_an_argument_of_join_that_is_of_the_wrong_kind_is_refused_before_any_connection(
+    changes: dict[str, Any], words: str
+) -> None:
+    arguments: dict[str, Any] = {"address": "127.0.0.1:1", "model": Net(), "optimizer": sgd} | changes
+    with pytest.raises(ConfigError, match=words):
+        pb.join(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (({"weight": 1},), "expected model to be a torch.nn.Module, found a dict"),
+        ((Net(), 12), "expected config to be a RunConfig, found a int; or give its fields as keywords"),
+    ],
+)
+def test_an_argument_of_serve_that_is_of_the_wrong_kind_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        pb.serve(*arguments)
+
+
+def test_a_model_that_another_client_here_uses_is_refused_before_a_seat_is_asked_for() -> None:
+    """A cell of a notebook that is run twice: there is one seat, and this process has it."""
+    with serve(clients=1) as server, join(server) as run, pytest.raises(ConfigError, match="in use by a client"):
+        join(server, model=run.model)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_that_are_changed_in_place_between_steps_are_trained_on_from_there(dtype: torch.dtype) -> None:
     """A mask, say. The steps are smaller than 16 bits resolve: where nothing was changed, fp32 copies add them up."""

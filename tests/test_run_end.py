@@ -174,6 +174,20 @@ def test_a_close_that_is_interrupted_gives_the_model_back_all_the_same(monkeypat
         assert all(parameter.requires_grad for parameter in run.model.parameters())
 
 
+def test_an_interrupt_cannot_leave_the_link_locked() -> None:
+    """A condition's `with` is Python code: an interrupt between its two lines would leave the lock taken."""
+
+    class Interrupted(threading.Condition):
+        def __enter__(self) -> bool:
+            raise KeyboardInterrupt
+
+    with serve() as server, join(server) as run:
+        run._link._changed = Interrupted(run._link._lock)
+        while not run.finished:
+            one_step(run)
+    assert run.digest is not None
+
+
 def test_weights_may_be_changed_and_put_back_between_steps_once_nothing_reads_them() -> None:
     def swap(run: pb.Run) -> None:
         run.wait_encoded()

@@ -7,7 +7,7 @@ Only the training thread may use this.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,17 +56,15 @@ class ActiveBlock:
                 copy.__dict__.update(parameter.__dict__)  # marks such as `_no_weight_decay`
         self._master = master
         self._versions = _versions(flat.params)
-        self.clear_gradients()
         for parameter in flat.params:
+            parameter.grad = None
             parameter.requires_grad_(True)
         self.optimizer = optimizer(trained)
         _check_optimizer(self.optimizer, trained, in_place=master is None)
         self._stepping = False
-        self._step_hook = (
-            self.optimizer.register_step_pre_hook(self._refuse_foreign_step)
-            if isinstance(self.optimizer, torch.optim.Optimizer)
-            else None
-        )
+        self._step_hook = None
+        if hasattr(self.optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may be an Optimizer without its state
+            self._step_hook = self.optimizer.register_step_pre_hook(self._refuse_foreign_step)
 
     def check_homed(self, model: nn.Module) -> None:
         """Raises PlanError when a trained parameter has left the memory that the hand-over reads."""
@@ -152,8 +150,9 @@ class ActiveBlock:
             parameter.grad = None
 
     def clear_gradients(self) -> None:
-        """Drops the gradients of the block and of its masters."""
-        for parameter in (*self._model_params, *(self._master_params or ())):
+        """Drops the gradients of the block, of its masters, and of what else its optimiser moves: a loss may have
+        parameters of its own."""
+        for parameter in (*self._model_params, *(self._master_params or ()), *_moved_by(self.optimizer)):
             parameter.grad = None
 
     def now(self) -> list[Tensor]:
@@ -215,10 +214,16 @@ def _step_of_class(optimizer: Any) -> Any:
     return optimizer.step if own is None else partial(own, optimizer)
 
 
+def _moved_by(optimizer: Any) -> Iterator[nn.Parameter]:
+    """The parameters in an optimiser's groups."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
 def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -> None:
     """Raises ConfigError unless `made` is an optimiser of the parameters `wanted`.
 
-    `in_place`: the model's own parameters are trained; then others in the optimiser do no harm, as they are frozen.
+    `in_place`: the model's own parameters are trained; then others may be in the optimiser, too. Those of the model are
+    frozen, and any that are not of the model train on this client alone.
     """
     if not all(hasattr(made, name) for name in ("step", "param_groups", "state")):
         raise ConfigError(
@@ -234,7 +239,7 @@ def _check_optimizer(made: Any, wanted: list[nn.Parameter], *, in_place: bool) -
         ) from None
     except ValueError:  # a callable in C without a signature
         pass
-    found = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+    found = {id(parameter) for parameter in _moved_by(made)}
     ours = {id(parameter) for parameter in wanted}
     if not found & ours or not (in_place or found <= ours):
         raise ConfigError(

@@ -24,11 +24,14 @@ R = TypeVar("R")
 class Entry:
     """One client's way into a run. For use by one thread."""
 
-    def __init__(self, address: str, token: str | None, reconnect: float) -> None:
-        """`reconnect`: seconds after a break within which another connection must have reached the welcome."""
+    def __init__(self, address: str, token: str | None, reconnect: float, patience: float) -> None:
+        """`reconnect`: seconds after a break within which another connection must have reached the welcome.
+        `patience`: seconds after the first break within which the first round must have begun."""
         self._address = address
         self._token = token
         self._reconnect_s = reconnect
+        self._patience_s = patience
+        self._first_broke_at: float | None = None
         self._former: Seat | None = None
         self._answered = False  # whether a ParaBlock server has answered, in this try or an earlier one
         self._broke_at: float | None = None
@@ -39,8 +42,8 @@ class Entry:
     ) -> R:
         """Connects, then returns the result of `begin`, which takes part until the first round can be trained.
 
-        Tries again if the connection breaks on the way, within the time that `reconnect` allows. The caller owns the
-        transport of the successful try; the transports of failed tries are closed here.
+        Tries again if the connection breaks on the way, within the times that `reconnect` and `patience` allow. The
+        caller owns the transport of the successful try; the transports of failed tries are closed here.
 
         Raises ConnectError, HandshakeError, PeerLostError and what `begin` raises.
         """
@@ -67,6 +70,7 @@ class Entry:
         """Whether the network caused the error (neither a refusal nor a timeout) and there is time left to retry."""
         if not isinstance(error, TransportError) or isinstance(error, HandshakeError | WaitTimeoutError):
             return False
-        if self._broke_at is None:
-            self._broke_at = time.monotonic()
-        return time.monotonic() - self._broke_at < self._reconnect_s
+        now = time.monotonic()
+        self._broke_at = now if self._broke_at is None else self._broke_at
+        self._first_broke_at = now if self._first_broke_at is None else self._first_broke_at
+        return now - self._broke_at < self._reconnect_s and now - self._first_broke_at < self._patience_s

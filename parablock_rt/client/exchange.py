@@ -20,6 +20,7 @@ from parablock_rt.client.replica import Handover, Replica
 from parablock_rt.client.server_link import ServerLink
 from parablock_rt.client.transit import Arrival
 from parablock_rt.config import RunConfig
+from parablock_rt.errors import HandshakeError
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.schedule import Schedule
 from parablock_rt.staging.device_stager import DeviceStager
@@ -131,7 +132,15 @@ class Exchange:
 
     def _take_verdicts(self) -> None:
         for verdict in self._link.take_verdicts():
+            self._check_block(verdict)
             self._replica.verdict(verdict.round, verdict.block, accepted=verdict.accepted)
+
+    def _check_block(self, message: protocol.Verdict | protocol.Update) -> None:
+        if message.block != (trains := self.schedule.block(message.round)):
+            raise HandshakeError(
+                f"expected the {type(message).__name__} of round {message.round} to be about block {trains}, found "
+                f"block {message.block}: the server has another schedule; install the same release on both sides"
+            )
 
     def _retire(self) -> None:
         """Releases the buffers and masters of hand-overs that are encoded and decided on."""
@@ -171,6 +180,7 @@ class Exchange:
             self.aggregates += 1
             if round >= self._versions[block]:  # else the block came whole and contains this round
                 assert isinstance(arrival.message, protocol.Update)  # the aggregate has arrived
+                self._check_block(arrival.message)
                 self._note_exchange(arrival, arrival.message)
                 with self._timeline.span(Stage.APPLY, kind=Kind.UPDATE, round=round, block=block, bytes=arrival.nbytes):
                     self._replica.apply(round, block, arrival.landing.body(), arrival.message.fingerprint)

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.blocks.plan import BlockPlan, combined
 from parablock_rt.client import memory
@@ -90,11 +91,8 @@ def join(
         DeviceMemoryError: the model's device has less free memory than the run will take.
         CodecError, _C.DeviceError: the model is on a GPU, and triton or a usable CUDA driver is missing.
     """
-    if not callable(optimizer):
-        raise ConfigError(
-            f"expected optimizer to be a function, found a {type(optimizer).__name__}; each round trains other "
-            "parameters, so pass a function such as lambda params: torch.optim.AdamW(params, lr=1e-5)"
-        )
+    _check_kinds(model, optimizer, plan, on_round)
+    Claim(model, "client").release()  # a model that is in use is refused before anything is connected
 
     def begin(connection: Connection, welcome: protocol.Welcome) -> Run:
         link = ServerLink(connection, token, welcome, patience=patience, reconnect=reconnect)
@@ -104,7 +102,7 @@ def join(
         timeline.run, timeline.seat = connection.run, welcome.client
         return _make_run(link, welcome, model, optimizer, on_round, pinned_memory, timeline)
 
-    return Entry(address, token, reconnect).until_begun(
+    return Entry(address, token, reconnect, patience).until_begun(
         lambda: Transport(
             Shape(rate, delay),
             tls=None if tls is None else tls.for_client(),
@@ -113,6 +111,23 @@ def join(
         ),
         begin,
     )
+
+
+def _check_kinds(model: object, optimizer: object, plan: object, on_round: object) -> None:
+    """Raises ConfigError for arguments of `join` that are of the wrong kind."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected model to be a torch.nn.Module, found a {type(model).__name__}")
+    if not callable(optimizer):
+        raise ConfigError(
+            f"expected optimizer to be a function, found a {type(optimizer).__name__}; each round trains other "
+            "parameters, so pass a function such as lambda params: torch.optim.AdamW(params, lr=1e-5)"
+        )
+    if plan is not None and not isinstance(plan, BlockPlan):
+        raise ConfigError(f"expected plan to be a BlockPlan, found a {type(plan).__name__}")
+    if on_round is not None and not callable(on_round):
+        raise ConfigError(
+            f"expected on_round to be a function of the round's report, found a {type(on_round).__name__}"
+        )
 
 
 def _make_run(

@@ -289,6 +289,7 @@ class Run:
             try:
                 weight = check_weight(as_number(weight))
                 value = float("nan") if loss is None else as_number(loss)
+                self._lease.freeze_all_but(round.block)
                 self._look_at_gradients(round)
                 if round.steps == 0:
                     self._exchange.release_handed_over(round.index)

@@ -25,6 +25,7 @@ from parablock_rt.errors import (
     WaitTimeoutError,
 )
 from parablock_rt.staging.stager import Encoding, Landing
+from parablock_rt.units import printable
 from parablock_rt.wire import protocol
 from parablock_rt.wire.connection import LONGEST_PAUSE_S, Connection, error_from, pause_before
 from parablock_rt.wire.patience import Patience
@@ -34,7 +35,7 @@ from parablock_rt.wire.transport import Transport, describe
 log = logging.getLogger("parablock")
 
 _FAREWELL_S = 10.0
-_EARLY_UPDATES = 4096
+_MOST_UNREAD = 4096  # verdicts, and aggregates that are announced early, that wait for the training thread
 _EVENT_WAIT_S = 0.5  # short, so that the thread notices when its link was dropped without being closed
 
 
@@ -58,12 +59,15 @@ class ServerLink:
         self._seat = welcome.client
         self._secret = welcome.secret
         self._epoch = welcome.epoch
-        self._chunk = welcome.config.chunk
+        self._config = welcome.config
         self._patience = patience
         self._reconnect_s = reconnect
         self._least_moved = welcome.config.chunk  # bytes within `patience` that extend a wait
 
-        self._changed = threading.Condition()  # guards all attributes below
+        # Guards all attributes below. A condition's own `with` is Python code, which Ctrl-C can interrupt once it has
+        # the lock and before it will give it back.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._connection: Connection | None = connection  # None: broken
         self._open = True  # messages and transfers of the run may use it
         self._begin: protocol.Begin | None = None
@@ -77,7 +81,7 @@ class ServerLink:
         self._lost_at = 0.0  # when the connection broke
         self._tries = 0  # tries to replace it so far
 
-        self._transit = Transit(self._chunk)
+        self._transit = Transit(welcome.config.chunk)
         self._verdicts: list[protocol.Verdict] = []
         self._sent: list[tuple[int, int]] = []
 
@@ -91,19 +95,19 @@ class ServerLink:
 
     def ready(self, message: protocol.Ready, block_bytes: list[int]) -> None:
         """Tells the server what the client holds. `block_bytes`: the size of each block, in case it is sent whole."""
-        with self._changed:
+        with self._lock:
             self._transit.block_bytes = block_bytes
             self._send(message)
 
     def opening(self) -> protocol.Begin | None:
         """Waits for the start of the run. Returns None if a whole block has arrived first: take it and call again."""
         self.wait(lambda: self._transit.snapshot_is_here() or self._begin is not None, "the other clients to join")
-        with self._changed:
+        with self._lock:
             return None if self._transit.snapshot_is_here() else self._begin
 
     def farewell(self, goodbye: protocol.Goodbye) -> None:
         """Says goodbye and waits until the server has noted it, but not for long: the client already has the result."""
-        with self._changed:
+        with self._lock:
             self._goodbye = goodbye
             self._reconnect_s = min(self._reconnect_s, _FAREWELL_S)
             if self._open:
@@ -117,7 +121,7 @@ class ServerLink:
         """Ends the conversation. `goodbye`: sent if the conversation ends early."""
         if exits.is_inherited(self):
             return
-        with self._changed:
+        with self._lock:
             if goodbye is not None and self._open:
                 self._send(goodbye)
             self._closing = True
@@ -133,7 +137,7 @@ class ServerLink:
 
     def send_upload(self, message: protocol.Upload, encoding: Encoding) -> None:
         """Queues a hand-over; its chunks leave as they are encoded and as the server grants credit."""
-        with self._changed:
+        with self._lock:
             self._transit.handed_over = message.round
             self.bytes_up += encoding.nbytes
             if self._transit.closed(message.round):
@@ -153,19 +157,19 @@ class ServerLink:
 
     def is_undecided(self, round: int) -> bool:
         """Whether the hand-over's body may still have to be sent (again), so that its buffer must be kept."""
-        with self._changed:
+        with self._lock:
             return round in self._transit.uploads
 
     def take_sent(self) -> Sequence[tuple[int, int]]:
         """Uploads acknowledged since the last call, as pairs: when the first byte left and when the last byte was
         acknowledged."""
-        with self._changed:
+        with self._lock:
             sent, self._sent = self._sent, []
             return sent
 
     def take_verdicts(self) -> Sequence[protocol.Verdict]:
         """The verdicts that came since the last call."""
-        with self._changed:
+        with self._lock:
             verdicts, self._verdicts = self._verdicts, []
             return verdicts
 
@@ -174,36 +178,36 @@ class ServerLink:
     def post_update(self, round: int, block: int, landing: Landing) -> None:
         """Posts a landing for a round's aggregate, so that the server can send the aggregate at once. The link owns the
         landing until `take_arrival`."""
-        with self._changed:
+        with self._lock:
             arrival = self._transit.open_to(round, block, landing)
             if self._open and not self._transit.replaced(round, block):
                 self._receive(Kind.UPDATE, round, arrival)
 
     def closed(self, round: int) -> bool:
         """Whether the server is known to have closed the round."""
-        with self._changed:
+        with self._lock:
             return self._transit.closed(round)
 
     def arrived(self, round: int) -> bool:
         """Whether the round's aggregate has arrived completely."""
-        with self._changed:
+        with self._lock:
             return self._transit.arrived(round)
 
     def replaced(self, round: int, block: int) -> bool:
         """Whether the round's aggregate will not come because the server sends its block whole."""
-        with self._changed:
+        with self._lock:
             return self._transit.replaced(round, block)
 
     def take_arrival(self, round: int) -> Arrival:
         """A round's aggregate, or the part of a replaced one that arrived. The caller owns the landing again."""
-        with self._changed:
+        with self._lock:
             arrival = self._transit.arrivals.pop(round)
             self.bytes_down += arrival.nbytes if arrival.complete else 0
             return arrival
 
     def take_snapshot(self) -> Arrival | None:
         """The whole block that has arrived, or None. Afterwards the next block can be received."""
-        with self._changed:
+        with self._lock:
             arrival = self._transit.take_snapshot()
             if arrival is not None:
                 self.bytes_down += arrival.nbytes
@@ -212,17 +216,17 @@ class ServerLink:
 
     def snapshot_is_here(self) -> bool:
         """Whether `take_snapshot` would return a block."""
-        with self._changed:
+        with self._lock:
             return self._transit.snapshot_is_here()
 
     def spoiled(self) -> list[tuple[int, int]]:
         """The rounds, with their blocks, whose landing must be renewed before the aggregate can be received."""
-        with self._changed:
+        with self._lock:
             return self._transit.spoiled()
 
     def renew(self, round: int, landing: Landing) -> Landing:
         """Replaces the spoiled landing of a round's aggregate and returns it to the caller."""
-        with self._changed:
+        with self._lock:
             arrival = self._transit.arrivals[round]
             spoiled, arrival.landing = arrival.landing, landing
             arrival.spoiled = False
@@ -232,13 +236,13 @@ class ServerLink:
 
     def passed(self, round: int) -> None:
         """Notes that the round's aggregate is applied, or its block came whole: the server need not send it again."""
-        with self._changed:
+        with self._lock:
             self._transit.applied = round
 
     def report_applied(self, round: int, fingerprint: int) -> None:
         """Tells the server the fingerprint after an aggregate was applied. A report lost with a broken connection is
         not repeated: Rejoin, or the next report, says that this aggregate is applied."""
-        with self._changed:
+        with self._lock:
             if self._open:
                 self._send(protocol.Applied(round=round, fingerprint=fingerprint))
 
@@ -246,7 +250,7 @@ class ServerLink:
 
     def check(self) -> None:
         """Raises the failure that the server has reported, and ParaBlockError when the link is closed."""
-        with self._changed:
+        with self._lock:
             if self._error is not None:
                 raise self._error
             if self._closing:
@@ -258,7 +262,7 @@ class ServerLink:
         Raises the failure that the server reports, PeerLostError when the server is gone for good, and WaitTimeoutError
         when the wait takes too long.
         """
-        with self._changed:
+        with self._lock:
             self.check()
             if holds():
                 return 0.0
@@ -281,18 +285,27 @@ class ServerLink:
         stats = self.stats()
         return 0 if stats is None else stats.moved_bytes
 
-    # ---- The link's thread. The lock is held in all methods below, except `attend` and `_come_back`, which take it.
+    # ---- The link's thread. The lock is held in all methods below, except in the first two and `_come_back`: they take
+    # it themselves.
 
     def attend(self, event: _C.Event | None) -> bool:
         """Handles one event, and replaces the connection if it is broken. Returns whether the thread should go on."""
-        with self._changed:
+        try:
+            return self._attend(event)
+        except Exception as error:
+            with self._lock:
+                if self._closing:  # the transport is closed
+                    return False
+                self._fail(error)
+                self._changed.notify_all()
+            return True
+
+    def _attend(self, event: _C.Event | None) -> bool:
+        with self._lock:
             if self._closing:
                 return False
             if event is not None:
-                try:
-                    self._take(event)
-                except ParaBlockError as error:
-                    self._error = self._error or error
+                self._take(event)
                 self._changed.notify_all()
             if self._lost is not None:
                 return False
@@ -322,26 +335,27 @@ class ServerLink:
     def _take_message(self, message: protocol.Message) -> None:
         match message:
             case protocol.Failure(resumable=True):
-                self._stopped = f"; it had said: {message.reason}"
+                reason = printable(message.reason)
+                self._stopped = f"; it had said: {reason}"
                 log.warning(
                     "the server at %s has stopped, and may be resumed in the %g s that this client waits for it: %s",
-                    *(self.address, self._reconnect_s, message.reason),
+                    *(self.address, self._reconnect_s, reason),
                 )
             case protocol.Failure():
                 raise error_from(message)
             case protocol.Lanes():
                 self._lanes = message
-            case protocol.Verdict():
+            case protocol.Verdict() if message.round < self._config.rounds:
                 self._transit.decided(message.round)
                 self._verdicts.append(message)
-            case protocol.Update():
+                self._bound(max(len(self._verdicts), len(self._transit.decided_early)), "verdicts")
+            case protocol.Update() if message.round < self._config.rounds:
                 self._transit.update_announced(message)
-                if len(self._transit.early_updates) > _EARLY_UPDATES:
-                    raise HandshakeError(f"the server at {self.address} announces rounds that are far away")
-            case protocol.Snapshot() if message.block < len(self._transit.block_bytes):
-                self._transit.announced.append(message)
+                self._bound(len(self._transit.early_updates), "aggregates")
+            case protocol.Snapshot() if self._transit.lacks(message.block):
+                self._transit.snapshot_announced(message)
                 self._make_room_for_snapshot()
-            case protocol.Begin() if self._begin is None:
+            case protocol.Begin() if self._begin is None and self._may_begin(message):
                 self._begin = message
                 self._transit.applied = message.updates_from - 1
             case protocol.RejoinAnswer() if not self._open:
@@ -349,7 +363,26 @@ class ServerLink:
             case protocol.Farewell():
                 self._farewell = True
             case _:
-                raise PlanMismatchError(f"the server at {self.address} sent what has no place here: {message}")
+                name = type(message).__name__
+                raise PlanMismatchError(f"the server at {self.address} sent a {name} that has no place here")
+
+    def _may_begin(self, message: protocol.Begin) -> bool:
+        return message.updates_from <= message.first_round and message.updates_from <= self._config.rounds
+
+    def _bound(self, unread: int, what: str) -> None:
+        """Ends the conversation with a server that says more than this client will ever need."""
+        if unread > _MOST_UNREAD:
+            raise HandshakeError(f"the server at {self.address} has sent {unread} {what} that nobody waits for")
+
+    def _fail(self, error: Exception) -> None:
+        """Notes why the conversation cannot go on: the training thread raises it."""
+        if not isinstance(error, ParaBlockError):  # a mistake of ours, or something new that a server has thought of
+            log.error("the conversation with the server at %s has failed", self.address, exc_info=error)
+            error = ParaBlockError(
+                f"the conversation with the server at {self.address} has failed ({type(error).__name__}: {error}); "
+                "join again, and please report the log's traceback"
+            )
+        self._error = self._error or error
 
     def _send(self, message: protocol.Message) -> None:
         if self._connection is not None:
@@ -397,7 +430,7 @@ class ServerLink:
         while True:
             pause = pause_before(self._tries)
             self._tries += 1
-            with self._changed:
+            with self._lock:
                 if self._changed.wait_for(lambda: self._closing, pause):
                     return
             connection = None
@@ -413,14 +446,14 @@ class ServerLink:
                 final = isinstance(error, HandshakeError) or not isinstance(error, TransportError)
                 if not final and time.monotonic() - self._lost_at < self._reconnect_s:
                     continue
-                with self._changed:
+                with self._lock:
                     if final:
                         self._error = error
                     else:
                         self._lost = f"it did not come back within {self._reconnect_s:g} s ({error}){self._stopped}"
                     self._changed.notify_all()
                 return
-            with self._changed:
+            with self._lock:
                 self._rejoin(connection, welcome)
             return
 

@@ -70,10 +70,11 @@ class Transit:
         self.uploads: dict[int, PendingUpload] = {}  # hand-overs without a verdict, by round
         self.arrivals: dict[int, Arrival] = {}  # aggregates, by round
         self.early_updates: dict[int, protocol.Update] = {}  # announced before a landing was posted for them
-        self.announced: list[protocol.Snapshot] = []  # whole blocks without a landing yet
+        self._announced: list[protocol.Snapshot] = []  # whole blocks without a landing yet
+        self._came_whole: set[int] = set()  # the blocks that were announced whole on this connection
         self.block_bytes: list[int] = []  # the size of each block, sent whole
         self._chunk = chunk
-        self._decided_early: set[int] = set()  # rounds that were refused before they were handed over
+        self.decided_early: set[int] = set()  # rounds that were refused before they were handed over
         self._asked: set[int] = set()  # the undecided rounds that the last Rejoin named
         self._closed_before = 0  # every round before this one is closed
         self._whole: frozenset[int] = frozenset()  # blocks sent whole instead of their aggregates before that round
@@ -98,13 +99,13 @@ class Transit:
         """Notes that the server has sent its verdict on a round's upload: the upload is no longer kept."""
         self.uploads.pop(round, None)
         if round > self.handed_over:
-            self._decided_early = {other for other in self._decided_early if other > self.handed_over} | {round}
+            self.decided_early = {other for other in self.decided_early if other > self.handed_over} | {round}
 
     def closed(self, round: int) -> bool:
         """Whether the server is known to have closed the round, or to accept no upload for it any more."""
         arrival = self.arrivals.get(round)
         announced = round in self.early_updates or (arrival is not None and arrival.message is not None)
-        return announced or round < self._closed_before or round in self._decided_early
+        return announced or round < self._closed_before or round in self.decided_early
 
     def arrived(self, round: int) -> bool:
         """Whether the round's aggregate has arrived completely."""
@@ -130,15 +131,24 @@ class Transit:
 
     # ---- Whole blocks
 
+    def lacks(self, block: int) -> bool:
+        """Whether the server may announce this block: it does so once per connection."""
+        return block < len(self.block_bytes) and block not in self._came_whole
+
+    def snapshot_announced(self, message: protocol.Snapshot) -> None:
+        """Notes that a block is coming whole."""
+        self._came_whole.add(message.block)
+        self._announced.append(message)
+
     def next_snapshot(self) -> Arrival | None:
         """Allocates a landing for the next announced whole block and returns the arrival; None if there is none to
         receive now.
 
         One block at a time, so that a client far behind needs memory for one block and not for the whole model.
         """
-        if not self.announced or (self._snapshot is not None and self._snapshot.message is not None):
+        if not self._announced or (self._snapshot is not None and self._snapshot.message is not None):
             return None
-        message = self.announced.pop(0)
+        message = self._announced.pop(0)
         begun = self._snapshot  # partly received before the connection broke
         if begun is not None and (begun.block, begun.fingerprint) != (message.block, message.fingerprint):
             begun = None
@@ -171,7 +181,8 @@ class Transit:
                 self.arrivals[round].received = received
             elif kind == Kind.SNAPSHOT and self._snapshot is not None:
                 self._snapshot.received = received
-        self.announced.clear()
+        self._announced.clear()
+        self._came_whole.clear()
         if self._snapshot is not None:
             if self._snapshot.complete:  # not applied yet; the server will announce again what is missing
                 self._snapshot = None

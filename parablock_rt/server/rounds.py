@@ -106,7 +106,8 @@ class Round:
         if client not in self.uploads:
             return 0.0
         folded_before = client in self.fold_span_ns and self.fold_span_ns[client][1] <= closing_ns
-        return closing_ns / 1e9 - self.arrived_at[client] - (self.fold_s(client) if folded_before else 0.0)
+        waited_s = closing_ns / 1e9 - self.arrived_at[client] - (self.fold_s(client) if folded_before else 0.0)
+        return max(0.0, waited_s)  # the difference of two roundings may be negative
 
     def closed(self, *, bad_groups: int, **of_the_server: Any) -> ClosedRound:
         """The record of the round as it closes. `bad_groups`: those of the aggregate that the clients get;

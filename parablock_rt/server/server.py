@@ -230,7 +230,9 @@ def serve(
     """
     if durable is not None and resume is not None:
         raise ConfigError("give either durable, for a new run, or resume, which goes on to keep the run's state")
-    _check_kinds(durable=durable, resume=resume, plan=plan, on_round=on_round, upload_budget=upload_budget)
+    _check_kinds(
+        model, config, plan=plan, on_round=on_round, upload_budget=upload_budget, durable=durable, resume=resume
+    )
     config = _settings(config, settings, resumes=resume is not None)
     protected = _proves_clients(token, tls)
     context = None if tls is None else tls.for_server()
@@ -271,8 +273,16 @@ def serve(
     return server
 
 
-def _check_kinds(*, upload_budget: object, on_round: object, plan: object, **folders: object) -> None:
+def _check_kinds(
+    model: object, config: object, *, upload_budget: object, on_round: object, plan: object, **folders: object
+) -> None:
     """Raises ConfigError for arguments of `serve` of which the wrong kind would show only later, in a client's face."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected model to be a torch.nn.Module, found a {type(model).__name__}")
+    if config is not None and not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"expected config to be a RunConfig, found a {type(config).__name__}; or give its fields as keywords"
+        )
     if upload_budget is not None and (not isinstance(upload_budget, numbers.Integral) or upload_budget < 0):
         raise ConfigError(f"expected upload_budget to be a whole number of bytes, found {upload_budget!r}")
     if on_round is not None and not callable(on_round):

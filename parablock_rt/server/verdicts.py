@@ -41,4 +41,6 @@ class Verdicts:
     def _made(self, member: Member, index: int, reason: str) -> protocol.Verdict:
         if reason:
             log.warning("round %d: upload of client %d rejected: %s", index, member.seat, reason)
-        return protocol.Verdict(round=index, block=self._schedule.block(index), accepted=not reason, reason=reason)
+        return protocol.Verdict(
+            round=index, block=self._schedule.block(index), accepted=not reason, reason=reason[: protocol.REASON_CHARS]
+        )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from parablock_rt import _C, errors
 from parablock_rt.errors import HandshakeError, ParaBlockError, PeerLostError
+from parablock_rt.units import printable
 from parablock_rt.version import __version__
 from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.handshake import Conversation
@@ -21,6 +22,7 @@ from parablock_rt.wire.transport import Transport
 
 LONGEST_PAUSE_S = 5.0  # between two tries to connect
 _HANDSHAKE_S = 20.0
+_REASON_CHARS = 2000  # of the reason that a server gives for a failure
 A = TypeVar("A", protocol.Welcome, protocol.WelcomeBack, protocol.ProbeWelcome, protocol.Status)
 
 
@@ -67,7 +69,13 @@ class Connection:
             mac = handshake.seat_proof(former.secret, former.number, "client", conversation)
             return {"seat": former.number, "seat_mac": mac}
 
-        return self._introduce(token, "join", protocol.Welcome, claim)[0]
+        welcome = self._introduce(token, "join", protocol.Welcome, claim)[0]
+        if welcome.client >= welcome.config.clients:
+            raise HandshakeError(
+                f"expected a seat below {welcome.config.clients} from the server at {self.address}, found "
+                f"{welcome.client}; install the same release of parablock-rt on both sides"
+            )
+        return welcome
 
     def introduce_probe(self, token: str | None) -> protocol.ProbeWelcome:
         """Introduces this side for a measurement, which takes no seat. Raises HandshakeError, PeerLostError."""
@@ -178,4 +186,4 @@ def error_from(failure: protocol.Failure) -> ParaBlockError:
     kind = getattr(errors, failure.error, None)
     if not (isinstance(kind, type) and issubclass(kind, ParaBlockError)):
         kind = ParaBlockError
-    return kind(failure.reason)
+    return kind(printable(failure.reason, _REASON_CHARS))

@@ -26,15 +26,15 @@ from msgspec import Meta
 
 from parablock_rt import _C
 from parablock_rt.blocks.layout import PlanSpec
-from parablock_rt.config import RunConfig
+from parablock_rt.config import MAX_ROUNDS, RunConfig
 from parablock_rt.errors import HandshakeError
-from parablock_rt.stages import NO_TIME, StageSeconds
+from parablock_rt.stages import NO_TIME, Seconds, StageSeconds
 
 VERSION: int = _C.PROTOCOL_VERSION
 CONTROL_BYTES_BEFORE_PROOF = 4096
 CONTROL_BYTES = 16 * 2**20  # of a message to a client: a Welcome has the whole plan
 DIGEST_CHARS = 64
-REASON_CHARS = 500  # limits the reason why a client leaves: the server keeps it, and shows it to others
+REASON_CHARS = 500  # of what is kept, or shown to others: why a client leaves, why an upload does not count
 PROBE_CHUNK = 2**16  # bytes per chunk of a measurement's transfers
 
 
@@ -48,6 +48,9 @@ class Kind(IntEnum):
 
 
 Purpose = Literal["join", "rejoin", "probe", "observe"]
+Round: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_ROUNDS)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Reason: TypeAlias = Annotated[str, Meta(max_length=REASON_CHARS)]
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -66,7 +69,7 @@ class Hello(_Message, frozen=True, kw_only=True, tag=True):
 class Challenge(_Message, frozen=True, kw_only=True, tag=True):
     """The server's part of the challenge. Every later frame must carry `run`."""
 
-    run: int
+    run: Annotated[int, Meta(ge=1)]
     nonce: bytes
     token_required: bool
 
@@ -90,7 +93,7 @@ class Welcome(_Message, frozen=True, kw_only=True, tag=True):
     restarted.
     """
 
-    client: int
+    client: Count
     config: RunConfig
     plan: PlanSpec
     mac: bytes
@@ -128,9 +131,9 @@ class RejoinAnswer(_Message, frozen=True, kw_only=True, tag=True):
     `uploads`: the hand-overs that the server still needs, and how many bytes of each it has.
     """
 
-    updates_from: int
-    snapshots: list[int]
-    uploads: dict[int, int]
+    updates_from: Round
+    snapshots: list[Count]
+    uploads: dict[int, Count]
 
 
 class Lanes(_Message, frozen=True, kw_only=True, tag=True):
@@ -177,16 +180,16 @@ class Ready(_Message, frozen=True, kw_only=True, tag=True):
 class Snapshot(_Message, frozen=True, kw_only=True, tag=True):
     """Announces a raw block: the reference after `version` closed rounds."""
 
-    block: int
-    version: int
-    fingerprint: int
+    block: Count
+    version: Round
+    fingerprint: Count
 
 
 class Begin(_Message, frozen=True, kw_only=True, tag=True):
     """The client's first round, and the first round whose update the server will send it."""
 
-    first_round: int
-    updates_from: int
+    first_round: Count
+    updates_from: Round
 
 
 class Upload(_Message, frozen=True, kw_only=True, tag=True):
@@ -195,22 +198,22 @@ class Upload(_Message, frozen=True, kw_only=True, tag=True):
     `stages`: time per stage, for everything that ended on the client since its last hand-over.
     """
 
-    round: int
-    block: int
+    round: Round
+    block: Count
     weight: float
     loss: float
-    compute_s: float
-    exposed_s: float
+    compute_s: Seconds
+    exposed_s: Seconds
     stages: StageSeconds = NO_TIME
 
 
 class Verdict(_Message, frozen=True, kw_only=True, tag=True):
     """Whether an upload counts in its round. If not, `reason` says why and the client keeps its old residual."""
 
-    round: int
-    block: int
+    round: Round
+    block: Count
     accepted: bool
-    reason: str
+    reason: Reason
 
 
 class Update(_Message, frozen=True, kw_only=True, tag=True):
@@ -220,13 +223,13 @@ class Update(_Message, frozen=True, kw_only=True, tag=True):
     from its arrival until the round began to close, without folding.
     """
 
-    round: int
-    block: int
-    fingerprint: int
-    contributions: int
-    bad_groups: int
-    fold_s: float = 0.0
-    wait_s: float = 0.0
+    round: Round
+    block: Count
+    fingerprint: Count
+    contributions: Count
+    bad_groups: Count
+    fold_s: Seconds = 0.0
+    wait_s: Seconds = 0.0
 
 
 class Applied(_Message, frozen=True, kw_only=True, tag=True):
@@ -244,13 +247,13 @@ class Goodbye(_Message, frozen=True, kw_only=True, tag=True):
     """
 
     digest: Annotated[str, Meta(max_length=DIGEST_CHARS)]
-    reason: Annotated[str, Meta(max_length=REASON_CHARS)]
-    compute_s: float
-    exposed_s: float
-    rounds: int = 0
-    reconnects: int = 0
-    resumed_bytes: int = 0
-    resent_bytes: int = 0
+    reason: Reason
+    compute_s: Seconds
+    exposed_s: Seconds
+    rounds: Count = 0
+    reconnects: Count = 0
+    resumed_bytes: Count = 0
+    resent_bytes: Count = 0
     stages: StageSeconds = NO_TIME
 
 

@@ -97,7 +97,7 @@ def test_wrong_usage_ends_with_2(main: Main, arguments: list[str]) -> None:
         (["demo", "--delay", "soon"], "expected a delay of at most 5s, such as 40ms or 0.5s, found 'soon'"),
         (["demo", "--batch-size", "0"], "batch_size must be at least 1; found 0"),
         (["demo", "--dtype", "int8"], "dtype must be one of bf16, fp16, fp32; found 'int8'"),
-        (["serve", "--staleness", "-1"], "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, at most 64, found -1"),
+        (["serve", "--staleness", "-1"], "staleness to be 0 (no overlap), 1 (ParaBlock) or more, at most 64, found -1"),
         (["serve", "--quorum", "3"], "quorum to be from 1 to the number of clients that train in a round (2), found"),
         (["serve", "--deadline", "0"], "expected deadline to be a positive number, found 0.0"),
         (["serve", "--local-view", "mine"], "expected local_view to be one of own, reference, found 'mine'"),

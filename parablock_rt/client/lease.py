@@ -1,4 +1,4 @@
-"""A model on loan to a run: taken when the client joins, frozen but for the block that trains, given back as it was.
+"""A model on loan to a run: taken when the client joins, and given back as it was.
 
 Knows nothing of rounds or of the network. Only the training thread may use it, except where a docstring says "any
 thread".
@@ -27,25 +27,6 @@ class Lease:
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self.frozen = plan.frozen_digests(model)
         """The digests of the tensors that the plan does not train, by name, at the start of the run."""
-        self._blocks = [[(name, model.get_parameter(name)) for name in block.parameters] for block in plan.blocks]
-        self._told_of_gradients = False
-
-    def freeze_all_but(self, active: int) -> None:
-        """Freezes the other blocks again if somebody has made them trainable, and drops their gradients, which would
-        count in the norm by which gradients are clipped. `active`: the index of the block that trains."""
-        for block, parameters in enumerate(self._blocks):
-            for name, parameter in parameters if block != active else ():
-                if parameter.grad is not None and not self._told_of_gradients:
-                    self._told_of_gradients = True
-                    log.warning(
-                        "parameter %s had a gradient in a round that does not train it: something has set its "
-                        "requires_grad, as PEFT does when it switches adapters. The gradient is dropped; to clip "
-                        "gradients before a step, use run.block_parameters(), not model.parameters() (logged once)",
-                        name,
-                    )
-                if parameter.requires_grad or parameter.grad is not None:
-                    parameter.requires_grad_(False)
-                    parameter.grad = None
 
     def warn_of_drift(self) -> None:
         """Warns of changed tensors that the plan does not train: they are not exchanged, so no other client has the

@@ -27,15 +27,17 @@ from parablock_rt import _C
 from parablock_rt.blocks.flat import FlatBlock
 from parablock_rt.blocks.plan import BlockPlan
 from parablock_rt.client import memory
+from parablock_rt.client import stream as batches
 from parablock_rt.client.active import ActiveBlock, OptimizerFactory, freeze, retire, with_context
 from parablock_rt.client.current_round import CurrentRound
 from parablock_rt.client.exchange import Exchange
+from parablock_rt.client.gradients import GradientWatch
 from parablock_rt.client.lease import Lease
 from parablock_rt.client.losses import as_number, check_weight, model_loss, read_all, weight_of
 from parablock_rt.client.replica import Replica
 from parablock_rt.client.reports import RoundReport, StepReport
 from parablock_rt.client.server_link import ServerLink
-from parablock_rt.errors import ConfigError, ParaBlockError
+from parablock_rt.errors import ParaBlockError
 from parablock_rt.observe import profiling
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.stages import StageSeconds
@@ -45,8 +47,6 @@ from parablock_rt.wire import protocol
 from parablock_rt.wire.protocol import Kind
 
 log = logging.getLogger("parablock")
-
-_MOST_SKIPPED = 10  # `stream` raises after this many times `accumulate` batches in a row without a step
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -106,7 +106,7 @@ class Run:
         self._round: CurrentRound | None = None
         self._former_optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
         self._interrupted = ""  # why the next round did not start
-        self._told_of_missing_gradients = False
+        self._gradients = GradientWatch(model, plan)
         self._lock = threading.RLock()  # guards the three below; reentrant, for a signal handler that closes the run
         self._stepping = False  # the training thread is in `step`, which gives the model back if the run was closed
         self._closed = False
@@ -204,28 +204,7 @@ class Run:
             ConfigError: `accumulate` is below 1; the loader is empty, or can be iterated only once and is exhausted.
             ParaBlockError: `10 * accumulate` batches in a row without a step; an earlier round boundary failed.
         """
-        if accumulate < 1:
-            raise ConfigError(f"expected accumulate to be at least 1 batch per step, found {accumulate}")
-        seen, without_step = 0, 0
-        while not self._is_over():
-            before = seen
-            for batch in loader:
-                seen += 1
-                steps_before = self._steps_taken()
-                yield batch
-                if self._is_over():
-                    return
-                without_step = without_step + 1 if self._steps_taken() == steps_before else 0
-                if without_step == _MOST_SKIPPED * accumulate:
-                    raise ParaBlockError(
-                        f"{without_step} of run.stream's batches in a row were used without run.train_step or "
-                        "run.step; take one step per batch, or pass accumulate to run.stream"
-                    )
-            if seen == before:
-                raise ConfigError(
-                    f"the loader gave no batch after {seen}: it is empty, or it can be iterated only once; pass a "
-                    "loader that can be iterated again, such as a DataLoader, or an endless iterator"
-                )
+        return batches.stream(loader, is_over=self._is_over, steps_taken=self._steps_taken, accumulate=accumulate)
 
     def train_step(
         self,
@@ -289,8 +268,7 @@ class Run:
             try:
                 weight = check_weight(as_number(weight))
                 value = float("nan") if loss is None else as_number(loss)
-                self._lease.freeze_all_but(round.block)
-                self._look_at_gradients(round)
+                self._gradients.look(round)
                 if round.steps == 0:
                     self._exchange.release_handed_over(round.index)
                 round.active.step(scaler)
@@ -417,17 +395,6 @@ class Run:
     def _steps_taken(self) -> int:
         round = self._require_round()
         return round.index * self.config.local_steps + round.steps
-
-    def _look_at_gradients(self, round: CurrentRound) -> None:
-        missing = round.without_gradient()
-        if missing and not self._told_of_missing_gradients:
-            self._told_of_missing_gradients = True
-            log.warning(
-                "block %d trains without %d of its parameters, such as %s, which got no gradient: the loss does not "
-                "depend on them, or they are behind a reentrant checkpoint, or a hook has used their gradients up in "
-                "the backward pass (logged once)",
-                *(round.block, len(missing), missing[0]),
-            )
 
     def _cross_boundary(self, round: CurrentRound) -> None:
         try:

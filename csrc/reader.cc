@@ -14,9 +14,9 @@ constexpr size_t kScratchBytes = 64 << 10;
 
 const std::vector<Segment>& FrameReader::want() {
   want_.clear();
-  if (!in_payload_) {
+  if (state_ == State::kHeader) {
     want_.push_back({header_bytes_.data() + header_filled_, kHeaderBytes - header_filled_});
-  } else if (dropped_) {
+  } else if (dropped()) {
     scratch_.resize(kScratchBytes);
     want_.push_back({scratch_.data(), std::min(left_.front().bytes, kScratchBytes)});
   } else {
@@ -29,7 +29,7 @@ const std::vector<Segment>& FrameReader::want() {
 }
 
 bool FrameReader::take(size_t& bytes) {
-  if (!in_payload_) {
+  if (state_ == State::kHeader) {
     size_t taken = std::min(bytes, kHeaderBytes - header_filled_);
     header_filled_ += taken;
     bytes -= taken;
@@ -38,12 +38,12 @@ bool FrameReader::take(size_t& bytes) {
     if (header_filled_ < kHeaderBytes) return false;
     header_ = read_header(header_bytes_);
     header_filled_ = 0;
-    in_payload_ = placing_ = true;
+    state_ = State::kPlacing;
     return true;
   }
   Segment& part = left_.front();
   size_t taken = std::min(bytes, part.bytes);
-  if (!dropped_) {
+  if (!dropped()) {
     int64_t start_ns = timed_ ? monotonic_ns() : 0;
     crc_ = crc32c(part.data, taken, crc_);  // while the bytes are in cache
     if (timed_) checking_ns_ += monotonic_ns() - start_ns;
@@ -58,7 +58,7 @@ bool FrameReader::take(size_t& bytes) {
 void FrameReader::place(std::vector<Segment> into) {
   std::erase_if(into, [](const Segment& part) { return part.bytes == 0; });
   left_ = std::move(into);
-  placing_ = dropped_ = false;
+  state_ = State::kPayload;
   crc_ = 0;
   if (timed_) time_payloads(true);
 }
@@ -76,15 +76,15 @@ void FrameReader::place_text() {
 
 void FrameReader::drop() {
   place({{nullptr, header_.length}});
-  dropped_ = true;
+  state_ = State::kDropping;
 }
 
 bool FrameReader::reads_data_of(const TransferKey& key) const {
-  return in_payload_ && !placing_ && !dropped_ && header_.type == FrameType::kData && header_.key == key;
+  return state_ == State::kPayload && header_.type == FrameType::kData && header_.key == key;
 }
 
 void FrameReader::drop_data_of(const TransferKey& key) {
-  if (reads_data_of(key)) dropped_ = true;
+  if (reads_data_of(key)) state_ = State::kDropping;
 }
 
 }  // namespace parablock

@@ -22,20 +22,20 @@ class FrameReader {
   bool take(size_t& bytes);
 
   // A header is whole: the caller must now call place, place_text or drop for the payload.
-  bool at_header() const { return placing_; }
+  bool at_header() const { return state_ == State::kPlacing; }
   void place(std::vector<Segment> into);
   void place_text();  // reads the payload into `text`; the caller has checked the length
   void drop();
 
   // True at once for a frame without payload.
-  bool payload_whole() const { return in_payload_ && !placing_ && left_.empty(); }
-  void next_frame() { in_payload_ = false; }
+  bool payload_whole() const { return (state_ == State::kPayload || dropped()) && left_.empty(); }
+  void next_frame() { state_ = State::kHeader; }
 
   // Discards the rest of a payload that is being read for `key`: its buffer no longer belongs to the transport.
   void drop_data_of(const TransferKey& key);
 
   const FrameHeader& header() const { return header_; }
-  bool dropped() const { return dropped_; }
+  bool dropped() const { return state_ == State::kDropping; }
   bool reads_data_of(const TransferKey& key) const;
   std::string& text() { return text_; }
   uint32_t payload_crc() const { return crc_; }
@@ -46,12 +46,17 @@ class FrameReader {
   int64_t checking_ns() const { return checking_ns_; }
 
  private:
+  enum class State {
+    kHeader,
+    kPlacing,  // the header is whole, and nobody has said yet where the payload goes
+    kPayload,
+    kDropping,  // reads a payload and discards it
+  };
+
   HeaderBytes header_bytes_{};
   size_t header_filled_ = 0;
   FrameHeader header_;
-  bool in_payload_ = false;
-  bool placing_ = false;
-  bool dropped_ = false;
+  State state_ = State::kHeader;
   std::vector<Segment> left_;  // the rest of the payload
   std::string text_;
   uint32_t crc_ = 0;

@@ -103,8 +103,8 @@ void Session::arrived(size_t bytes, int64_t now_ns, size_t lane) {
     if (!whole) continue;
     if (reader.at_header()) header_arrived(reader, lane, now_ns);
     if (reader.payload_whole()) {
-      reader.next_frame();
       frame_arrived(reader, lane, now_ns);
+      reader.next_frame();
     }
   }
 }

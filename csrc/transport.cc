@@ -12,8 +12,6 @@
 namespace parablock {
 namespace {
 
-// Listener tokens start here, lane tokens below.
-constexpr uint64_t kListenerTokens = uint64_t{1} << 63;
 constexpr int64_t kHousekeepingNs = 1'000'000'000;
 constexpr int64_t kAbsentNs = 1'000'000'000;  // a loop that wakes this much too late was absent
 constexpr int kAcceptsPerTurn = 64;
@@ -65,7 +63,7 @@ void Transport::close(int64_t flush_ns) {
   if (!thread_.joinable()) return;
   commands_.push([this, flush_ns] {
     stop_deadline_ns_ = monotonic_ns() + flush_ns;
-    close_listeners();
+    listen_sockets_.close();
     for (auto& [id, link] : links_) link->close_after_flush(stop_deadline_ns_, "closed");
     agenda_.stir_all();
     stopping_ = true;
@@ -81,8 +79,8 @@ void Transport::close(int64_t flush_ns) {
 uint16_t Transport::listen(const std::string& host, uint16_t port) {
   Fd fd = listen_tcp(host, port);
   uint16_t taken = local_port(fd);
-  loop_.add(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()));
-  if (!commands_.push([this, fd = std::make_shared<Fd>(std::move(fd))] { listeners_.push_back(std::move(*fd)); }))
+  listen_sockets_.watch(fd);
+  if (!commands_.push([this, fd = std::make_shared<Fd>(std::move(fd))] { listen_sockets_.add(std::move(*fd)); }))
     throw std::runtime_error(kClosed);
   return taken;
 }
@@ -269,18 +267,11 @@ Fd Transport::accept_one(int listener) {
 void Transport::accept_some(int listener, int64_t now_ns) {
   for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
     // Back-pressure: each connection makes two events, kConnected and kClosed, even if the program takes no events.
-    if (events_.size() >= kMostEvents) {
-      accept_again(false);
-      accept_again_ns_ = now_ns + kHousekeepingNs;
-      return;
-    }
+    if (events_.size() >= kMostEvents) return listen_sockets_.pause(now_ns + kHousekeepingNs);
     Fd fd = accept_one(listener);
     if (fd.get() < 0) {
-      // The connection stays in the backlog and would wake the loop again and again.
-      if (lacks_descriptors(errno) || errno == ENOBUFS || errno == ENOMEM) {
-        accept_again(false);
-        accept_again_ns_ = now_ns + kHousekeepingNs;
-      }
+      if (lacks_descriptors(errno) || errno == ENOBUFS || errno == ENOMEM)
+        listen_sockets_.pause(now_ns + kHousekeepingNs);
       return;
     }
     uint64_t id = next_link_++;
@@ -298,12 +289,6 @@ void Transport::accept_some(int listener, int64_t now_ns) {
     publish(std::move(connected));
     add_link(id, std::move(fd), "");
   }
-}
-
-void Transport::accept_again(bool on) {
-  accept_again_ns_ = 0;
-  for (const Fd& fd : listeners_)
-    loop_.change(fd.get(), kListenerTokens + static_cast<uint64_t>(fd.get()), {.reads = on});
 }
 
 Channel Transport::open_channel(Fd fd, const std::string& host) const {
@@ -391,15 +376,6 @@ void Transport::drop(uint64_t id) {
   publish(std::move(closed));
 }
 
-// Frees the port, even in the moment in which a forked child has copies of the descriptors.
-void Transport::close_listeners() {
-  for (const Fd& listener : listeners_) {
-    loop_.remove(listener.get());
-    shutdown(listener.get(), SHUT_RDWR);
-  }
-  listeners_.clear();
-}
-
 void Transport::drop_all() {
   while (!links_.empty()) drop(links_.begin()->first);
   over_.clear();
@@ -450,17 +426,15 @@ void Transport::watch(Link& link) {
 }
 
 void Transport::service(int64_t now_ns, const std::vector<Loop::Ready>& ready) {
-  if (accept_again_ns_ != 0 && now_ns >= accept_again_ns_) accept_again(true);
+  listen_sockets_.resume_when_due(now_ns);
   readable_.clear();
   for (const Loop::Ready& at : ready) {
-    if (at.token < kListenerTokens) {
-      if (at.readable) readable_.insert(at.token);
-      agenda_.stir(at.token / kMaxLanes);
+    if (at.token >= ListenSockets::kTokens) {
+      if (int fd = listen_sockets_.with_token(at.token); fd >= 0) accept_some(fd, now_ns);
       continue;
     }
-    int listener = static_cast<int>(at.token - kListenerTokens);
-    auto is_it = [listener](const Fd& fd) { return fd.get() == listener; };  // the listener may be closed by now
-    if (std::any_of(listeners_.begin(), listeners_.end(), is_it)) accept_some(listener, now_ns);
+    if (at.readable) readable_.insert(at.token);
+    agenda_.stir(at.token / kMaxLanes);
   }
   agenda_.take(now_ns, waker_->moved.exchange(false), in_turn_);
   for (uint64_t id : in_turn_) {
@@ -498,7 +472,7 @@ void Transport::run() {
     }
   }
   drop_all();
-  close_listeners();
+  listen_sockets_.close();
 }
 
 }  // namespace parablock

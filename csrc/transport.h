@@ -21,6 +21,7 @@
 #include "command_queue.h"
 #include "event_queue.h"
 #include "link.h"
+#include "listen_sockets.h"
 #include "loop.h"
 #include "session.h"
 #include "thread.h"
@@ -92,7 +93,6 @@ class Transport {
   Fd duplicate_of(uint64_t link);
   Fd accept_one(int listener);
   void accept_some(int listener, int64_t now_ns);
-  void accept_again(bool on);
   Channel open_channel(Fd fd, const std::string& host) const;
   void add_link(uint64_t id, Fd fd, const std::string& host);  // `host`: see Link
   void add_lane(Link& link, Channel channel);
@@ -103,7 +103,6 @@ class Transport {
   void watch(Link& link);
   void drop(uint64_t link);
   void drop_all();
-  void close_listeners();
   void publish(Link& link);
   void publish(Event event);
 
@@ -115,9 +114,8 @@ class Transport {
 
   mutable std::mutex links_mutex_;  // the loop thread takes it to change the map, other threads to read it
   std::map<uint64_t, std::unique_ptr<Link>> links_;
-  std::vector<Fd> listeners_;
+  ListenSockets listen_sockets_{loop_};
   LaneKeys lane_keys_;
-  int64_t accept_again_ns_ = 0;  // when to accept again, after running out of descriptors or event room; 0: accepting
   Admission admission_;  // loop thread only
   std::atomic<uint64_t> next_link_{1};
 

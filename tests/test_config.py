@@ -35,6 +35,8 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("clients", 0, "expected clients to be at least 1, found 0"),
     ("clients", config.MAX_CLIENTS + 1, f"expected clients to be at most {config.MAX_CLIENTS}, found"),
     ("local_steps", 0, "expected local_steps to be at least 1, found 0"),
+    ("local_steps", 2**62, f"expected local_steps to be at most {2**31}, found {2**62}"),
+    ("staleness", 2**62, f"expected staleness to be at most {2**31}, found {2**62}"),
     ("staleness", -1, "expected staleness to be 0 (no overlap), 1 (ParaBlock) or more, found -1"),
     ("format", "int2", "expected a format out of fp32, bf16, int8, int4, found 'int2'"),
     ("schedule", "random", "expected schedule to be one of cyclic, reshuffled, reverse, found 'random'"),

@@ -54,7 +54,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         self._check_types()
         for name in ("rounds", "clients", "local_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.rounds <= MAX_ROUNDS, "rounds", f"at most {MAX_ROUNDS}", self.rounds)
+        for name in ("rounds", "local_steps"):
+            _require(getattr(self, name) <= MAX_ROUNDS, name, f"at most {MAX_ROUNDS}", getattr(self, name))
         _require(self.clients <= MAX_CLIENTS, "clients", f"at most {MAX_CLIENTS}", self.clients)
         _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
         _require(

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from parablock_rt.errors import ConnectError, HandshakeError, PeerLostError
 from parablock_rt.stages import hidden_share
+from parablock_rt.units import printable
 from parablock_rt.wire.connection import Connection, pause_before
 from parablock_rt.wire.protocol import Status
 from parablock_rt.wire.tls import Tls
@@ -49,7 +50,7 @@ def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group
         (f"round {status.round}/{status.rounds}", "bold"),
         f"  {state}  {status.present} of {status.seats} clients",
         f", {status.left} left early" if status.left else "",
-        f"  staleness {status.staleness}, {status.local_steps} local steps, {status.format}",
+        f"  staleness {status.staleness}, {status.local_steps} local steps, {printable(status.format)}",
     )
     share = hidden(status)
     lines = [
@@ -66,7 +67,7 @@ def render(status: Status, earlier: tuple[Status, float] | None = None) -> Group
         slow = status.round_s is not None and client.late_s > _SLOW * status.round_s
         late = Text(f"{client.late_s:.2f} s{'  slow' if slow else ''}", "yellow" if slow else "")
         seconds = (f"{client.compute_s:.2f} s", f"{client.exposed_s:.2f} s")
-        table.add_row(str(client.client), client.state, *seconds, late, str(client.behind))
+        table.add_row(str(client.client), Text(printable(client.state)), *seconds, late, str(client.behind))
     more = status.present - len(status.clients)
     return Group(head, *lines, "", table, *([f"and {more} faster ones"] if more > 0 else []))
 

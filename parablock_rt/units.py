@@ -1,4 +1,4 @@
-"""Quantities as users write and read them: rates, delays, amounts of memory.
+"""Quantities as users write and read them: rates, delays, amounts of memory. And text of a peer, as users may see it.
 
 Converts text to numbers in bytes and seconds, and back. Knows no settings.
 """
@@ -55,10 +55,10 @@ def format_bytes(count: int) -> str:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """Text of somebody else, safe to show on a terminal: what cannot be printed becomes "?", and what is longer than
-    `most` characters ends in "…"."""
-    shown = text if len(text) <= most else text[: most - 1] + "…"
-    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+    """Text that a peer wrote, fit for a terminal or a log: "?" stands for what cannot be printed, such as a terminal's
+    control characters and line breaks. Of a longer text, an ellipsis ends the first `most` characters."""
+    clipped = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else "?" for letter in clipped)
 
 
 def _number(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def test_a_file_that_cannot_be_removed_is_an_error_that_says_so_and_frees_the_st
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state of a run that has changed two of its four blocks."""
     folder = tmp_path_factory.mktemp("finished") / "state"
-    with starter() as start, start_server(rounds=2, clients=1, durable=folder) as running:
+    with starter() as start, start_server(rounds=2, clients=1, server_optimizer="adam", durable=folder) as running:
         start(client, running.address).expect("done")
         running.wait(WAIT_S)
     return folder
@@ -276,6 +277,26 @@ def test_a_run_whose_file_is_gone_or_of_another_round_is_not_resumed(finished: P
     second.write_bytes(first.read_bytes())
     with pytest.raises(CheckpointError, match="block 1 has other weights than the saved run"):
         start_server(resume=copy)
+
+
+@pytest.mark.parametrize("name", ["x", "first", "second", "reference.0", "update"])
+@pytest.mark.parametrize("differs", ["type", "shape", "missing"])
+def test_a_tensor_that_is_not_what_its_round_left_is_refused(
+    finished: Path, tmp_path: Path, name: str, differs: str
+) -> None:
+    """The checksums cover the bytes of a tensor only."""
+    shutil.copytree(finished, tmp_path / "state")
+    state, _ = Checkpoint.open(tmp_path / "state")
+    tensors = state.read_round(1)
+    tensor = tensors.pop(name)
+    if differs == "type":
+        tensors[name] = tensor.view(torch.int8 if tensor.dtype == torch.uint8 else torch.int32)
+    elif differs == "shape":
+        tensors[name] = tensor[None]
+    state.write_round(1, tensors)
+    state.close()
+    with pytest.raises(CheckpointError, match=r"found .*: the state is damaged and the run cannot be resumed from it"):
+        start_server(resume=tmp_path / "state")
 
 
 # ---- What is kept for clients that are behind

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from processes import WAIT_S, client, make_model, start_server, starter
+from test_top import status
 from tls_cases import deployment, needs_tls, server_tls
 from typer.testing import CliRunner
 
 import parablock_rt as pb
+from parablock_rt import link_check, top
 from parablock_rt.cli import app
 from parablock_rt.errors import HandshakeError
 from parablock_rt.link_check import check_link
@@ -124,6 +130,68 @@ def test_a_client_that_measures_cannot_say_what_members_say() -> None:
             prober.link.next_message("an answer")
         prober.transport.close()
         pb.join(running.address, make_model(), torch.optim.SGD).close()
+
+
+@pytest.mark.parametrize("name", ["MAX_BYTES", "MAX_TOTAL"])
+@pytest.mark.parametrize("allowed", [0, -1])
+def test_a_server_that_lets_nothing_be_measured_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, name: str, allowed: int
+) -> None:
+    monkeypatch.setattr(probe, name, allowed)
+    with start_server() as running, pytest.raises(HandshakeError, match=rf"of 262144 bytes, found {allowed};"):
+        check_link(running.address)
+
+
+def test_a_client_transfers_no_more_than_it_promises_whatever_the_server_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved = {"up": 0, "down": 0}
+    serve = probe.ProbeDesk._move
+
+    def move(desk: probe.ProbeDesk, visit: Any, message: protocol.Measure) -> None:
+        moved[message.direction] += message.nbytes
+        serve(desk, visit, message)
+
+    monkeypatch.setattr(probe.ProbeDesk, "_move", move)
+    monkeypatch.setattr(probe, "MAX_BYTES", 2**27)
+    monkeypatch.setattr(probe, "MAX_TOTAL", 2**27)
+    monkeypatch.setattr(link_check, "_LONG_ENOUGH_S", math.inf)
+    with start_server() as running:
+        check_link(running.address)
+    assert 2**25 < min(moved.values()) <= max(moved.values()) <= 2**26
+
+
+@pytest.mark.parametrize("clock_ns", [0, 2**63 - 1, -(2**63)])
+def test_a_clock_that_is_not_set_has_no_offset(monkeypatch: pytest.MonkeyPatch, clock_ns: int) -> None:
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: clock_ns))
+    with start_server() as running:
+        report = check_link(running.address)
+    assert report.clock_offset_s is None
+    assert "clock           one of the two is not set" in link_check.render(report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"staleness": -1}, "expected staleness to be 0 .* found -1"),
+        ({"staleness": 2**62}, "expected staleness to be at most"),
+        ({"local_steps": 0}, "expected local_steps to be at least 1, found 0"),
+        ({"local_steps": 2**62}, "expected local_steps to be at most"),
+        ({"format": "\x1b[31m"}, r"expected a format .* found '\\x1b\[31m'"),
+    ],
+)
+def test_a_server_that_reports_what_no_run_has_is_not_believed(changes: dict[str, Any], found: str) -> None:
+    assert link_check.settings(status()) == {"staleness": 1, "local_steps": 4, "format": "int8"}
+    with pytest.raises(HandshakeError, match=f"the server reports a setting that no run has: {found}"):
+        link_check.settings(status(**changes))
+
+
+def test_the_command_does_not_compute_with_settings_that_no_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top, "look_once", lambda *_, **__: status(staleness=-1))
+    with start_server() as running:
+        asked = ["doctor", "--peer", running.address, "--model", "tiny", "--step-time", "1"]
+        with pytest.raises(HandshakeError, match="expected staleness to be 0"):
+            CliRunner().invoke(app, asked, catch_exceptions=False)
 
 
 @needs_tls

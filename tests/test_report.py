@@ -426,6 +426,62 @@ def test_whatever_is_overwritten_in_a_folder_there_is_a_report(run: Path, seed: 
     assert data_of(page)["runs"][0]["verdict"]
 
 
+MANY = "9" * 5000
+
+
+def a_slice(**changes: Any) -> dict[str, Any]:
+    return {"ph": "X", "name": "compute", "pid": 1, "tid": 1, "ts": 0, "dur": 1} | changes
+
+
+def a_name(of: str) -> dict[str, Any]:
+    return {"ph": "M", "name": of, "pid": 1, "tid": 1, "args": {"name": f"client {MANY}"}}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [a_name("process_name"), a_slice()],
+        [a_name("thread_name"), a_slice()],
+        [a_slice(name=f"compute round {MANY}")],
+        [a_slice(dur=5e-324)],
+    ],
+    ids=["process", "track", "round", "length"],
+)
+def test_a_trace_with_numbers_of_no_run_is_shown(run: Path, events: list[dict[str, Any]]) -> None:
+    for seat in range(2):
+        shutil.rmtree(run / f"client-{seat}")
+    (run / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert data_of(render([run]))["runs"][0]["verdict"]
+
+
+def test_a_summary_with_figures_of_no_run_is_shown(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"rounds": 1e-300, "rounds_trained": 1e-300, "serial_comm_s": 1e18}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert data_of(render([run]))["runs"][0]["verdict"]
+
+
+def test_a_summary_that_is_nested_deeper_than_any_is_shown(run: Path) -> None:
+    summary = (run / "summary.json").read_text()
+    (run / "summary.json").write_text(summary.replace("{", '{"x": ' + "[" * 600 + "]" * 600 + ",", 1))
+    (shown,) = data_of(render([run]))["runs"]
+    assert shown["summary"]["overlap_efficiency"] is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda line: {"open_s": 0.0},
+        lambda line: {"open_s": (-1.0) ** line["round"]},
+        lambda line: {"compute_s": 1e-310},
+    ],
+    ids=["zero", "balanced", "step"],
+)
+def test_lines_with_times_of_no_run_are_shown(run: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    rewrite_lines(run, changes)
+    assert data_of(render([run]))["runs"][0]["verdict"]
+
+
 def parts_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
 

@@ -44,6 +44,16 @@ def test_what_is_written_can_be_read_by_a_strict_reader(content: Any) -> None:
     assert json.loads(to_json(content), parse_constant=refuse) == expected(content)
 
 
+def test_what_only_a_damaged_file_can_hold_is_cut_off_where_no_reader_fails_at_it() -> None:
+    content: Any = 1
+    for _ in range(600):
+        content = {"a": [content]}
+    found, levels = json.loads(to_json(content)), 0
+    while found is not None:
+        found, levels = found["a"] if levels % 2 == 0 else found[0], levels + 1
+    assert levels == 64
+
+
 # ---- The folder
 
 

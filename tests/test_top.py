@@ -184,6 +184,14 @@ def test_the_view_names_the_slow_client_and_the_rates() -> None:
     assert "and 68 faster ones" in shown
 
 
+def test_what_a_server_writes_is_shown_as_text_and_commands_no_terminal() -> None:
+    named = ClientStatus(client=7, state="[/b]\x1b]0;x\x07", behind=0, compute_s=1.0, exposed_s=0.1, late_s=0.0)
+    shown = text(render(status(clients=[named], format="[red]\x1b[2J")))
+    assert "\x1b" not in shown
+    assert "4 local steps, [red]?[2J" in shown
+    assert "[/b]?]0;x?" in shown
+
+
 def test_the_command_speaks_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with start_server(rounds=5) as server:
         monkeypatch.setattr(sys, "argv", ["parablock", "top", server.address, "--once", "--json"])

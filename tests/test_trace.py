@@ -16,12 +16,15 @@ import pytest
 import torch
 import trace_schema
 from federations import take_spy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from processes import WAIT_S, loss_fn, make_batches, make_model, sgd, start_server
 
 import parablock_rt as pb
 from parablock_rt.client.run import Run
 from parablock_rt.errors import TraceError
 from parablock_rt.observe import profiling, trace, trace_merge
+from parablock_rt.observe.run_folder import to_json
 from parablock_rt.observe.timeline import Stage, Timeline
 from parablock_rt.wire.protocol import Kind
 
@@ -259,9 +262,12 @@ def test_a_profile_and_traces_become_one_file(federation: Federation) -> None:
     ("content", "message"),
     [
         ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
         ("[]", "expected a Chrome trace"),
         ('{"traceEvents": [1]}', "expected a Chrome trace"),
         ('{"traceEvents": []}', "expected clock marks of the runtime"),
+        ('{"traceEvents": [{"ph": "X", "name": "parablock.clock x", "ts": 1}]}', "expected clock marks of the runtime"),
+        ('{"traceEvents": [{"ph": "X", "name": "parablock.clock 1"}]}', "expected clock marks of the runtime"),
         (None, "cannot read the trace"),
     ],
 )
@@ -271,6 +277,55 @@ def test_a_file_that_cannot_be_merged_is_refused(tmp_path: Path, content: str | 
         path.write_text(content)
     with pytest.raises(TraceError, match=message):
         trace_merge.read(path)
+
+
+OURS = {"clock": "CLOCK_MONOTONIC"}
+
+
+@pytest.mark.parametrize(
+    ("event", "about", "place"),
+    [
+        (None, [], "$.otherData"),
+        (None, None, "$.otherData"),
+        (None, {"boot": [1]}, "$.otherData.boot"),
+        ({"name": "process_name", "ph": "M"}, OURS, "$.traceEvents[0]"),
+        ({"name": "process_name", "ph": "M", "args": {"name": 1}}, OURS, "$.traceEvents[0]"),
+        ({"pid": [1]}, OURS, "$.traceEvents[0].pid"),
+        ({"cat": trace.FLOW, "ts": 1}, OURS, "$.traceEvents[0]"),
+        ({"cat": trace.FLOW, "id": "1"}, OURS, "$.traceEvents[0]"),
+        ({"cat": trace.FLOW, "id": [1], "ts": 1}, OURS, "$.traceEvents[0].id"),
+        ({"cat": trace.FLOW, "id": "1", "ts": "x"}, OURS, "$.traceEvents[0].ts"),
+        ({"ts": None}, {}, "$.traceEvents[0].ts"),
+        ({"ts": 10**400}, {}, "$.traceEvents[0].ts"),
+    ],
+)
+def test_a_damaged_trace_is_refused_with_the_file_and_the_place(
+    tmp_path: Path, event: dict[str, Any] | None, about: object, place: str
+) -> None:
+    mark = {"ph": "X", "name": f"{profiling.CLOCK_MARK}12", "ts": 1}
+    events = [mark] if event is None else [{"ph": "X"} | event, mark]
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events, "otherData": about}))
+    with pytest.raises(TraceError, match=rf"t\.json, found a damaged one or none \(.* - at `{re.escape(place)}`\)"):
+        trace_merge.read(tmp_path / "t.json")
+
+
+junk = st.none() | st.integers() | st.floats() | st.sampled_from(["", "1", "X", "M", "s", trace.FLOW, "process_name"])
+junk = st.recursive(junk, lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["name", "a"]), inner))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["ph", "name", "cat", "pid", "id", "ts", "args"]), junk), max_size=4),
+    st.dictionaries(st.sampled_from(["clock", "boot"]), st.just("CLOCK_MONOTONIC") | junk),
+)
+def test_whatever_a_trace_holds_it_is_merged_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any]], about: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "t.json"
+    path.write_text(json.dumps({"traceEvents": [{"ph": "X"} | event for event in events], "otherData": OURS | about}))
+    with contextlib.suppress(TraceError):
+        merged = trace_merge.merge([(name, trace_merge.read(path)) for name in ("a", "b")])
+        assert len(json.loads(to_json(merged))["traceEvents"]) == 2 * len(events)
 
 
 def test_without_a_profiler_nothing_is_annotated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rates, delays and amounts of memory, as users write and read them."""
+"""Rates, delays and amounts of memory, as users write and read them, and what they see of a peer's text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parablock_rt.errors import ConfigError
-from parablock_rt.units import format_bytes, parse_bytes, parse_delay, parse_rate
+from parablock_rt.units import format_bytes, parse_bytes, parse_delay, parse_rate, printable
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,23 @@ def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
 )
 def test_amounts_of_memory_are_shown_in_decimal_units(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2⁻⁷² of a [b]round[/b]", "2⁻⁷² of a [b]round[/b]"),
+        ("\x1b]0;title\x07\x1b[31mred\r\nnext", "?]0;title??[31mred??next"),
+        ("\ud800\u202e\x9b", "???"),
+        ("a" * 501, "a" * 499 + "…"),
+    ],
+)
+def test_of_a_peer_s_text_a_terminal_gets_what_it_can_print(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text(), st.integers(1, 20))
+def test_any_text_of_a_peer_is_printed_on_one_line_of_the_length_that_is_asked_for(text: str, most: int) -> None:
+    shown = printable(text, most)
+    assert shown.isprintable()
+    assert len(shown) == min(len(text), most)

@@ -168,8 +168,7 @@ def show_doctor(
     result = link_check.as_dict(report)
     lines = [link_check.render(report)]
     if plan is not None:
-        status = top.look_once(peer, token, tls=tls)
-        run = {name: given.get(name, getattr(status, name)) for name in asked}
+        run = link_check.settings(top.look_once(peer, token, tls=tls)) | given
         step_s = _time_step(workload, plan) if seconds is None else seconds
         link = planner.Link(report.up, report.down, report.round_trip_s / 2)
         verdict = planner.verdict(plan, **run, link=link, step_s=step_s)

@@ -14,22 +14,25 @@ from parablock_rt.errors import ConfigError
 from parablock_rt.observe import trace
 from parablock_rt.observe.timeline import Timeline
 
+_DEEPEST = 64  # levels
+
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """`content` as strict JSON, which has neither NaN nor infinity: a number that is not finite becomes null.
+    """`content` as strict JSON, which has neither NaN nor infinity: a number that is not finite becomes null, and so
+    does what is nested more than 64 levels deep, which only damaged files have.
 
     `content` may consist of JSON's types, tuples and msgspec structs.
     """
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+    return json.dumps(_finite(content, _DEEPEST), indent=indent, allow_nan=False)
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: Any, levels: int) -> Any:
     if isinstance(content, msgspec.Struct):
-        return _finite(msgspec.structs.asdict(content))
+        return _finite(msgspec.structs.asdict(content), levels)
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _finite(value, levels - 1) for key, value in content.items()} if levels else None
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [_finite(value, levels - 1) for value in content] if levels else None
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

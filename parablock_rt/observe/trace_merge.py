@@ -7,9 +7,12 @@ clock; marks from the runtime (profiling.py) give its reading at known times of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from parablock_rt.errors import TraceError
 from parablock_rt.observe.profiling import CLOCK_MARK
@@ -17,33 +20,62 @@ from parablock_rt.observe.trace import FLOW
 
 Trace = dict[str, Any]
 
+_Time = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | float  # larger ones may not fit a float
+_MARK = re.compile(re.escape(CLOCK_MARK) + "([0-9]{1,19})")
+
+
+class _Event(msgspec.Struct):
+    """What merging needs of an event. A profile may have a process with a name for a number."""
+
+    ph: str
+    name: str = ""
+    cat: str = ""
+    pid: int | str = 0
+    id: int | str | msgspec.UnsetType = msgspec.UNSET
+    ts: _Time | msgspec.UnsetType = msgspec.UNSET
+    args: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.cat == FLOW and msgspec.UNSET in (self.id, self.ts):
+            raise ValueError("Expected `id` and `ts` in a flow")
+        if self.ph == "M" and self.name == "process_name" and not isinstance(self.args.get("name"), str):
+            raise ValueError("Expected the text `args.name` of a process")
+
+
+class _About(msgspec.Struct):
+    clock: str = ""
+    boot: str = ""
+
+
+class _Trace(msgspec.Struct, rename="camel"):
+    trace_events: list[_Event]
+    other_data: _About = msgspec.field(default_factory=_About)
+
 
 def read(path: Path) -> Trace:
     """Reads a trace or a profile, with its times on the monotonic clock.
 
-    Raises TraceError when the file is not a Chrome trace, or a profile without clock marks.
+    Raises TraceError when the file is damaged, not a Chrome trace, or a profile without clock marks.
     """
     try:
-        found = json.loads(path.read_text())
+        found: Trace = json.loads(path.read_text())
+        about = msgspec.convert(found, _Trace).other_data
     except OSError as error:
         raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
-    except ValueError as error:
+    except msgspec.ValidationError as error:
+        raise TraceError(
+            f"expected a Chrome trace in {path}, found a damaged one or none ({error}); give a trace.json of a run or "
+            "a profile of torch.profiler"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise TraceError(
             f"expected JSON in {path}, found none ({error}); check whether its run or profile was cut short"
         ) from error
-    events = found.get("traceEvents") if isinstance(found, dict) else None
-    if not isinstance(events, list) or not all(isinstance(event, dict) and "ph" in event for event in events):
-        raise TraceError(
-            f"expected a Chrome trace in {path}, found no object with a list `traceEvents`; give a trace.json of a run "
-            "or a profile of torch.profiler"
-        )
-    if found.get("otherData", {}).get("clock") == "CLOCK_MONOTONIC":
-        return dict(found)
-    return _on_our_clock(path, found)
+    return found if about.clock == "CLOCK_MONOTONIC" else _on_our_clock(path, found)
 
 
 def merge(traces: Iterable[tuple[str, Trace]]) -> Trace:
-    """Merges named traces; a name that is not empty is put in front of the names of its processes.
+    """Merges named traces that `read` returned; a name that is not empty is put in front of the names of its processes.
 
     Raises TraceError when the traces come from different machines or boots.
     """
@@ -57,7 +89,7 @@ def merge(traces: Iterable[tuple[str, Trace]]) -> Trace:
         for event in trace["traceEvents"]:
             pid = pids.setdefault((number, event.get("pid", 0)), len(pids) + 1)
             moved = event | {"pid": pid}
-            if name and event["ph"] == "M" and event["name"] == "process_name":
+            if name and event["ph"] == "M" and event.get("name") == "process_name":
                 moved["args"] = {"name": f"{name}: {event['args']['name']}"}
             if "id" in event and event.get("cat") != FLOW:
                 moved["id"] = f"{number}:{event['id']}"  # ids are unique only within a file
@@ -86,9 +118,9 @@ def _join_flows(events: list[dict[str, Any]]) -> None:
 
 def _on_our_clock(path: Path, profile: Trace) -> Trace:
     marks = [
-        (float(event["ts"]), int(event["name"].removeprefix(CLOCK_MARK)) / 1e3)
+        (float(event["ts"]), int(mark[1]) / 1e3)
         for event in profile["traceEvents"]
-        if str(event.get("name", "")).startswith(CLOCK_MARK) and event["ph"] == "X"
+        if event["ph"] == "X" and "ts" in event and (mark := _MARK.fullmatch(event.get("name", "")))
     ]
     if not marks:
         raise TraceError(

@@ -20,8 +20,9 @@ MAX_SPANS = 300_000
 """The most spans of one run in a report; browsers do not cope with more."""
 
 _LARGEST = 1e18  # larger than any count of bytes and any time in the units of these files
+_SMALLEST = 1e-60  # smaller than any loss, as fp32 has it, and large enough to divide by
 _CLIENT_FOLDER = re.compile(r"client-\d+")
-_ROUND = re.compile(r"\bround (\d+)\b")
+_ROUND = re.compile(r"\bround (\d{1,18})\b")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Recorded:
 
 def number(value: object) -> float | None:
     """`value` if it is a plausible number, else None: damaged files may have null, NaN, text or worse."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if value == 0 or _SMALLEST <= abs(value) <= _LARGEST else None
 
 
 def load(path: Path) -> list[Recorded]:

@@ -91,9 +91,9 @@ def _timeline(spans: list[Span], origin: float) -> dict[str, Any]:
     return {"rows": list(rows), "labels": list(labels), **columns}
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
+def _natural(name: str) -> list[tuple[str, int, str]]:
     """A sort key that puts client 2 before client 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
+    return [(text, len(number), number) for text, number in re.findall(r"([^0-9]*)0*([0-9]*)", name)]
 
 
 def _read(name: str) -> str:

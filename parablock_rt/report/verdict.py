@@ -113,7 +113,7 @@ def _duration(seconds: float) -> str:
 def _slow(run: Recorded) -> str:
     table = figures.clients(run)
     lengths = [value for line in run.rounds if (value := number(line.get("open_s"))) is not None]
-    if len(table) < 2 or not lengths or not table[0]["late_s"]:
+    if len(table) < 2 or sum(lengths) <= 0 or not table[0]["late_s"]:
         return ""
     share = table[0]["late_s"] / (sum(lengths) / len(lengths))
     if share < STRAGGLER:

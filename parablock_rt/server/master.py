@@ -38,6 +38,11 @@ class ServerOptimizer:
         self._first: dict[int, Tensor] = {}
         self._second: dict[int, Tensor] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `state` has of a block that was moved; each is like the block's master."""
+        return {"average": (), "momentum": ("first",)}.get(self.name, ("first", "second"))
+
     def state(self, block: int) -> dict[str, Tensor]:
         """The optimiser's state of a block, by name."""
         kept = {"first": self._first.get(block), "second": self._second.get(block)}
@@ -86,29 +91,23 @@ class Master:
 
     def state(self, block: int) -> dict[str, Tensor]:
         """The complete state of a block, by name. The tensors are not copies: the next step changes them."""
-        references = {f"reference.{i}": flat for i, flat in enumerate(self.blocks[block].flats)}
-        return references | {"x": self.x(block)} | self._optimizer.state(block)
+        return self._references(block) | {"x": self.x(block)} | self._optimizer.state(block)
 
     def restore(self, block: int, state: dict[str, Tensor]) -> None:
-        """Restores what `state` returned. Raises CheckpointError when it does not fit the block."""
-        flats = self.blocks[block].flats
-        found = [state.get(f"reference.{i}") for i in range(len(flats))]
-        x = state.get("x")
-        if (
-            x is None
-            or x.shape != self.x(block).shape
-            or any(
-                f is None or f.shape != flat.shape or f.dtype != flat.dtype
-                for f, flat in zip(found, flats, strict=True)
-            )
-        ):
-            raise CheckpointError(
-                f"the saved state of block {block} does not fit the model; resume with the same model"
-            )
-        for flat, kept in zip(flats, found, strict=True):
-            assert kept is not None
-            flat.copy_(kept)
-        self._x[block] = x
+        """Restores what `state` returned of a block that was moved. Raises CheckpointError when a tensor is missing or
+        has another type or shape."""
+        references = self._references(block)
+        expected = references | dict.fromkeys(("x", *self._optimizer.names), self.x(block))
+        for name, like in expected.items():
+            found = state.get(name)
+            if found is None or (found.dtype, found.shape) != (like.dtype, like.shape):
+                raise CheckpointError(
+                    f"expected {name} of block {block} in the saved state as {_kind(like)}, found {_kind(found)}: the "
+                    "state is damaged and the run cannot be resumed from it"
+                )
+        for name, flat in references.items():
+            flat.copy_(state[name])
+        self._x[block] = state["x"]
         self._optimizer.restore(block, state)
         self.fingerprints[block] = fingerprint(self.blocks[block])
 
@@ -132,3 +131,10 @@ class Master:
         codec.apply_(self.blocks[block].flats, encoding.body, format=self.format)
         self.fingerprints[block] = fingerprint(self.blocks[block])
         return self.fingerprints[block]
+
+    def _references(self, block: int) -> dict[str, Tensor]:
+        return {f"reference.{i}": flat for i, flat in enumerate(self.blocks[block].flats)}
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

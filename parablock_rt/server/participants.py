@@ -27,6 +27,7 @@ from parablock_rt.server.throttle import ThrottledLog
 from parablock_rt.server.uplink import Uplink
 from parablock_rt.server.verdicts import Verdicts
 from parablock_rt.server.watch import Watch
+from parablock_rt.units import printable
 from parablock_rt.wire import protocol
 from parablock_rt.wire.transport import Transport
 
@@ -127,9 +128,8 @@ class Participants:
             raise DigestError(f"client {member.seat} ends with other bits than the server")
         self._outcome.goodbyes[member.seat] = message
         if message.reason:
-            printable = "".join(letter if letter.isprintable() else "?" for letter in message.reason)
             link = member.link
-            self.roster.vacate(member, printable)
+            self.roster.vacate(member, printable(message.reason))
             self.attendance.give_up([member.seat])  # nobody will come back to it, so a round with a quorum may close
             if link is not None:  # otherwise a client that keeps joining and leaving could use up all connections
                 self._transport.native.close_link(link, "the client has left")

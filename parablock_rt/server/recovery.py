@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import torch
+
 from parablock_rt.blocks.fingerprint import fingerprint
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import CheckpointError
@@ -82,11 +84,16 @@ def aggregates(past: Past, state: Checkpoint, master: Master, transport: Transpo
     kept = []
     for record in past.closed:
         if state.has_round(record.closed.round):
-            body = state.read_round(record.closed.round)["update"]
-            buffer = buffers.take(body.numel())
-            as_tensor(buffer, body.numel()).copy_(body)
+            body = state.read_round(record.closed.round).get("update")
             numel = master.blocks[record.closed.block].block.flat_numel
             layout = body_layout(past.begin.config.format, numel, past.begin.config.chunk)
+            if body is None or body.dtype != torch.uint8 or body.shape != (layout.nbytes,):
+                raise CheckpointError(
+                    f"expected an aggregate of {layout.nbytes} bytes in the saved state of round {record.closed.round},"
+                    " found another or none: the state is damaged and the run cannot be resumed from it"
+                )
+            buffer = buffers.take(layout.nbytes)
+            as_tensor(buffer, layout.nbytes).copy_(body)
             source = transport.native.make_source(buffer, layout, True)
-            kept.append(Kept(record.update, body.numel(), source, partial(buffers.give_back, buffer)))
+            kept.append(Kept(record.update, layout.nbytes, source, partial(buffers.give_back, buffer)))
     return kept

@@ -64,18 +64,19 @@ def test_an_upload_that_comes_after_the_deadline_leaves_no_trace(
     from what happened, so that the comparison holds."""
     held = 3
     taken: set[tuple[int, int]] = set()
-    closed = threading.Event()
+    trains, closed = threading.Event(), threading.Event()
     take_spy(monkeypatch, lambda round, seat, reason: taken.add((round, seat)) if not reason else None)
 
     def hold(run: Run, step: int) -> None:
         if run.client == 1 and run._round is not None and run._round.index == held:
+            trains.set()
             assert closed.wait(WAIT_S)
 
     case = Case(blocks, clients=2, settings={"staleness": staleness, "format": "int4", "local_steps": 1, "rounds": 8})
     result = case.run(
         before_step=hold,
         on_round=lambda report: closed.set() if report.round == held else None,
-        prepare=lambda server: do_not_wait_for(server, lambda round: {1} if round == held else ()),
+        prepare=lambda server: do_not_wait_for(server, lambda round: {1} if round == held and trains.is_set() else ()),
         quorum=1,
     )
     assert (held, 0) in taken

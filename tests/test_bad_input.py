@@ -468,11 +468,25 @@ def test_a_plan_of_the_clients_own_that_differs_is_refused_with_the_parameter() 
 
 def test_a_frozen_part_that_differs_is_refused() -> None:
     """Not only the trained weights must be those of one checkpoint: the frozen ones are never sent."""
-    model, other = make_model(), make_model(seed=5)
+    model, other, extended = make_model(), make_model(), make_model()
     plan = pb.BlockPlan.from_model(model, ["0", "1"])
-    what = r"what is not trained .* differs .*start both from the same checkpoint"
-    with start_server(model=model, plan=plan) as running, pytest.raises(PlanMismatchError, match=what):
-        join_with(running.address, other)
+    with torch.no_grad():
+        other[3].bias += 1.0
+    extended.register_buffer("seen", torch.zeros(1))
+    with start_server(model=model, plan=plan) as running:
+        of_four = (
+            r"a difference in 1 of 4 tensors: parameter 3\.bias has other bytes, another type or another shape than"
+        )
+        with pytest.raises(PlanMismatchError, match=of_four):
+            join_with(running.address, other)
+        with pytest.raises(
+            PlanMismatchError, match=r"a difference in 1 of 5 tensors: buffer seen is not on the server"
+        ):
+            join_with(running.address, extended)
+        with pytest.raises(
+            PlanMismatchError, match=r"a difference in 2 of 4 tensors: parameter 2\.bias has other bytes"
+        ):
+            join_with(running.address, nn.Sequential(*model[:2], make_model(seed=5)[2].bfloat16(), model[3]))
 
 
 def test_a_model_without_blocks_is_refused_with_a_way_to_name_them() -> None:

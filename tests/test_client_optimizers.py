@@ -175,7 +175,7 @@ def test_a_parameter_of_the_loss_in_the_same_optimiser_trains_as_in_a_plain_loop
     def steps(scale: nn.Parameter, losses: list[float], run: pb.Run) -> None:
         while not run.finished:
             loss = (run.model(torch.ones(2, WIDTH)).square().mean() * scale - 1).square()
-            losses.append(float(loss))
+            losses.append(loss.item())
             loss.backward()
             run.step()
 
@@ -186,7 +186,7 @@ def test_a_parameter_of_the_loss_in_the_same_optimiser_trains_as_in_a_plain_loop
             optimizer = torch.optim.SGD(parameters, lr=0.1)
             for _ in range(4):
                 loss = (model(torch.ones(2, WIDTH)).square().mean() * scale - 1).square()
-                losses.append(float(loss))
+                losses.append(loss.item())
                 model.zero_grad()
                 scale.grad = None
                 loss.backward()

@@ -20,7 +20,7 @@ def test_a_message_that_no_client_needs_to_send_is_refused_before_there_is_memor
         welcome = raw.take_seat()
         raw.say(raw.ready(welcome))
         raw.hear(protocol.Begin)
-        most, _ = protocol.bytes_of_member(welcome.plan, welcome.config.staleness)
+        most, _ = protocol.bytes_of_member(welcome.plan, welcome.frozen, welcome.config.staleness)
         raw.say(bytes(most + 1))
         assert raw.hear_closed()
         assert settles(lambda: any(f"where at most {most} are allowed" in str(m.lost_why) for m in members(running)))
@@ -29,7 +29,7 @@ def test_a_message_that_no_client_needs_to_send_is_refused_before_there_is_memor
 @given(st.integers(0, 300), st.integers(0, 5), st.integers(0, 2**31 - 1))
 def test_every_message_that_an_honest_client_sends_fits(blocks: int, staleness: int, round: int) -> None:
     plan = PlanSpec(tuple(BlockSpec(f"block {i}", ()) for i in range(blocks)))
-    most, _ = protocol.bytes_of_member(plan, staleness)
+    most, _ = protocol.bytes_of_member(plan, {}, staleness)
     times = StageSeconds(**dict.fromkeys(StageSeconds.__struct_fields__, 1 / 3))
     longest: list[protocol.Message] = [
         protocol.Ready(plan_digest="f" * 64, frozen="f" * 64, fingerprints=[2**64 - 1] * blocks),

@@ -147,6 +147,7 @@ def _make_run(
     with contextlib.ExitStack() as undo:
         lease = Lease(model, plan)
         undo.callback(lease.give_back)
+        lease.check_frozen(welcome.frozen)
         blocks = plan.materialise(model)
         ring = partial(timeline.transfer_ring, plan=plan, config=config, links=1)
         stager = stager_for(blocks, config, pinned_memory, ring)

@@ -7,11 +7,15 @@ thread".
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from torch import nn
 
 from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.errors import PlanMismatchError
+from parablock_rt.units import printable
+from parablock_rt.wire import protocol
 
 log = logging.getLogger("parablock")
 
@@ -27,6 +31,24 @@ class Lease:
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self.frozen = plan.frozen_digests(model)
         """The digests of the tensors that the plan does not train, by name, at the start of the run."""
+
+    def check_frozen(self, theirs: Mapping[str, str]) -> None:
+        """Raises PlanMismatchError, with names, when what the plan does not train differs from the server's. `theirs`:
+        the beginnings of the server's digests; empty: of an earlier release, which compares them itself."""
+        ours = {name: digest[: protocol.FROZEN_CHARS] for name, digest in self.frozen.items()}
+        names = sorted(ours.keys() | theirs.keys())
+        differ = [name for name in names if ours.get(name) != theirs.get(name)] if theirs else []
+        if differ:
+            name = differ[0]
+            how = "has other bytes, another type or another shape than on the server"
+            if name not in ours or name not in theirs:
+                how = "is only on the server" if name not in ours else "is not on the server"
+                how += ", or is tied to another there"
+            raise PlanMismatchError(
+                f"expected what is not trained to be equal on server and client, found a difference in {len(differ)} "
+                f"of {len(names)} tensors: {printable(name)} {how}. Start both from the same checkpoint, in the same "
+                "dtype; an earlier run may have changed a buffer"
+            )
 
     def warn_of_drift(self) -> None:
         """Warns of changed tensors that the plan does not train: they are not exchanged, so no other client has the

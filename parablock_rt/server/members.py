@@ -6,7 +6,7 @@ replaced. The server's side of the handshake is here, without I/O: it maps messa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -28,6 +28,7 @@ class Identity:
     plan: PlanSpec
     plan_digest: str
     frozen: str
+    frozen_digests: Mapping[str, str] = field(default_factory=dict)  # what `frozen` combines, shortened
     certificate_suffices: bool = False  # a client with a valid certificate need not know the token
     epoch: int = 0
 
@@ -104,6 +105,7 @@ class Candidate:
             mac=self.mac(),
             secret=secret,
             epoch=identity.epoch,
+            frozen=dict(identity.frozen_digests),
         )
 
     def welcome_back(self, seat: int, secret: bytes, identity: Identity) -> protocol.WelcomeBack:

@@ -43,7 +43,7 @@ class Roster:
         self._candidates: dict[int, Candidate] = {}
         self._seats: dict[int, Member] = {}
         self._by_link: dict[int, Member] = {}
-        self._most_bytes = protocol.bytes_of_member(identity.plan, identity.config.staleness)
+        self._most_bytes = protocol.bytes_of_member(identity.plan, identity.frozen_digests, identity.config.staleness)
 
     # ---- Members
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parablock_rt import _C, codec, exits
 from parablock_rt.blocks.claims import Claim
 from parablock_rt.blocks.flat import FlatBlock
-from parablock_rt.blocks.plan import BlockPlan
+from parablock_rt.blocks.plan import BlockPlan, combined
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError, ParaBlockError, StoppedError
 from parablock_rt.observe.timeline import Timeline
@@ -32,7 +32,7 @@ from parablock_rt.server.master import Master, ServerOptimizer
 from parablock_rt.server.members import Identity
 from parablock_rt.server.outcome import ClosedRound, Outcome
 from parablock_rt.version import __version__
-from parablock_rt.wire import handshake
+from parablock_rt.wire import handshake, protocol
 from parablock_rt.wire.tls import Tls
 from parablock_rt.wire.transport import MAX_LANES, Shape, Transport, check_free, check_protection
 
@@ -242,13 +242,13 @@ def serve(
         undo.callback(claim.release)
         blocks = plan.materialise(model)
         _check_on_host(blocks)
-        frozen = plan.frozen_fingerprint(model)
+        frozen = plan.frozen_digests(model)
         state: Checkpoint | None = None
         past: Past | None = None
         if resume is not None:
             state, past = Checkpoint.open(Path(resume))
             undo.callback(state.close)
-            recovery.check_same(past, config, plan.digest, frozen)
+            recovery.check_same(past, config, plan.digest, combined(frozen))
             config = past.begin.config
         assert config is not None
         master = Master(blocks, config.format, ServerOptimizer(config.server_optimizer, config.server_lr))
@@ -334,16 +334,22 @@ def _proves_clients(token: str | None, tls: Tls | None) -> bool:
 
 
 def _identity(
-    plan: BlockPlan, config: RunConfig, frozen: str, token: str | None, tls: Tls | None, past: Past | None
+    plan: BlockPlan,
+    config: RunConfig,
+    frozen: dict[str, str],
+    token: str | None,
+    tls: Tls | None,
+    past: Past | None,
 ) -> Identity:
-    """The identity of a new run, or of the run that is resumed. `frozen`: the fingerprint of what no block trains."""
+    """The identity of a new run, or of the run that is resumed. `frozen`: the digests of what no block trains."""
     return Identity(
         run=past.begin.run if past is not None else int.from_bytes(os.urandom(8), "little") | 1,  # 0: no run yet
         token=token,
         config=config,
         plan=plan.spec(),
         plan_digest=plan.digest,
-        frozen=frozen,
+        frozen=combined(frozen),
+        frozen_digests={name: digest[: protocol.FROZEN_CHARS] for name, digest in frozen.items()},
         certificate_suffices=tls is not None and tls.clients == "optional",
         epoch=0 if past is None else past.starts,
     )

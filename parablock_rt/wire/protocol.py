@@ -18,6 +18,7 @@ Nothing here touches a socket, and nothing is ever pickled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
@@ -34,6 +35,7 @@ VERSION: int = _C.PROTOCOL_VERSION
 CONTROL_BYTES_BEFORE_PROOF = 4096
 CONTROL_BYTES = 16 * 2**20  # of a message to a client: a Welcome has the whole plan
 DIGEST_CHARS = 64
+FROZEN_CHARS = 16  # of the digest of a tensor that is not trained: enough to tell two tensors apart
 REASON_CHARS = 500  # of what is kept, or shown to others: why a client leaves, why an upload does not count
 PROBE_CHUNK = 2**16  # bytes per chunk of a measurement's transfers
 
@@ -90,7 +92,8 @@ class Welcome(_Message, frozen=True, kw_only=True, tag=True):
     """The seat, the run's settings and the partition. `mac` proves that the server knows the token too.
 
     `secret`: lets the client prove on another connection that it holds the seat. `epoch`: how often the server was
-    restarted.
+    restarted. `frozen`: the beginning of the digest of each tensor that the plan does not train, so that a client can
+    say which of its own differs.
     """
 
     client: Count
@@ -99,6 +102,7 @@ class Welcome(_Message, frozen=True, kw_only=True, tag=True):
     mac: bytes
     secret: bytes
     epoch: int
+    frozen: dict[str, str] = {}
 
     def __repr__(self) -> str:  # without the secret
         return f"Welcome(client={self.client}, epoch={self.epoch})"
@@ -351,16 +355,16 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
-def bytes_of_member(plan: PlanSpec, staleness: int) -> tuple[int, int]:
+def bytes_of_member(plan: PlanSpec, frozen: Mapping[str, str], staleness: int) -> tuple[int, int]:
     """The most bytes of one message that a client with a seat may send, and of the messages to it that may wait until
     it reads them.
 
     A Ready has at most 9 bytes for each block, a Rejoin at most 10 for each round that may be open. A Welcome has the
-    plan.
+    plan and `frozen`.
     """
     return (
         CONTROL_BYTES_BEFORE_PROOF + 9 * len(plan.blocks) + 10 * (staleness + 3),
-        2**20 + 2 * len(msgspec.msgpack.encode(plan)),
+        2**20 + 2 * len(msgspec.msgpack.encode((plan, frozen))),
     )
 
 

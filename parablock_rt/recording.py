@@ -19,7 +19,8 @@ import msgspec
 from parablock_rt import report
 from parablock_rt.client import Run
 from parablock_rt.client.reports import RoundReport
-from parablock_rt.observe import meters, reporters
+from parablock_rt.errors import ConfigError
+from parablock_rt.observe import meters, reporters, run_folder
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.observe.telemetry import PERIOD_S, Telemetry
 from parablock_rt.observe.timeline import Timeline
@@ -54,25 +55,42 @@ def record(
         prometheus: a port, or "host:port", at which to serve metrics meanwhile.
         report_to: "tensorboard", "wandb" or both, separated by a comma.
 
-    Raises ConfigError, which leaves the run as it is, when the folder cannot be written, or for an invalid argument.
+    Raises ConfigError, which leaves the run as it is, when the folder cannot be written or another run is recorded in
+    it, or for an invalid argument.
     """
+    _check_kinds(run, folder, period, report_to)
     path = Path(folder)
-    recorder = Record(path, period, None if prometheus is None else str(prometheus), report_to)
     resumed = isinstance(run, Server) and run.outcome.resumed_from is not None
-    try:
-        with recorder.telemetry:
-            of_the_run = RunFolder(path, resumed=resumed)  # what fails up to here leaves the run as it is
-            with _listening(run, recorder), run:
-                recorder.begin(of_the_run, list(run.outcome.rounds) if isinstance(run, Server) else ())
-                name = "server" if isinstance(run, Server) else f"client {run.client}"
-                recorder.telemetry.start(name, meters.of_this_machine(run.link_stats))
-                yield
-    finally:
-        if isinstance(run, Server):
-            summary = summarise(run.config, run.outcome, blocks=len(run.plan.blocks))
-        else:
-            summary = summarise_client(run)
-        recorder.finish(summary, run.timeline)
+    with run_folder.held(path):
+        recorder = Record(path, period, None if prometheus is None else str(prometheus), report_to)
+        try:
+            with recorder.telemetry:
+                of_the_run = RunFolder(path, resumed=resumed)  # what fails up to here leaves the run as it is
+                with _listening(run, recorder), run:
+                    recorder.begin(of_the_run, list(run.outcome.rounds) if isinstance(run, Server) else ())
+                    name = "server" if isinstance(run, Server) else f"client {run.client}"
+                    recorder.telemetry.start(name, meters.of_this_machine(run.link_stats))
+                    yield
+        finally:
+            if isinstance(run, Server):
+                summary = summarise(run.config, run.outcome, blocks=len(run.plan.blocks))
+            else:
+                summary = summarise_client(run)
+            recorder.finish(summary, run.timeline)
+
+
+def _check_kinds(run: object, folder: object, period: object, report_to: object) -> None:
+    """Raises ConfigError for arguments of `record` of the wrong kind."""
+    if not isinstance(run, (Run, Server)):
+        raise ConfigError(
+            f"expected a run or a server, found a {type(run).__name__}; pass what pb.join or pb.serve returned"
+        )
+    if not isinstance(folder, (str, os.PathLike)) or folder == "":
+        raise ConfigError(f"expected a folder for the record, found {folder!r}; pass its path, such as 'runs/mine'")
+    if not isinstance(period, (int, float)):
+        raise ConfigError(f"expected period to be seconds between two samples, found {period!r}; pass a number")
+    if report_to is not None and not isinstance(report_to, str):
+        raise ConfigError(f"expected report_to to be one text, found {report_to!r}; pass 'tensorboard,wandb', say")
 
 
 @contextlib.contextmanager

@@ -235,6 +235,15 @@ def test_parameters_that_cannot_be_trained_are_listed_with_the_reason() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "trains", "fix"),
+    [(torch.float64, True, r"cast the model with model\.float\(\)"), (torch.float32, False, "set requires_grad=True")],
+)
+def test_a_model_that_cannot_be_trained_is_refused_with_what_to_do(dtype: torch.dtype, trains: bool, fix: str) -> None:
+    with pytest.raises(PlanError, match=rf"found only others, such as '.*; {fix}$"):
+        BlockPlan.from_model(Tiny().requires_grad_(trains).to(dtype))
+
+
 # Layout and homing
 
 
@@ -483,6 +492,15 @@ def test_from_spec_and_check_same_name_the_parameter_that_differs(values: dict[s
     with pytest.raises(PlanMismatchError, match=r"parameter 2 of block 'layers\.1' is .* on the server") as caught:
         plan.check_same(spec)
     assert len(str(caught.value)) < 1000
+
+
+def test_from_spec_says_how_a_wrapped_model_is_unwrapped() -> None:
+    wrapped = nn.Module()
+    wrapped.module = Tiny()
+    with pytest.raises(
+        PlanMismatchError, match=r"_orig_mod.*model\.compile\(\).*module.*inside DistributedDataParallel"
+    ):
+        BlockPlan.from_spec(wrapped, BlockPlan.from_model(wrapped.module).spec())
 
 
 def test_from_spec_refuses_weights_tied_here_only_and_weights_quantised_here() -> None:

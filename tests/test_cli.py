@@ -500,7 +500,7 @@ def test_telemetry_that_cannot_be_sent_is_refused_before_a_model_is_loaded(
         assert f"cannot serve Prometheus on 127.0.0.1:{port} (" in result.err
     result = main(name, *address, "--model", "tiny", "--report-to", "mlflow")
     assert result.code == 2
-    assert "expected --report-to to name tensorboard or wandb, found 'mlflow'" in result.err
+    assert "expected report_to (--report-to) to name tensorboard or wandb, found 'mlflow'" in result.err
     assert "seconds between two samples" in main(name, *address, "--model", "tiny", "--telemetry", "-1").err
 
 

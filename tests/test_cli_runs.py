@@ -119,7 +119,7 @@ def test_a_second_server_of_a_run_folder_is_refused_and_the_first_goes_on(
     before = contents(run)
     result = main("serve", "--model", "tiny", by, run, "--address", "127.0.0.1:0")
     assert result.code == 2
-    assert f"another command is using the run folder {run}" in " ".join(result.err.split())
+    assert f"another run is using the run folder {run}" in " ".join(result.err.split())
     assert contents(run) == before
     client = join(start, tmp_path / "client", read(run / "settings.json")["address"])
     assert [process.wait() for process in (server, client)] == [0, 0]
@@ -244,6 +244,13 @@ def test_commands_that_begin_in_the_same_second_have_folders_of_their_own(
         (one / "summary.json").touch()
     assert one.exists()
     assert not other.exists()
+
+
+def test_a_place_where_no_new_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("a file in its place")
+    with pytest.raises(ConfigError, match="the run folder runs cannot be written"), folders.held(None, "join"):
+        pass
 
 
 def test_who_waits_for_a_server_is_told_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ ALLOWED = {
     "server": {"blocks", "wire", "staging", "observe"},
     "client": {"blocks", "wire", "staging", "observe"},
     "finetune": {"blocks", "wire", "staging", "observe", "client"},
+    "integrations": {"client"},
 }
 PLAIN = {"_C", "codec", "config", "errors", "exits", "limits", "schedule", "stages", "units", "version"}
 

@@ -138,16 +138,50 @@ def test_the_record_of_a_resumed_server_goes_on_with_that_of_the_earlier_one(tmp
     assert lines_of(here) == list(range(ROUNDS))
 
 
-@pytest.mark.parametrize("wrong", [{"period": -1.0}, {"report_to": "mlflow"}, {"prometheus": 70_000}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"period": -1.0},
+        {"period": "often"},
+        {"report_to": "mlflow"},
+        {"report_to": ["tensorboard"]},
+        {"prometheus": 70_000},
+        {"folder": ""},
+        {"folder": 3},
+    ],
+)
 def test_an_argument_that_is_refused_leaves_the_run_as_it_is(wrong: dict[str, Any], tmp_path: Path) -> None:
     with serve() as server, pb.join(server.address, Net(), sgd) as run:
-        with pytest.raises(ConfigError), pb.record(run, tmp_path, **wrong):
+        with pytest.raises(ConfigError), pb.record(run, **({"folder": tmp_path / "new" / "folder"} | wrong)):
             pass
+        assert list(tmp_path.iterdir()) == []
         (tmp_path / "file").touch()
         with pytest.raises(ConfigError, match="cannot be written"), pb.record(run, tmp_path / "file"):
             pass
         to_the_end(run)
         assert run.listeners == []
+
+
+@pytest.mark.parametrize("wrong", [Net(), "127.0.0.1:7070", None])
+def test_what_is_neither_run_nor_server_is_not_recorded(wrong: Any, tmp_path: Path) -> None:
+    found = type(wrong).__name__
+    with pytest.raises(ConfigError, match=rf"found a {found}; pass what pb\.join"), pb.record(wrong, tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_takes_one_record_at_a_time(tmp_path: Path) -> None:
+    with serve() as server, pb.record(server, tmp_path):
+        with pb.join(server.address, Net(), sgd) as run:
+            with pytest.raises(ConfigError, match="another run is using the run folder"), pb.record(run, tmp_path):
+                pass
+            to_the_end(run)
+        server.wait(60.0)
+    assert lines_of(tmp_path) == list(range(ROUNDS))
+    assert "clients" in summary_of(tmp_path)
+    with serve(rounds=2) as server, pb.join(server.address, Net(), sgd) as run, pb.record(run, tmp_path):
+        to_the_end(run)
+    assert lines_of(tmp_path) == [0, 1]
 
 
 def test_a_client_that_trains_in_some_rounds_has_its_exchanges_counted_by_those(tmp_path: Path) -> None:

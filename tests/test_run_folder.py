@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from parablock_rt.config import RunConfig
 from parablock_rt.errors import ConfigError
-from parablock_rt.observe import reporters
+from parablock_rt.observe import reporters, run_folder
 from parablock_rt.observe.run_folder import RunFolder, to_json
 from parablock_rt.observe.telemetry import Sample
 from parablock_rt.server.outcome import ClosedRound, Outcome
@@ -102,7 +103,17 @@ def test_a_run_folder_that_cannot_be_is_refused_with_a_way_out(tmp_path: Path, p
     with pytest.raises(ConfigError) as failure:
         RunFolder(tmp_path / place)
     assert f"the run folder {tmp_path / place} cannot be written (" in str(failure.value)
-    assert "choose another with --run-dir" in str(failure.value)
+    assert "choose another folder (--run-dir, or the argument of pb.record)" in str(failure.value)
+
+
+def test_a_run_goes_on_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with run_folder.held(tmp_path / "run"):
+        RunFolder(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # ---- The summary

@@ -451,7 +451,9 @@ def test_a_port_that_is_taken_is_refused_with_a_way_out(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"cannot serve Prometheus on 127.0.0.1:{port} \(.+\); give --prometh"):
+        with pytest.raises(
+            ConfigError, match=rf"cannot serve Prometheus on 127.0.0.1:{port} \(.+\); give prometheus \(--prometh"
+        ):
             reporters.open_all(tmp_path, str(port), None)
 
 
@@ -522,5 +524,7 @@ def test_what_is_not_installed_is_named_with_how_to_get_it(
 
 
 def test_a_reporter_that_nobody_knows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected --report-to to name tensorboard or wandb, found 'mlflow'"):
+    with pytest.raises(
+        ConfigError, match=r"expected report_to \(--report-to\) to name tensorboard or wandb, found 'mlflow'"
+    ):
         reporters.open_all(tmp_path, None, "tensorboard,mlflow")

@@ -93,7 +93,9 @@ class BlockPlan:
         trainable = [name for name in parameters if name not in reasons]
         if not trainable:
             found = next((f"only others, such as {name!r}: {reason}" for name, reason in reasons.items()), "none")
-            raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters, found {found}; set requires_grad=True")
+            fp64 = any(p.requires_grad and p.dtype == torch.float64 for p in parameters.values())
+            fix = "cast the model with model.float()" if fp64 else "set requires_grad=True"
+            raise PlanError(f"expected trainable fp32, bf16 or fp16 parameters, found {found}; {fix}")
         if blocks is None:
             groups, rest = (
                 by_layers(model, trainable, outer, outer_limit),
@@ -160,8 +162,9 @@ class BlockPlan:
         Values stay the same bit by bit, and Parameter objects stay the same, so ties hold. The old memory is released
         segment by segment, so the extra memory at any time is at most one block. A second call does not copy again.
 
-        Call it before wrapping the model in DDP, and before making optimisers that hold views or flattened copies of
-        the weights. Moving or casting the model later (`model.to(...)`) undoes it; a new call repairs it.
+        Call it before making optimisers that hold views or flattened copies of the weights. DistributedDataParallel
+        must wrap the model before `join`, which freezes all but the first block: see docs/integrations.md. Moving or
+        casting the model later (`model.to(...)`) undoes it; a new call repairs it.
 
         `save_pretrained`, `safetensors.torch.save_file` and `torch.save` of a state dict work as before, but
         `safetensors.torch.save_model` refuses tensors that are views, and `torch.save` of a single parameter writes its
@@ -293,8 +296,9 @@ def _find_parameters(model: nn.Module, spec: PlanSpec) -> list[list[nn.Parameter
             if parameter is None:
                 raise PlanMismatchError(
                     f"the plan has parameter {_show(wanted)}; this model ({type(model).__name__}) has none of that "
-                    "name; load the model that the plan was made for (if torch.compile wraps it: use model.compile() "
-                    "instead)"
+                    "name; load the model that the plan was made for (if all names here begin with '_orig_mod.', use "
+                    "model.compile() instead of torch.compile(model); if with 'module.', pass the model that is inside "
+                    "DistributedDataParallel or DataParallel)"
                 )
             here = _describe(wanted.name, parameter)
             if here != wanted or (reason := _unfit(parameter)) is not None:

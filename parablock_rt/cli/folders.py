@@ -7,10 +7,8 @@ replace any of the first one's files. Writes only the lock and a server's settin
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +16,8 @@ from typing import Any
 
 import typer
 
-from parablock_rt import _C
 from parablock_rt.errors import CheckpointError, ConfigError
+from parablock_rt.observe import run_folder
 from parablock_rt.observe.run_folder import RunFolder
 from parablock_rt.server.checkpoint import Checkpoint
 from parablock_rt.server.outcome import ClosedRound
@@ -28,45 +26,23 @@ STATE = "state"
 """A durable server's state, in its run folder."""
 
 _SETTINGS = "settings.json"  # a durable server's settings, in its run folder
-_LOCK = ".lock"
 _RUNS = Path("runs")
 _NOT_SETTINGS = ("config_file", "resume", "run_dir", "summary", "as_json")
 
 
 @contextlib.contextmanager
 def held(path: Path | None, kind: str) -> Iterator[Path]:
-    """Locks the run folder `path` for this command until the context ends; None makes a new folder below runs/.
-
-    Leaves the folder's contents unchanged. A folder that this function made is removed at the end if it is still empty.
-    Raises ConfigError when another command holds the folder, or when it cannot be written.
-    """
-    made = [folder for folder in (path or _RUNS, *(path or _RUNS).parents) if not folder.exists()]
-    try:
-        if path is None:
-            path = _new(kind)
-            made.insert(0, path)
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _C.Descriptor(os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
-        ) from error
-    try:
+    """`run_folder.held` for this command; for None, of a new folder below runs/. Raises its errors."""
+    made: list[Path] = []
+    if path is None:
+        made = [folder for folder in (_RUNS, *_RUNS.parents) if not folder.exists()]
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another command is using the run folder {path}; stop it first, or choose another folder with "
-                "--run-dir"
-            ) from error
+            path = _new(kind)
+        except OSError as error:
+            raise run_folder.not_writable(_RUNS, error) from error
+        made.insert(0, path)
+    with run_folder.held(path, made):
         yield path
-    finally:
-        with contextlib.suppress(OSError):  # another process has removed it
-            if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
-                (path / _LOCK).unlink()
-                for folder in made:
-                    folder.rmdir()
-        lock.close()
 
 
 def _new(kind: str) -> Path:

@@ -1,1 +1,2 @@
-"""The reference fine-tuning of causal language models: loop, models, data. Only here is transformers used."""
+"""The reference fine-tuning of causal language models: loop, models, data. Only here and in `integrations` is
+transformers used."""

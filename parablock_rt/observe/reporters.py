@@ -59,7 +59,8 @@ class Prometheus:
             self._server, self._thread = prometheus.start_http_server(port, host or "0.0.0.0", registry)
         except OSError as error:
             raise ConfigError(
-                f"cannot serve Prometheus on {host}:{port} ({error.strerror}); give --prometheus a free port"
+                f"cannot serve Prometheus on {host}:{port} ({error.strerror}); give prometheus (--prometheus) a "
+                "free port"
             ) from error
         self.port = int(self._server.server_port)
 
@@ -151,12 +152,11 @@ def open_all(folder: Path, prometheus: str | None, report_to: str | None) -> lis
 
     `prometheus`: a port or "host:port". `report_to`: comma-separated names.
 
-
     Raises ConfigError for an unknown name, a package that is not installed, or a port that is not free.
     """
     names = [name.strip() for name in (report_to or "").split(",") if name.strip()]
     if unknown := [name for name in names if name not in _BY_NAME]:
-        raise ConfigError(f"expected --report-to to name {' or '.join(_BY_NAME)}, found {unknown[0]!r}")
+        raise ConfigError(f"expected report_to (--report-to) to name {' or '.join(_BY_NAME)}, found {unknown[0]!r}")
     reporters: list[Reporter] = []
     if prometheus is not None:
         reporters.append(Prometheus(prometheus))

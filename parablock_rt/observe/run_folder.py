@@ -1,15 +1,19 @@
-"""The run folder, `runs/NAME/`: the files that a run leaves, all in strict JSON."""
+"""The run folder, `runs/NAME/`: the files that a run leaves, all in strict JSON, and the lock by which it owns them."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from parablock_rt import _C
 from parablock_rt.errors import ConfigError
 from parablock_rt.observe import trace
 from parablock_rt.observe.timeline import Timeline
@@ -36,6 +40,46 @@ def _finite(content: Any, levels: int) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+_LOCK = ".lock"
+_ANOTHER = "choose another folder (--run-dir, or the argument of pb.record)"
+
+
+@contextlib.contextmanager
+def held(path: Path, made: Iterable[Path] = ()) -> Iterator[None]:
+    """Makes the folder and locks it until the context ends, so that no second run can replace or mix up its files.
+
+    Leaves the folder's contents unchanged. Folders that were made, here or by the caller (`made`, the innermost first),
+    are removed at the end if the folder is still empty. Raises ConfigError when another run holds the folder, in this
+    process or another, or when it cannot be written.
+    """
+    made = [*made, *(folder for folder in (path, *path.parents) if not folder.exists())]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _C.Descriptor(os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another run is using the run folder {path}; end it first, or {_ANOTHER}") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # another process has removed it
+            if made and [entry.name for entry in path.iterdir()] == [_LOCK]:
+                (path / _LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
+        lock.close()
+
+
+def not_writable(path: Path, error: OSError) -> ConfigError:
+    """What to raise when the run folder cannot be written."""
+    return ConfigError(f"the run folder {path} cannot be written ({error.strerror}); {_ANOTHER}")
+
+
 _LEFT_BY_A_RUN = ("summary.json", "telemetry.jsonl", "trace.json", "report.html")
 
 
@@ -55,9 +99,7 @@ class RunFolder:
             for name in () if resumed else _LEFT_BY_A_RUN:
                 (path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"the run folder {path} cannot be written ({error.strerror}); choose another with --run-dir"
-            ) from error
+            raise not_writable(path, error) from error
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes `name` in one step, so that a reader never sees half a file."""

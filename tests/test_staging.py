@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -264,3 +266,9 @@ def test_an_encoder_that_goes_finishes_what_was_submitted(transport: Transport) 
         assert encoding.done
         assert torch.equal(encoding.body, statement(each, "int4")[0])
     assert settles(lambda: not ours & threads("pb-encode"))
+
+
+def test_a_stager_that_outlives_the_modules_at_the_end_of_a_program_ends_without_a_word() -> None:
+    program = "import threading; from parablock_rt.staging.stager import Stager; threading.kept = Stager()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -194,11 +194,9 @@ class Stager:
 
     def close(self) -> None:
         """Waits until the native thread no longer reads any tensors."""
-        if exits.is_inherited(self):
+        if not self._running or exits.is_inherited(self):
             return
-        for entry in self._running:
-            if entry.job is not None:
-                entry.job.wait(ENCODE_DEADLINE_S)
+        self._running = [e for e in self._running if e.job is not None and not e.job.wait(ENCODE_DEADLINE_S)]
 
 
 def check_piece(piece: Piece, device: str) -> None:

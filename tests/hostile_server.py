@@ -18,15 +18,16 @@ from parablock_rt.wire.protocol import Kind
 from parablock_rt.wire.transport import BufferPool, Transport, as_tensor, body_layout
 
 RUN = 4242
+SECRET = b"s" * 32
 CHUNK = 256
 _TURN_S = 0.05
 
-Lie = Callable[["HostileServer", int], None]
+Lie = Callable[["HostileServer", int], object]
 
 
 class HostileServer:
-    """Serves one client, with a run of four rounds. `lies`: what to do instead of the honest answer, by the type of the
-    message that is answered. `said`: the types of all messages so far."""
+    """Serves one client, with a run of four rounds. `lies`: what to do, by the type of the message that is answered:
+    before the honest answer if it returns True, else instead of it. `said`: the types of all messages so far."""
 
     def __init__(self, lies: Mapping[str, Lie] | None = None) -> None:
         self.said: list[str] = []
@@ -35,6 +36,8 @@ class HostileServer:
         self.address = self._transport.listen("127.0.0.1:0", protected=False)
         self._plan = pb.BlockPlan.from_model(make_model(), blocks=4)
         self._hello: dict[int, tuple[bytes, bytes]] = {}
+        self._purpose: dict[int, str] = {}
+        self._closed = 0  # rounds
         self._fingerprints: list[int] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -61,11 +64,18 @@ class HostileServer:
             "client": 0,
             "config": settings | dict(config or {}),
             "plan": msgspec.to_builtins(self._plan.spec()),
-            "mac": handshake.proof(None, "server", Conversation(RUN, *self._hello[link], b"")),
-            "secret": b"s" * 32,
+            "mac": handshake.proof(None, "server", self._conversation(link)),
+            "secret": SECRET,
             "epoch": 0,
         }
         self.say(link, "Welcome", **fields | changes)
+
+    def welcome_back(self, link: int) -> None:
+        conversation = self._conversation(link)
+        mac = handshake.proof(None, "server", conversation)
+        self.say(
+            link, "WelcomeBack", mac=mac, seat_mac=handshake.seat_proof(SECRET, 0, "server", conversation), epoch=0
+        )
 
     def begin(self, link: int, **changes: Any) -> None:
         self.say(link, "Begin", **{"first_round": 0, "updates_from": 0} | changes)
@@ -102,26 +112,34 @@ class HostileServer:
         self.said.append(type(message).__name__)
         if isinstance(message, protocol.Hello):
             self._hello[link] = message.nonce, handshake.nonce()
+            self._purpose[link] = message.purpose
         elif isinstance(message, protocol.Proof):
             self._transport.native.trust(link, RUN, protocol.CONTROL_BYTES, 2**24)
         elif isinstance(message, protocol.Ready):
             self._fingerprints = message.fingerprints
-        if (lie := self._lies.get(self.said[-1])) is not None:
-            return lie(self, link)
+        if (lie := self._lies.get(self.said[-1])) is not None and lie(self, link) is not True:
+            return
         match message:
             case protocol.Hello():
                 self.say(link, "Challenge", run=RUN, nonce=self._hello[link][1], token_required=False)
+            case protocol.Proof() if self._purpose[link] == "rejoin":
+                self.welcome_back(link)
             case protocol.Proof():
                 self.welcome(link)
+            case protocol.Rejoin():
+                self.say(link, "RejoinAnswer", updates_from=self._closed, snapshots=[], uploads={})
             case protocol.Ready():
                 self.begin(link)
             case protocol.Upload():
                 self.accept(link, message.round)
                 self._let_in(link, message.round + 1)
                 self.update(link, message.round)
+                self._closed = message.round + 1
             case protocol.Goodbye():
                 self.say(link, "Farewell")
-        return None
+
+    def _conversation(self, link: int) -> Conversation:
+        return Conversation(RUN, *self._hello[link], b"")
 
     def _let_in(self, link: int, round: int) -> None:
         layout = body_layout("int8", self._plan.blocks[round % 4].flat_numel, CHUNK)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from hostile_server import HostileServer, Lie
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from processes import loss_fn, make_batches, make_model, sgd
 
 import parablock_rt as pb
@@ -17,7 +19,7 @@ from parablock_rt.errors import ConfigError, HandshakeError, ParaBlockError, Pee
 
 def take_part(address: str, **options: Any) -> str | None:
     """The digest at the end. Whatever goes wrong must not be left to `patience`, which is an hour."""
-    with pb.join(address, make_model(), sgd, reconnect=0.0, **options) as run:
+    with pb.join(address, make_model(), sgd, **{"reconnect": 0.0, **options}) as run:
         for batch in run.stream(make_batches(0)):
             run.train_step(batch, loss_fn)
     return run.digest
@@ -105,6 +107,67 @@ def test_a_lie_of_the_server_is_an_error_at_once_that_says_what_is_wrong(lie: st
     with HostileServer({message: once(tells)}) as server, pytest.raises(error, match=words):
         take_part(server.address)
     assert message in server.said
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, -1, 2**31, 2**31 + 1, 2**62, 2**63, 2**64 - 1])
+SECONDS = st.sampled_from([0.0, 0.5, -1.0, 1e300, math.nan, math.inf])
+TEXTS = st.sampled_from(["", "no", "x" * 501, "\x1b[2J"])
+FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "Challenge": {"run": NUMBERS, "nonce": st.just(b"n"), "token_required": st.booleans()},
+    "WelcomeBack": {"mac": st.just(b""), "seat_mac": st.just(b""), "epoch": NUMBERS},
+    "RejoinAnswer": {
+        "updates_from": NUMBERS,
+        "snapshots": st.lists(NUMBERS, max_size=3),
+        "uploads": st.dictionaries(NUMBERS, NUMBERS, max_size=2),
+    },
+    "Lanes": {"most": NUMBERS, "key": st.sampled_from([b"", b"k" * 16, b"k" * 32])},
+    "Snapshot": {"block": NUMBERS, "version": NUMBERS, "fingerprint": NUMBERS},
+    "Begin": {"first_round": NUMBERS, "updates_from": NUMBERS},
+    "Verdict": {"round": NUMBERS, "block": NUMBERS, "accepted": st.booleans(), "reason": TEXTS},
+    "Update": {
+        "round": NUMBERS,
+        "block": NUMBERS,
+        "fingerprint": NUMBERS,
+        "contributions": NUMBERS,
+        "bad_groups": NUMBERS,
+        "fold_s": SECONDS,
+        "wait_s": SECONDS,
+    },
+    "Failure": {"error": st.sampled_from(["HandshakeError", "os", ""]), "reason": TEXTS, "resumable": st.booleans()},
+    "Farewell": {},
+}
+MESSAGES = st.one_of([st.fixed_dictionaries({"type": st.just(name), **fields}) for name, fields in FIELDS.items()])
+ANSWERS = st.tuples(st.lists(MESSAGES, max_size=4), st.booleans(), st.booleans())
+MOMENTS = st.sampled_from(["Hello", "Proof", "Ready", "Upload", "Applied", "Rejoin", "Goodbye"])
+PROGRAMS = st.dictionaries(MOMENTS, ANSWERS)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(PROGRAMS)
+def test_whatever_a_server_says_a_client_ends_with_the_result_or_with_an_error_of_ours(
+    program: dict[str, tuple[list[dict[str, Any]], bool, bool]],
+) -> None:
+    def lie(messages: list[dict[str, Any]], hangs_up: bool, honest: bool) -> Lie:
+        def answer(server: HostileServer, link: int) -> bool:
+            for message in messages:
+                server.say(link, **message)
+            in_handshake = server.said[-1] in (
+                "Hello",
+                "Proof",
+            )  # where silence is waited for longer than a test should
+            if hangs_up or (in_handshake and not honest):
+                server.hang_up(link)
+            return honest
+
+        return answer
+
+    with HostileServer({moment: lie(*answer) for moment, answer in program.items()}) as server:
+        ended = ""
+        try:
+            take_part(server.address, patience=0.3, reconnect=0.3)
+        except ParaBlockError as error:
+            ended = str(error)
+        assert "has failed" not in ended, "the error is of ours, but not foreseen"
 
 
 def test_the_server_whose_answers_are_made_lies_of_is_believed() -> None:

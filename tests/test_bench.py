@@ -170,7 +170,8 @@ def test_the_overlap_sweep_fills_every_cell_with_ideal_round_stages_and_break_ev
     cells = [(row["rate_mbit"], row["local_steps"], row["staleness"]) for row in result["rows"]]
     assert cells == [(40, 1, 0), (40, 1, 1), (40, 2, 1), (80, 1, 0), (80, 1, 1), (80, 2, 1)]
     for row in result["rows"]:
-        assert row["ideal_s"] >= row["communication_s"] > 0
+        assert row["ideal_s"] >= row["communication_s"] * (1 - 1e-9)  # a mean of equal numbers may be rounded down
+        assert row["communication_s"] > 0
         assert row["round_over_ideal"] == pytest.approx(row["round_s"] / row["ideal_s"])
         hidden = 1 - row["exposed_s"] / row["communication_s"] if row["staleness"] else 0.0
         assert row["overlap_efficiency"] == pytest.approx(hidden)

@@ -48,7 +48,11 @@ def begin(**changes: Any) -> Lie:
 
 
 def update(**changes: Any) -> Lie:
-    return lambda server, link: (server.accept(link, 0), server.update(link, 0, **changes))[-1]  # type: ignore[func-returns-value]
+    def lie(server: HostileServer, link: int) -> None:
+        server.accept(link, 0)
+        server.update(link, 0, **changes)
+
+    return lie
 
 
 def verdict(**changes: Any) -> Lie:

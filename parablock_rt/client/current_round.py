@@ -44,10 +44,10 @@ class CurrentRound:
     def note_compute(self, timeline: Timeline, waits: list[Wait]) -> float:
         """Notes the round's computation, which ends now, and returns its seconds: the time since the round began,
         without the `waits`, which are in order and may have ended before the round began."""
-        at_ns, computed_ns = self.began_ns, 0
-        for start_ns, end_ns in [*((wait.start_ns, wait.end_ns) for wait in waits), (time.monotonic_ns(), 0)]:
-            if start_ns > at_ns:
-                timeline.add(Stage.COMPUTE, at_ns, start_ns, round=self.index, block=self.block)
-                computed_ns += start_ns - at_ns
-            at_ns = max(at_ns, end_ns)
+        at_ns, now_ns, computed_ns = self.began_ns, time.monotonic_ns(), 0
+        for wait in (*waits, Wait(now_ns, now_ns)):
+            if wait.start_ns > at_ns:
+                timeline.add(Stage.COMPUTE, at_ns, wait.start_ns, round=self.index, block=self.block)
+                computed_ns += wait.start_ns - at_ns
+            at_ns = max(at_ns, wait.end_ns)
         return computed_ns / 1e9

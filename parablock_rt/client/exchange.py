@@ -113,22 +113,21 @@ class Exchange:
         self._in_flight.append(handover)
         self._retire()
 
-    def wait_encoded(self, block: int, round: int) -> None:
-        """Blocks until no encoding reads the block. `round`: the round that waits."""
+    def wait_encoded(self, block: int) -> None:
+        """Blocks until no encoding reads the block."""
         start_ns = time.monotonic_ns()
         if self._replica.wait_encoded(block):
-            self._note_wait(start_ns, round)
+            self._note_wait_for_encoding(start_ns)
 
-    def release_handed_over(self, round: int) -> None:
+    def release_handed_over(self) -> None:
         """Frees the masters of earlier rounds before this round's optimiser state is allocated; this bounds the memory.
 
-        Waits for their encoding, which has had the first forward and backward pass of the round to finish. `round`: the
-        round that waits.
+        Waits for their encoding, which has had the first forward and backward pass of the round to finish.
         """
         start_ns = time.monotonic_ns()
         waited = [self._stager.release_inputs(handover.encoding) for handover in self._in_flight]
         if any(waited):
-            self._note_wait(start_ns, round)
+            self._note_wait_for_encoding(start_ns)
 
     def _take_verdicts(self) -> None:
         for verdict in self._link.take_verdicts():
@@ -275,6 +274,10 @@ class Exchange:
         start_ns = time.monotonic_ns()
         if self._link.wait(now_holds, what) > 0:
             self._note_wait(start_ns, round)
+
+    def _note_wait_for_encoding(self, start_ns: int) -> None:
+        """It is the round after the last hand-over that waits."""
+        self._note_wait(start_ns, 1 + max((handover.round for handover in self._in_flight), default=-1))
 
     def _note_wait(self, start_ns: int, round: int) -> None:
         """Counts the time since `start_ns` as exposed."""

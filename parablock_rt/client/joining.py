@@ -69,7 +69,8 @@ def join(
             single connection does not fill a long or lossy path.
         on_round: called on the training thread after each hand-over. It may read the weights, and may leave the run
             with `run.close()`. Before it changes weights (and restores them), it must call `run.wait_encoded()`.
-        patience: the longest single wait for the server, in seconds. Progress in any transfer extends the wait.
+        patience: the longest single wait for the server, in seconds. Progress in any transfer extends the wait. Also
+            for how long to join again if connections keep breaking before the first round.
         reconnect: for how many seconds to try to replace a broken connection; training goes on meanwhile as far as it
             can. Before the first round, for how many seconds to try to join again. 0 raises at once.
         idle_timeout: seconds of silence after which a connection counts as broken.

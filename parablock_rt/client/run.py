@@ -270,7 +270,7 @@ class Run:
                 value = float("nan") if loss is None else as_number(loss)
                 self._gradients.look(round)
                 if round.steps == 0:
-                    self._exchange.release_handed_over(round.index)
+                    self._exchange.release_handed_over()
                 round.active.step(scaler)
             except BaseException:
                 round.active.clear_gradients()
@@ -295,7 +295,7 @@ class Run:
         the same bits before that step.
         """
         for block in range(len(self._blocks)):
-            self._exchange.wait_encoded(block, self.rounds)
+            self._exchange.wait_encoded(block)
 
     def holdings(self) -> dict[str, int]:
         """Bytes that this client holds now, by the item names of `memory.predict`; a missing item holds none.
@@ -422,7 +422,7 @@ class Run:
         block = self._exchange.schedule.block(index)
         flat = self._blocks[block]
         flat.check_homed(self.model)
-        self._exchange.wait_encoded(block, index)
+        self._exchange.wait_encoded(block)
         ref = self._replica.snapshot_start(block)
         factory = with_context(self._optimizer, round=index, names=flat.block.parameters)
         active = ActiveBlock(flat, factory)

@@ -291,7 +291,7 @@ class ServerLink:
     def attend(self, event: _C.Event | None) -> bool:
         """Handles one event, and replaces the connection if it is broken. Returns whether the thread should go on."""
         try:
-            return self._attend(event)
+            return self._handle(event)
         except Exception as error:
             with self._lock:
                 if self._closing:  # the transport is closed
@@ -300,7 +300,7 @@ class ServerLink:
                 self._changed.notify_all()
             return True
 
-    def _attend(self, event: _C.Event | None) -> bool:
+    def _handle(self, event: _C.Event | None) -> bool:
         with self._lock:
             if self._closing:
                 return False

@@ -55,6 +55,7 @@ class RunOptimizer(torch.optim.Optimizer):
         names = [name for block in run.plan.blocks for name in block.parameters]
         super().__init__([run.model.get_parameter(name) for name in names], {"lr": lr})
 
+    # torch declares two overloads, of which mypy sees no common form.
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Takes the run's step and returns the closure's loss, which is reported if `loss` is None.
 

@@ -75,7 +75,7 @@ def federate(trainer: Trainer, run: Run) -> None:
     trainer.training_step = training_step
 
 
-class _Callback(TrainerCallback):  # type: ignore[misc]
+class _Callback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Ends the training with the run."""
 
     def __init__(self, optimizer: RunOptimizer) -> None:
